@@ -1,0 +1,65 @@
+"""ddjax: denoising diffusion on any state space, in JAX.
+
+    process = ddjax.processes.Masked(num_symbols=17)
+    denoise = ddjax.bind(apply, params, process, "posterior")
+    samples = ddjax.sample(key, denoise, process, shape=(64, 8, 8, 1),
+                           solver=ddjax.solvers.Ancestral(process), times=ddjax.grids.uniform(64))
+
+`docs/design.md` explains the words. `ddjax.load(workdir)` gives back a finished training.
+"""
+
+import importlib
+
+from ddjax import (
+    fixtures,
+    grids,
+    guidance,
+    likelihood,
+    objectives,
+    processes,
+    random,
+    schedules,
+    solvers,
+)
+from ddjax.predictions import BoundDenoiser, Prediction, bind
+from ddjax.sampling import Observed, sample
+from ddjax.types import Bound, Rows, Sample
+
+__version__ = "0.1.0"
+
+# Imported on first use: Flax, Orbax, Grain and the command line cost seconds that the mathematics does not need.
+_LAZY = {"data": "ddjax.data", "denoisers": "ddjax.denoisers", "training": "ddjax.training"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name])
+    if name in ("load", "Run"):
+        return getattr(importlib.import_module("ddjax.run"), name)
+    raise AttributeError(f"module 'ddjax' has no attribute {name!r}")
+
+
+__all__ = [
+    "Bound",
+    "BoundDenoiser",
+    "Observed",
+    "Prediction",
+    "Rows",
+    "Run",
+    "Sample",
+    "bind",
+    "data",
+    "denoisers",
+    "fixtures",
+    "grids",
+    "guidance",
+    "likelihood",
+    "load",
+    "objectives",
+    "processes",
+    "random",
+    "sample",
+    "schedules",
+    "solvers",
+    "training",
+]

@@ -1,0 +1,54 @@
+"""Grids: the n + 1 decreasing times at which a sampler stops, from noise to data."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddjax import schedules
+
+Grid = Float[Array, " steps+1"]
+
+
+def _check(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"a grid needs at least one step, got {steps}")
+
+
+def uniform(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
+    """Equal steps of the clock from `start` down to `end`."""
+    _check(steps)
+    return jnp.linspace(start, end, steps + 1)
+
+
+def cosine(steps: int) -> Grid:
+    """t_i = cos(pi/2 i / steps): short first steps, while few sites are known (MD4, Shi et al. 2024, appendix)."""
+    _check(steps)
+    return jnp.sin(0.5 * math.pi * jnp.linspace(1.0, 0.0, steps + 1))
+
+
+def uniform_log_snr(schedule: schedules.Schedule, steps: int, *, start: float, end: float) -> Grid:
+    """Equal steps of log-SNR from `start` (noise, low) up to `end` (data, high)."""
+    _check(steps)
+    return jnp.clip(schedule.time(jnp.linspace(start, end, steps + 1)), 0.0, 1.0)
+
+
+def karras(
+    schedule: schedules.Gaussian,
+    steps: int,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Grid:
+    """EDM's grid: equal steps of (sigma / alpha)**(1 / rho) from sigma_max to sigma_min, then data (Karras et al. 2022, eq. 5).
+
+    The last step goes from sigma_min to t = 0. With one step the grid is {sigma_max, 0}.
+    """
+    _check(steps)
+    ramp = jnp.linspace(0.0, 1.0, steps) if steps > 1 else jnp.zeros((1,))
+    sigma = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    times = jnp.clip(schedule.time(-2.0 * jnp.log(sigma)), 0.0, 1.0)
+    return jnp.append(times, 0.0)

@@ -1,0 +1,114 @@
+"""The negative evidence lower bound, one evaluator for every process.
+
+    -log p(x_0) <= KL(q(x_high | x_0) || prior) + integral of path_kl over [low, high] + E[-log p(x_0 | x_low)]
+
+The three terms are always added; the range of times is part of the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ddjax import random
+from ddjax.predictions import Prediction
+from ddjax.pytrees import as_pytree
+from ddjax.types import Bound, Rows, State, Time, left_broadcast, per_example, sites
+
+# (process, x0, prediction, x_low, low) -> nats per site. Compared by value: `binned` and partials of it are fine.
+Reconstruction = Callable[[Any, State, Prediction, State, Time], Array]
+
+
+def nelbo(
+    key: Key[Array, ""],
+    denoise: Any,
+    process: Any,
+    x0: State,
+    cond: Any = None,
+    *,
+    num_times: int = 16,
+    t_range: tuple[float, float] | None = None,
+    reconstruction: Reconstruction | None = None,
+    rows: Rows | None = None,
+) -> Bound:
+    """An unbiased estimate of the bound for each example, nats per example.
+
+    x0: `(batch, *sites)`. num_times: stratified times per example; the network is called `num_times + 1` times.
+    t_range: times integrated by the diffusion term, default `process.t_range`; any range gives a valid bound.
+    reconstruction: the decoder at the low end; default the process's own (for Gaussian states a density; give
+        `binned(levels)` for the probability of discrete levels, which is what bits per dimension need).
+    Raises ValueError where num_times < 1 or the range is empty.
+    """
+    if num_times < 1:
+        raise ValueError(f"num_times must be at least 1, got {num_times}")
+    low, high = process.t_range if t_range is None else (float(t_range[0]), float(t_range[1]))
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
+    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    terms = _terms(
+        key, as_pytree(denoise), x0, cond, rows.index, process, num_times, (low, high), reconstruction
+    )
+    return Bound(*terms, t_range=(low, high), dims=sites(x0))
+
+
+@functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "reconstruction"))
+def _terms(key, denoise, x0, cond, rows, process, num_times, t_range, reconstruction):
+    batch = x0.shape[0]
+    dtype = x0.dtype if jnp.issubdtype(x0.dtype, jnp.floating) else jnp.result_type(float)
+    time_keys, noise_keys, low_keys = random.split(random.example_keys(key, rows), 3)
+    low, high = (jnp.full((batch,), end, dtype) for end in t_range)
+
+    def one_time(total, j):
+        # One stratum per step: j-th of num_times equal parts of the interval.
+        u = (j + random.uniform(random.fold_in(time_keys, j), dtype=dtype)) / num_times
+        t, weight = process.time_at(u, t_range)
+        xt = process.marginal(x0, t).sample(random.fold_in(noise_keys, j))
+        return total + weight * per_example(process.path_kl(x0, denoise(xt, t, cond), xt, t)), None
+
+    diffusion, _ = jax.lax.scan(one_time, jnp.zeros((batch,), dtype), jnp.arange(num_times))
+    x_low = process.marginal(x0, low).sample(low_keys)
+    prediction = denoise(x_low, low, cond)
+    if reconstruction is None:
+        ends = process.reconstruction(x0, prediction, x_low, low)
+    else:
+        ends = reconstruction(process, x0, prediction, x_low, low)
+    return per_example(process.prior_kl(x0, high)), diffusion / num_times, per_example(ends)
+
+
+class _Binned:
+    """See `binned`; compares by value so that jit caches on it."""
+
+    def __init__(self, levels: tuple[float, ...]):
+        self.levels = levels
+
+    def __eq__(self, other):
+        return isinstance(other, _Binned) and self.levels == other.levels
+
+    def __hash__(self):
+        return hash(self.levels)
+
+    def __call__(self, process, x0, prediction, x_low, low):
+        """-log p(level of x0 | x_low), nats per site."""
+        t = left_broadcast(low, x0)
+        alpha, sigma = process.schedule.alpha(t)[..., None], process.schedule.sigma(t)[..., None]
+        levels = jnp.asarray(self.levels, x0.dtype)
+        logits = -0.5 * ((x_low[..., None] - alpha * levels) / sigma) ** 2
+        nearest = jnp.argmin(jnp.abs(x0[..., None] - levels), axis=-1)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), nearest[..., None], axis=-1)[..., 0]
+
+
+def binned(levels: Sequence[float] | Float[Array, " levels"]) -> Reconstruction:
+    """A decoder for Gaussian states whose sites take a few known values: p(v | x_low) ∝ N(x_low; alpha v, sigma^2).
+
+    (Kingma et al. 2021, "Variational Diffusion Models", eq. 30.) `levels`: the values, in the units of x0 (for 8-bit images in
+    [-1, 1]: `linspace(-1, 1, 256)`). The bound is then on a probability, so bits per dimension need no offset.
+    """
+    values = tuple(float(v) for v in levels)
+    if len(values) < 2:
+        raise ValueError(f"binned needs at least two levels, got {values}")
+    return _Binned(values)

@@ -1,0 +1,80 @@
+"""What a network said, and what it meant by it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from ddjax.types import Apply, Params, State, Time
+
+GAUSSIAN_KINDS = ("x0", "noise", "score", "velocity", "v", "edm")
+CATEGORICAL_KINDS = ("posterior", "cavity", "ratio")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A network's output with its meaning.
+
+    value: shaped like the state for Gaussian kinds; logits `(batch, *sites, symbols)` for categorical ones.
+    kind: one of `GAUSSIAN_KINDS` or `CATEGORICAL_KINDS` (docs/design.md, section 2). Static under jit.
+    """
+
+    value: Float[Array, batch * sites]
+    kind: str = dataclasses.field(metadata={"static": True})
+
+
+def check_kind(kind: str, allowed: tuple[str, ...], process: object) -> None:
+    """Raise a ValueError that names the kinds a process understands."""
+    if kind not in allowed:
+        raise ValueError(
+            f"{type(process).__name__} does not understand a prediction of kind {kind!r}; "
+            f"it takes one of {', '.join(allowed)}"
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundDenoiser:
+    """A network closed over its parameters (see `bind`)."""
+
+    params: Params
+    rng: jax.Array | None
+    apply: Apply = dataclasses.field(metadata={"static": True})
+    process: Any = dataclasses.field(metadata={"static": True})
+    kind: str = dataclasses.field(metadata={"static": True})
+    train: bool = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, xt: State, t: Time, cond: Any = None) -> Prediction:
+        """Predict at state `xt`, time `t`."""
+        x_in, t_in = self.process.network_inputs(xt, t, self.kind)
+        options = {"train": True, "rng": self.rng} if self.train else {}
+        return Prediction(self.apply(self.params, x_in, t_in, cond, **options), self.kind)
+
+
+def bind(
+    apply: Apply,
+    params: Params,
+    process: Any,
+    kind: str,
+    *,
+    rng: jax.Array | None = None,
+    train: bool = False,
+) -> BoundDenoiser:
+    """Close a network over its parameters: `apply(params, xt, t, cond)` becomes `denoise(xt, t, cond)`.
+
+    kind: what the network's output means for this process (for example `"posterior"` or `"velocity"`). With `"edm"` the
+    process also scales the network's inputs (Karras et al. 2022, table 1).
+    The result is a pytree whose leaves are `params`: it goes through `jax.jit` as an argument.
+    Raises ValueError where the process has no such kind.
+    """
+    check_kind(kind, process.kinds, process)
+    return BoundDenoiser(params, rng, apply, process, kind, train)
+
+
+def evaluations(denoise: Any) -> int:
+    """Network evaluations that one call of `denoise` costs (guidance costs two)."""
+    return getattr(denoise, "evaluations", 1)

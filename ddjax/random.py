@@ -1,0 +1,52 @@
+"""Randomness, one key per example.
+
+Every draw for a batch takes keys of shape `(batch,)`, made by folding the *global* row index into one key.
+So an example's noise depends neither on the batch size, nor on the devices, nor on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ddjax.types import Keys, Rows
+
+
+def example_keys(key: Key[Array, ""], rows: Int[Array, " batch"] | int) -> Keys:
+    """One key per example: `fold_in(key, row)`. `rows` are global row indices, or a batch size."""
+    rows = jnp.arange(rows) if isinstance(rows, int) else rows
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def fold_in(keys: Keys, data: int | Array) -> Keys:
+    """Fold the same number into each example's key (a step index, a stream)."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def split(keys: Keys, num: int = 2) -> tuple[Keys, ...]:
+    """Split each example's key into `num` streams."""
+    parts = jax.vmap(lambda k: jax.random.split(k, num))(keys)
+    return tuple(parts[:, i] for i in range(num))
+
+
+def normal(keys: Keys, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, batch * shape]:
+    """Standard normals; `shape` is that of one example."""
+    return jax.vmap(lambda k: jax.random.normal(k, tuple(shape), dtype))(keys)
+
+
+def uniform(keys: Keys, shape: Sequence[int] = (), dtype=jnp.float32) -> Float[Array, batch * shape]:
+    """Uniforms on [0, 1); `shape` is that of one example."""
+    return jax.vmap(lambda k: jax.random.uniform(k, tuple(shape), dtype))(keys)
+
+
+def stratified(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Array, " batch"]:
+    """Low-discrepancy uniforms on [0, 1): `(i + u) / total` for row i, all rows shifted by one shared u.
+
+    Each is uniform on its own and a batch fills the interval evenly (Kingma et al. 2021, "Variational Diffusion
+    Models", appendix I.1). The rows of one global batch share `key`, wherever they are held.
+    """
+    u = jax.random.uniform(key, (), dtype)
+    return jnp.mod((rows.index.astype(dtype) + u) / rows.total, 1.0)

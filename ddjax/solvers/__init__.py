@@ -1,0 +1,7 @@
+"""Reverse steps. A solver has `init(xt) -> carry` and `step(keys, carry, xt, t, s, denoise) -> (xs, carry, Info)`."""
+
+from ddjax.solvers.ancestral import Ancestral
+from ddjax.solvers.base import Info, Solver
+from ddjax.solvers.gaussian import DDIM, Heun
+
+__all__ = ["DDIM", "Ancestral", "Heun", "Info", "Solver"]
