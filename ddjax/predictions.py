@@ -77,4 +77,5 @@ def bind(
 
 def evaluations(denoise: Any) -> int:
     """Network evaluations that one call of `denoise` costs (guidance costs two)."""
-    return getattr(denoise, "evaluations", 1)
+    function = denoise.func if isinstance(denoise, jax.tree_util.Partial) else denoise  # see pytrees.as_pytree
+    return getattr(function, "evaluations", 1)

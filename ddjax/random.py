@@ -43,10 +43,13 @@ def uniform(keys: Keys, shape: Sequence[int] = (), dtype=jnp.float32) -> Float[A
 
 
 def stratified(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Array, " batch"]:
-    """Low-discrepancy uniforms on [0, 1): `(i + u) / total` for row i, all rows shifted by one shared u.
+    """Low-discrepancy uniforms on [0, 1): `((i + shift) mod total + u) / total` for row i, with one shared shift and u.
 
-    Each is uniform on its own and a batch fills the interval evenly (Kingma et al. 2021, "Variational Diffusion
-    Models", appendix I.1). The rows of one global batch share `key`, wherever they are held.
+    Each is uniform on its own and a batch hits every one of `total` equal parts once (Kingma et al. 2021, "Variational
+    Diffusion Models", appendix I.1). The rows of one global batch share `key`, wherever they are held.
     """
-    u = jax.random.uniform(key, (), dtype)
-    return jnp.mod((rows.index.astype(dtype) + u) / rows.total, 1.0)
+    shift_key, u_key = jax.random.split(key)
+    # Without the shift, row i would be confined to part i: biased wherever the order of the rows means something.
+    part = jnp.mod(rows.index + jax.random.randint(shift_key, (), 0, rows.total), rows.total)
+    u = (part.astype(dtype) + jax.random.uniform(u_key, (), dtype)) / rows.total
+    return jnp.minimum(u, 1.0 - jnp.finfo(dtype).epsneg)  # rounding must not reach 1

@@ -81,7 +81,7 @@ def sample(
 def _sample(key, denoise, times, cond, init, observed, rows, process, shape, solver, trajectory):
     batch = shape[0]
     prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
-    xt = process.prior(shape, times[0]).sample(prior_keys) if init is None else init
+    xt = process.prior(shape, times[0]).sample(prior_keys) if init is None else jnp.asarray(init)
 
     def show(x, i):
         """Put the known sites in."""
@@ -90,13 +90,14 @@ def _sample(key, denoise, times, cond, init, observed, rows, process, shape, sol
         known = process.observe(
             random.fold_in(observed_keys, i), observed.value, jnp.full((batch,), times[i])
         )
-        return jnp.where(observed.mask, known, x)
+        known = jnp.where(i == times.shape[0] - 1, observed.value, known)  # the sample shows the values themselves
+        return jnp.where(observed.mask, known, x).astype(x.dtype)
 
     def step(state, i):
         x, carry, nfe = state
         t, s = (jnp.full((batch,), times[j]) for j in (i, i + 1))
-        x, carry, info = solver.step(random.fold_in(step_keys, i), carry, x, t, s, denoise, cond)
-        x = show(x, i + 1)
+        moved, carry, info = solver.step(random.fold_in(step_keys, i), carry, x, t, s, denoise, cond)
+        x = show(moved.astype(x.dtype), i + 1)
         return (x, carry, nfe + info.nfe * evaluations(denoise)), (x if trajectory else None)
 
     first = show(xt, 0)

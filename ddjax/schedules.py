@@ -105,6 +105,10 @@ class Polynomial(Survival):
         """Power * t**(power - 1)."""
         return self.power * t ** (self.power - 1.0)
 
+    def log_snr_prime(self, t):
+        """-power / (t alpha), also where sigma = sigma' = 0."""
+        return -self.power / (t * jnp.abs(self.alpha(t)))  # alpha(1) is -0
+
     def time_of_sigma(self, sigma):
         """sigma**(1 / power)."""
         return sigma ** (1.0 / self.power)
@@ -123,8 +127,8 @@ class LogLinear(Survival):
         _require(0 <= self.eps < 1, self, "eps must lie in [0, 1)")
 
     def alpha(self, t):
-        """1 - (1 - eps) t."""
-        return 1.0 - (1.0 - self.eps) * t
+        """1 - (1 - eps) t, accurate as t -> 1."""
+        return (1.0 - t) + self.eps * t
 
     def sigma(self, t):
         """(1 - eps) t."""
@@ -161,6 +165,10 @@ class Cosine(Survival):
     def sigma_prime(self, t):
         """pi/2 cos(pi t / 2)."""
         return 0.5 * math.pi * jnp.sin(0.5 * math.pi * (1.0 - t))
+
+    def log_snr_prime(self, t):
+        """-pi/2 cot(pi/4 (1 - t)) / sigma, also where alpha = sigma' = 0."""
+        return -0.5 * math.pi / (jnp.tan(0.25 * math.pi * (1.0 - t)) * self.sigma(t))
 
     def time_of_sigma(self, sigma):
         """2/pi arcsin(sigma)."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ddjax.predictions import CATEGORICAL_KINDS, Prediction
 from ddjax.predictions import evaluations as cost
+from ddjax.pytrees import as_pytree
 from ddjax.types import Denoise
 
 
@@ -38,11 +39,10 @@ class ClassifierFree:
         out = self.denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), both)
         value = jax.nn.log_softmax(out.value) if out.kind in CATEGORICAL_KINDS else out.value
         with_cond, without = jnp.split(value, 2)
-        # An impossible symbol stays impossible: -inf - -inf would be NaN.
-        return Prediction(
-            jnp.where(jnp.isneginf(with_cond), with_cond, without + self.scale * (with_cond - without)),
-            out.kind,
-        )
+        # A symbol impossible on either side is judged by the condition alone: -inf - -inf would be NaN.
+        impossible = jnp.isneginf(with_cond) | jnp.isneginf(without)
+        change = jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without)
+        return Prediction(jnp.where(impossible, with_cond, without + self.scale * change), out.kind)
 
 
 def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
@@ -57,4 +57,4 @@ def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
     """
     if isinstance(scale, (int, float)) and scale == 1.0:
         return denoise
-    return ClassifierFree(denoise, null, jnp.asarray(scale, jnp.float32))
+    return ClassifierFree(as_pytree(denoise), null, jnp.asarray(scale, jnp.result_type(float)))

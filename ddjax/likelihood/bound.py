@@ -59,7 +59,8 @@ def nelbo(
 @functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "reconstruction"))
 def _terms(key, denoise, x0, cond, rows, process, num_times, t_range, reconstruction):
     batch = x0.shape[0]
-    dtype = x0.dtype if jnp.issubdtype(x0.dtype, jnp.floating) else jnp.result_type(float)
+    floating = jnp.issubdtype(x0.dtype, jnp.floating)
+    dtype = jnp.promote_types(x0.dtype, jnp.float32) if floating else jnp.result_type(float)
     time_keys, noise_keys, low_keys = random.split(random.example_keys(key, rows), 3)
     low, high = (jnp.full((batch,), end, dtype) for end in t_range)
 

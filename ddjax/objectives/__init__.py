@@ -5,7 +5,7 @@ is the weighted mean over examples of nats per site (docs/design.md, section 2).
 """
 
 from ddjax.objectives.conditioning import with_condition_dropout
-from ddjax.objectives.elbo import elbo
+from ddjax.objectives.elbo import any_order, elbo
 from ddjax.objectives.gaussian import (
     gaussian,
     log_normal_sigma,
@@ -16,6 +16,7 @@ from ddjax.objectives.gaussian import (
 )
 
 __all__ = [
+    "any_order",
     "elbo",
     "gaussian",
     "log_normal_sigma",

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ddjax.objectives.base import Objective, noised
+import jax
+import jax.numpy as jnp
+
+from ddjax.objectives.base import Objective, at_times, noised
+from ddjax.processes import Masked
+from ddjax.processes.mixture import gather
+from ddjax.types import left_broadcast, sites
 
 
 def elbo(process: Any, kind: str, *, t_range: tuple[float, float] | None = None) -> Objective:
@@ -19,4 +25,31 @@ def elbo(process: Any, kind: str, *, t_range: tuple[float, float] | None = None)
     t_range: times to integrate; default `process.t_range`.
     """
     low_high = process.t_range if t_range is None else t_range
-    return noised(process, kind, lambda u: process.time_at(u, low_high), process.path_kl)
+    return noised(process, kind, at_times(process, lambda u: process.time_at(u, low_high)), process.path_kl)
+
+
+def any_order(process: Masked, kind: str = "posterior") -> Objective:
+    """The masked bound over the whole interval, with the number of masks drawn instead of the time.
+
+    k of the L sites are masked, k uniform on 1 ... L, and the loss is (L / k) times the cross-entropy at them: the
+    integral of the bound over t at fixed k, since that of t**(k-1) (1-t)**(L-k) C(L, k) over [0, 1] is 1 / k (Uria et al. 2014;
+    Ou et al. 2024, RADD, eq. 4.6). The same expectation as `elbo` with less variance, whatever the schedule. A network that is told the
+    time is told the one at which k / L sites are expected to be masked.
+
+    Raises ValueError for a process other than `Masked`.
+    """
+    if not isinstance(process, Masked):
+        raise ValueError(f"any_order is the masked process's bound, got {type(process).__name__}; use elbo")
+
+    def corrupt(u, keys, x0):
+        count = sites(x0)
+        k = jnp.minimum(jnp.floor(u * count), count - 1) + 1
+        order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys).reshape(x0.shape)
+        xt = jnp.where(order < left_broadcast(k, x0), process.mask, x0)
+        return xt, process.schedule.time_of_sigma(k / count), count / k
+
+    def cross_entropy(x0, prediction, xt, t):
+        log_p = jax.nn.log_softmax(process.convert(prediction, "cavity", xt, t).value)
+        return jnp.where(xt == process.mask, -gather(log_p, x0), 0.0)
+
+    return noised(process, kind, corrupt, cross_entropy)

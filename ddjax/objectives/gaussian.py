@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ddjax.objectives.base import Objective, noised
+from ddjax.objectives.base import Objective, at_times, noised
 from ddjax.predictions import GAUSSIAN_KINDS, Prediction, check_kind
 from ddjax.processes import Gaussian
 from ddjax.types import Time
@@ -57,7 +57,7 @@ def gaussian(
         target = process.convert(Prediction(x0, "x0"), error, xt, t).value
         return (target - process.convert(prediction, error, xt, t).value) ** 2
 
-    return noised(process, kind, time_at, site_loss)
+    return noised(process, kind, at_times(process, time_at), site_loss)
 
 
 def unit(log_snr: Array) -> Array:
@@ -78,14 +78,15 @@ def uniform_time(process: Gaussian) -> Density:
 
 def uniform_log_snr(process: Gaussian) -> Density:
     """Uniform in log-SNR over `process.t_range`."""
-    return lambda u: process.time_at(u, process.t_range)[0]
+    t_range = process.t_range
+    return lambda u: process.time_at(u, t_range)[0]
 
 
 def log_normal_sigma(process: Gaussian, mean: float = -1.2, std: float = 1.2) -> Density:
     """log(sigma / alpha) ~ N(mean, std^2) (EDM's P_mean, P_std; Karras et al. 2022, table 1)."""
 
     def density(u):
-        # Half a grid cell away from 0 and 1, whose quantiles are infinite.
+        # Away from 0 and 1, whose quantiles are infinite.
         z = jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1.0 - 1e-6))
         return jnp.clip(process.schedule.time(-2.0 * (mean + std * z)), 0.0, 1.0)
 

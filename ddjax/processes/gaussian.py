@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -88,10 +89,15 @@ class Gaussian:
         return self.bridge(self.convert(prediction, "x0", xt, t).value, xt, s, t)
 
     def sde(self, t: Time) -> tuple[Array, Array]:
-        """Coefficients (f, g^2) of dx = f x dt + g dw: f = alpha'/alpha, g^2 = -sigma^2 lambda'."""
+        """Coefficients (f, g^2) of dx = f x dt + g dw: f = alpha'/alpha, g^2 = -sigma^2 lambda' = 2 sigma (sigma' - f sigma)."""
         t = jnp.asarray(t)
+        sigma = self.schedule.sigma(t)
         f = self.schedule.alpha_prime(t) / self.schedule.alpha(t)
-        return f, -(self.schedule.sigma(t) ** 2) * self.schedule.log_snr_prime(t)
+        return f, 2.0 * sigma * (self.schedule.sigma_prime(t) - f * sigma)
+
+    def observe(self, keys: Keys, x0: X, t: Time) -> X:
+        """What an observed site shows at time t while its neighbours are sampled."""
+        return self.marginal(x0, t).sample(keys)
 
     def prior(self, shape: Sequence[int], t: float = 1.0) -> Normal:
         """N(0, sigma_t^2 + alpha_t^2 data_std^2): the marginal at t of zero-mean data of that width."""
@@ -122,12 +128,20 @@ class Gaussian:
     @property
     def t_range(self) -> tuple[float, float]:
         """The default range of times a bound integrates: log-SNR from 13 down to -10, where the schedule has them."""
-        low, high = (float(self.schedule.time(jnp.float32(snr))) for snr in (13.0, -10.0))
+        with jax.ensure_compile_time_eval():  # also while tracing
+            low, high = (float(self.schedule.time(jnp.float32(snr))) for snr in (13.0, -10.0))
         return max(low, 0.0), min(high, 1.0)
 
     def time_at(self, u: Array, t_range: tuple[float, float]) -> tuple[Array, Array]:
-        """Times uniform in log-SNR, and dt/du: the integral of f over t_range is the mean of f(t) dt/du over u in [0, 1]."""
+        """Times uniform in log-SNR, and dt/du: the integral of f over t_range is the mean of f(t) dt/du over u in [0, 1].
+
+        Raises ValueError where the log-SNR is infinite at an end of the range.
+        """
         u = jnp.asarray(u)
+        with jax.ensure_compile_time_eval():
+            ends = [float(self.schedule.log_snr(jnp.asarray(end, u.dtype))) for end in t_range]
+        if not all(map(math.isfinite, ends)):
+            raise ValueError(f"the log-SNR of {self.schedule!r} is infinite at an end of t_range={t_range}: {ends}")
         high, low = self.schedule.log_snr(jnp.asarray(t_range, u.dtype))
         t = jnp.clip(
             self.schedule.time(high + u * (low - high)), *t_range
@@ -172,7 +186,9 @@ class Gaussian:
             value = alpha * noise - sigma * x0
         elif kind == "velocity":
             t = left_broadcast(jnp.asarray(t), xt)
-            value = self.schedule.alpha_prime(t) * x0 + self.schedule.sigma_prime(t) * noise
+            # No noise adds nothing, also where sigma' is infinite.
+            noisy = jnp.where(noise == 0, 0.0, self.schedule.sigma_prime(t) * noise)
+            value = self.schedule.alpha_prime(t) * x0 + noisy
         else:  # edm
             d = self.data_std
             value = (sigma * x0 / d - alpha * d * noise) / jnp.sqrt(sigma**2 + (alpha * d) ** 2)
@@ -199,10 +215,12 @@ class Gaussian:
             )
         t = left_broadcast(jnp.asarray(t), xt)
         da, ds = self.schedule.alpha_prime(t), self.schedule.sigma_prime(t)
-        # Divided by sigma', which is infinite at t = 0 under VPLinear: then x0 = x_t / alpha.
-        slope = da / ds
-        kappa = slope * sigma - alpha
-        return (sigma * value / ds - xt) / kappa, (slope * xt - alpha * value / ds) / kappa
+        # Where sigma' is infinite (t = 0 under VPLinear), divided by it: then x0 = x_t / alpha and noise = 0.
+        infinite = jnp.isinf(ds)
+        da, ds = jnp.where(infinite, 0.0, da), jnp.where(infinite, 1.0, ds)
+        value = jnp.where(infinite, 0.0, value)
+        kappa = da * sigma - ds * alpha
+        return (sigma * value - ds * xt) / kappa, (da * xt - alpha * value) / kappa
 
 
 def _divide(a: Array, b: Array) -> Array:

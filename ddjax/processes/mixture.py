@@ -227,7 +227,14 @@ class Mixture:
         change = self.schedule.alpha(left_broadcast(t, xt, 1)) * jnp.pad(law - clean, pad)
         true, model = self._blur(clean, xt, t), self._blur(law, xt, t)
         possible = true > 0
-        log_change = jnp.log1p(jnp.where(possible, change, 0.0) / jnp.where(possible, true, 1.0))
+        relative = jnp.where(possible, change, 0.0) / jnp.where(possible, true, 1.0)
+        # log(model / true): from the difference where they are close, from the two where the model has lost most of the mass.
+        close = (relative > -0.5) | ~possible
+        log_change = jnp.where(
+            close,
+            jnp.log1p(jnp.where(close, relative, 0.0)),
+            log_or_floor(model) - log_or_floor(true),
+        )
         d = log_change - gather(log_change, xt)[..., None]
         here_true, here_model = gather(true, xt)[..., None], gather(model, xt)[..., None]
         terms = jnp.where(possible, true / here_true * _phi(d), model / here_model)
@@ -241,13 +248,19 @@ class Mixture:
     @property
     def t_range(self) -> tuple[float, float]:
         """The default range of times a bound integrates: from one symbol in a thousand lost, to t = 1."""
-        return float(self.schedule.time_of_sigma(jnp.float32(1e-3))), 1.0
+        with jax.ensure_compile_time_eval():  # also while tracing
+            return float(self.schedule.time_of_sigma(jnp.float32(1e-3))), 1.0
 
     def time_at(self, u: Array, t_range: tuple[float, float]) -> tuple[Array, Array]:
         """Times uniform in the fraction of lost symbols, and dt/du (see `Gaussian.time_at`)."""
         u = jnp.asarray(u)
-        low, high = self.schedule.sigma(jnp.asarray(t_range, u.dtype))
-        t = jnp.clip(self.schedule.time_of_sigma(low + u * (high - low)), *t_range)
+        ends = jnp.asarray(t_range, u.dtype)
+        low, high = self.schedule.sigma(ends)
+        # Rounding must not reach an end: there alpha or sigma may be 0 and the integrand 0 / 0.
+        u = jnp.clip(u, jnp.finfo(u.dtype).epsneg, 1.0)
+        t = jnp.clip(
+            self.schedule.time_of_sigma(jnp.minimum(low + u * (high - low), high)), ends[0], jnp.nextafter(ends[1], ends[0])
+        )
         return t, (high - low) / self.schedule.sigma_prime(t)
 
     # -- predictions ------------------------------------------------------------------------------------------

@@ -1,0 +1,242 @@
+"""The command line: `ddjax train | sample | eval | bench | export`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OVERRIDES = """\
+Any key of the config can be overridden: --config.train.steps=2000 --config.denoiser.options.width=128
+All keys are listed and explained in ddjax/config.py."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where all went well (or a signal asked to stop and all was saved), 1 or 2 with one clear line where not.
+
+    DDJAX_DEBUG=1 in the environment shows the whole traceback of an error.
+    """
+    arguments, overrides = parser().parse_known_args(argv)
+    name = f"ddjax {arguments.command}"
+    stray = [a for a in overrides if not (hasattr(arguments, "config") and a.startswith("--config."))]
+    if stray:
+        print(f"{name}: unknown argument {stray[0]} (see {name} --help)", file=sys.stderr)
+        return 2
+    try:
+        _prepare_jax()
+        return arguments.run(arguments, overrides) or 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        # What users can put right is raised as one of these with a message that says how.
+        if os.environ.get("DDJAX_DEBUG"):
+            raise
+        print(f"{name}: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with all sub-commands."""
+    top = argparse.ArgumentParser(
+        prog="ddjax",
+        description="Denoising diffusion on any state space, in JAX.",
+        epilog="Start with: ddjax train --config configs/digits_masked.py --workdir runs/digits",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+
+    train = _command(commands, "train", _train, "train a model, or continue where a run stopped", epilog=OVERRIDES)
+    _add_config(train)
+    _add_workdir(train, "folder of the run: checkpoints, metrics, samples; made if absent, continued if it holds a run")
+    train.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    sample = _command(commands, "sample", _sample, "draw samples from a trained model")
+    _add_workdir(sample, "folder of the run")
+    sample.add_argument("--num", type=int, help="how many (default: the config's)")
+    sample.add_argument("--out", type=Path, help="file to write: .png for images, .txt for text, .npy for raw states")
+    sample.add_argument("--label", type=int, help="draw this class only (default: all in turn)")
+    sample.add_argument("--unconditional", action="store_true", help="draw without labels")
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is off")
+    sample.add_argument("--steps", type=int, help="solver steps")
+    sample.add_argument("--solver", help="ancestral, ddim or heun")
+    sample.add_argument("--seed", type=int, help="of the samples; the same seed gives the same samples")
+    sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+
+    evaluate = _command(commands, "eval", _eval, "report the bound on held-out data, in bits per dimension")
+    _add_workdir(evaluate, "folder of the run")
+    evaluate.add_argument("--num-times", type=int, help="times per example (default: the config's)")
+    evaluate.add_argument(
+        "--labels", type=int, default=None, metavar="N",
+        help="for labelled images: also the fraction of N samples that a classifier fitted on the training data gives their own label",
+    )  # fmt: skip
+    evaluate.add_argument("--guidance", type=float, help="guidance scale of those samples (default: the config's)")
+    evaluate.add_argument("--data", help="path of the data, if it has moved since training")
+    evaluate.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
+    evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+
+    bench = _command(commands, "bench", _bench, "measure step time, throughput, FLOP/s, compile time and memory", epilog=OVERRIDES)
+    bench.add_argument("what", nargs="?", choices=("train", "sample"), default="train", help="what to measure (default: train)")
+    _add_config(bench, required=False)
+    bench.add_argument("--steps", type=int, default=20, help="steps to time")
+    bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
+
+    export = _command(commands, "export", _export, "write the averaged parameters as safetensors")
+    _add_workdir(export, "folder of the run")
+    export.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    export.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, words: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=words,
+        description=words[0].upper() + words[1:] + ".",
+        epilog=epilog,
+        allow_abbrev=False,  # --conf must not swallow an override
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_config(command: argparse.ArgumentParser, required: bool = True) -> None:
+    command.add_argument("--config", type=Path, required=required, help="config file, e.g. configs/digits_masked.py")
+
+
+def _add_workdir(command: argparse.ArgumentParser, words: str) -> None:
+    command.add_argument("--workdir", type=Path, required=True, help=words)
+
+
+def _prepare_jax() -> None:
+    """Settings of every command: quiet logs and a compilation cache that outlives the process."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddjax" / "jax"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _message(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, ValueError | RuntimeError | ImportError) or not isinstance(error, OSError) else _os_message(error)
+
+
+def _os_message(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from ddjax.config import load
+    from ddjax.training.loop import train
+
+    train(load(arguments.config, overrides), arguments.workdir, show=not arguments.quiet)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from ddjax.run import load
+
+    return load(arguments.workdir, step=arguments.step)
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    import jax
+    import numpy as np
+
+    from ddjax.training.loop import write_samples
+
+    run = _load(arguments)
+    num = run.config.sample.num if arguments.num is None else arguments.num
+    cond = None
+    if arguments.label is not None:
+        cond = np.full(num, arguments.label)
+    elif run.data.num_classes and not arguments.unconditional:
+        cond = np.arange(num) % run.data.num_classes
+    seed = run.config.sample.seed if arguments.seed is None else arguments.seed
+    x0 = run.sample(
+        jax.random.key(seed), num, cond=cond, steps=arguments.steps, guidance=arguments.guidance, solver=arguments.solver
+    )
+    path = write_samples(run.data, np.asarray(x0), arguments.out or arguments.workdir / "samples" / f"seed_{seed}")
+    print(f"{num} samples -> {path}")
+    if run.data.vocabulary is not None:
+        print(run.data.to_text(np.asarray(x0[:1]))[0])
+    return 0
+
+
+def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    import json
+
+    from ddjax.training.loop import evaluate, judge_labels
+    from ddjax.training.manifest import write_atomically
+    from ddjax.training.report import describe_bound
+
+    run = _load(arguments)
+    config = _with_data(run.config, arguments.data, arguments.num_times)
+    values = evaluate(run, config)
+    print(describe_bound(values, config.data.eval_split))
+    if arguments.labels:
+        scale = run.config.sample.guidance if arguments.guidance is None else arguments.guidance
+        values["label_accuracy"], values["guidance"] = judge_labels(run, config, arguments.labels, scale), scale
+        print(f"{values['label_accuracy']:.1%} of {arguments.labels} samples are given their own label (guidance {scale:g})")
+    if arguments.out is not None:
+        write_atomically(arguments.out, json.dumps({"step": run.step, **values}, indent=1).encode())
+    return 0
+
+
+def _with_data(config: Any, path: str | None, num_times: int | None) -> Any:
+    import dataclasses
+
+    if path is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=path))
+    if num_times is not None:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_times=num_times))
+    return config
+
+
+def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from ddjax import bench
+    from ddjax.config import default, load, typed
+
+    if arguments.config is None and overrides:
+        raise ValueError("overrides need a --config to override")
+    config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
+    measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
+    result = measure(config, steps=arguments.steps)
+    print(bench.format_report(result))
+    if arguments.out is not None:
+        bench.write(result, arguments.out)
+    return 0
+
+
+def _small(config: Any) -> Any:
+    """The network of configs/digits_masked.py, for a bench without a config."""
+    config.denoiser.options = dict(width=96, depth=3, heads=4, time=False)
+    config.objective.name = "any_order"
+    return config
+
+
+def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    import json
+
+    from ddjax.config import to_dict
+    from ddjax.training import export_safetensors
+
+    run = _load(arguments)
+    metadata = {"step": str(run.step), "config": json.dumps(to_dict(run.config))}
+    export_safetensors(arguments.out, run.params, metadata)
+    print(f"parameters of step {run.step} -> {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Experiment configs: short ml_collections files at the edge, frozen typed dataclasses inside.
+
+A config file defines `get_config()`, starting from `default()` and changing what it needs:
+
+    from ddjax.config import default
+
+    def get_config():
+        config = default()
+        config.denoiser.options = dict(width=96, depth=3, heads=4)
+        return config
+
+Every key is listed and explained here. Names (of processes, schedules, networks, solvers) become objects in
+`ddjax.experiment`, the only place that knows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the key and what was expected."""
+
+
+def _options() -> Any:
+    return dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    name: str = "digits"  # "digits", "stdlib", or the path of a file or folder (ddjax.data.load)
+    tokens: bool = True  # categorical states; False: values in [-1, 1]
+    options: dict = _options()  # of the source: length, size, vocabulary, valid_path, ...
+    eval_split: str = "test"  # the split on which bounds are reported
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """The forward corruption."""
+
+    name: str = "masked"  # masked, uniform, gaussian
+    schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
+    schedule_options: dict = _options()
+    data_std: float = 1.0  # gaussian only: standard deviation of the data
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """The network."""
+
+    name: str = "dit"  # dit, text
+    kind: str = "posterior"  # what it predicts: posterior, cavity, ratio; x0, noise, score, velocity, v, edm
+    options: dict = _options()  # constructor arguments: width, depth, heads, dropout, time, dtype, scan, remat, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    name: str = "elbo"  # elbo, gaussian
+    condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
+    options: dict = _options()  # elbo: t_range; gaussian: error, weighting, density and their arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, constant
+    warmup: int = 100  # steps
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip: float = 1.0  # largest gradient norm
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Intervals are in steps; 0 means never."""
+
+    steps: int = 2000
+    batch_size: int = 64  # examples in a step, over all devices and microbatches
+    accumulate: int = 1  # microbatches in a step
+    ema: float = 0.999  # final decay of the parameters' moving average
+    seed: int = 0
+    mesh: dict = dataclasses.field(default_factory=lambda: {"data": -1})  # axis: size; -1 is all that is left
+    log_every: int = 50
+    eval_every: int = 0
+    sample_every: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2  # checkpoints
+    prefetch: int = 2  # batches loaded ahead
+    tensorboard: bool = False  # needs ddjax[tensorboard]
+    wandb: str = ""  # project; needs ddjax[wandb]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn, unless asked otherwise."""
+
+    num: int = 64
+    solver: str = "ancestral"  # ancestral, ddim, heun
+    solver_options: dict = _options()
+    steps: int = 64
+    grid: str = "uniform"  # uniform, cosine, karras, uniform_log_snr
+    grid_options: dict = _options()
+    guidance: float = 1.0  # classifier-free scale; 1 is off
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How bounds are estimated."""
+
+    num_times: int = 32  # times per example
+    batch_size: int = 100
+    max_examples: int = 0  # 0: the whole split
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    data: DataConfig = DataConfig()
+    process: ProcessConfig = ProcessConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+# Keys that may differ when a run is continued: they change neither the parameters' path nor their meaning.
+# (`train.steps` does stretch a learning-rate decay that is still under way.)
+CHANGEABLE = ("train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.checkpoint_every",
+              "train.keep", "train.prefetch", "train.mesh", "train.tensorboard", "train.wandb", "sample", "eval")  # fmt: skip
+
+
+def default() -> ConfigDict:
+    """Every key at its default, ready to be changed."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def typed(values: Mapping[str, Any] | ConfigDict) -> Config:
+    """A frozen `Config` from nested dicts. Raises ConfigError on an unknown key or a wrong type."""
+    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    return _typed(Config, values, "config")
+
+
+def _typed(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must hold keys and values, got {values!r}")
+    types = typing.get_type_hints(cls)
+    known = {}
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
+            hint = f"did you mean {path}.{near[0]}?" if near else f"it has {', '.join(types)}"
+            raise ConfigError(f"unknown config key {path}.{key}; {hint}")
+        known[key] = _value(types[key], value, f"{path}.{key}")
+    return cls(**known)
+
+
+def _value(kind: type, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _typed(kind, value, path)
+    if kind is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a dict, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply overrides such as `--config.train.steps=100`.
+
+    Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or a file without
+    `get_config`; FileNotFoundError where there is no such file.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file at {path} (configs/ of the repository has some)")
+    values = flags.FlagValues()
+    arguments = ["ddjax", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", None, "config", lock_config=True, flag_values=values, sys_argv=arguments)
+    try:
+        rest = values(arguments)
+        config = values["config"].value
+    except (AttributeError, KeyError) as error:
+        if "get_config" in str(error):
+            raise ConfigError(f"{path} must define get_config()") from None
+        raise ConfigError(f"unknown config key: {_first_line(error)}") from None
+    except (flags.Error, TypeError) as error:
+        raise ConfigError(_first_line(error)) from None
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected arguments: {' '.join(rest[1:])}")
+    return typed(config)
+
+
+def _first_line(error: BaseException) -> str:
+    """An error's text on one line; ml_collections' KeyErrors carry theirs quoted."""
+    text = str(error.args[0]) if error.args else str(error)
+    return " ".join(text.replace("\\n", " ").split()).replace("\\'", "'").strip("'\"")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dicts, as JSON would give them back (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ and may not, as lines `key: old -> new`."""
+    lines = []
+
+    def compare(a: Any, b: Any, path: str) -> None:
+        if path in CHANGEABLE or a == b:
+            return
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in sorted({*a, *b}):
+                compare(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        else:
+            lines.append(f"{path}: {a!r} -> {b!r}")
+
+    compare(old, new, "")
+    return lines

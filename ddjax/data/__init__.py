@@ -1,0 +1,34 @@
+"""Data: sources, their splits, and a Grain pipeline with exact epochs and exact resume.
+
+    train = ddjax.data.load("digits", "train")
+    for batch in ddjax.data.batches(train, batch_size=128, seed=0):  # {"x0": ..., "cond": ...}
+        ...
+
+Importing this imports neither Grain nor any optional package.
+"""
+
+from ddjax.data.arrays import from_arrays
+from ddjax.data.baselines import bigram_entropy, unigram_entropy
+from ddjax.data.dataset import Dataset, Source
+from ddjax.data.pipeline import Batches, batches, epoch
+from ddjax.data.png import grid, write_png
+from ddjax.data.registry import load
+from ddjax.data.vocabulary import Bytes, Characters, Subwords, text8
+
+__all__ = [
+    "Batches",
+    "Bytes",
+    "Characters",
+    "Dataset",
+    "Source",
+    "Subwords",
+    "batches",
+    "bigram_entropy",
+    "epoch",
+    "from_arrays",
+    "grid",
+    "load",
+    "text8",
+    "unigram_entropy",
+    "write_png",
+]

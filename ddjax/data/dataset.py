@@ -1,0 +1,133 @@
+"""What a data set is: one split, read at random, and what its states look like."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the items of one split, a batch of rows at a time.
+
+    `source[index]` takes an integer array `(rows,)` with values in `[0, len(source))` and returns a dict of
+    arrays: "x0" `(rows, *shape)`, int32 tokens or float32 values, and for labelled data "cond" `(rows,)`,
+    int32. A source may be read by several threads at once.
+    """
+
+    def __len__(self) -> int:
+        """How many items there are."""
+
+    def __getitem__(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """The items at these rows, in this order."""
+
+
+class Vocabulary(Protocol):
+    """How text becomes tokens and back."""
+
+    @property
+    def num_symbols(self) -> int:
+        """How many tokens there are."""
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of a row of token ids."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of a data set and how its states look.
+
+    Attributes:
+        name: what was loaded, for messages and file names.
+        split: "train", "valid" or "test".
+        source: random access to the items.
+        shape: the shape of one x0, e.g. `(8, 8, 1)` or `(256,)`.
+        num_symbols: how many values a site takes, for tokens; None for continuous data.
+        num_classes: how many labels "cond" takes; 0 for unlabelled data.
+        levels: for continuous data made of discrete values, the increasing float32 array of the values a
+            site can take (every x0 is one of them exactly); a binned decoder turns them back into a
+            likelihood. None otherwise.
+        vocabulary: for text, what turns tokens back into text. None otherwise.
+    """
+
+    name: str
+    split: str
+    source: Source = dataclasses.field(repr=False)
+    shape: tuple[int, ...]
+    num_symbols: int | None = None
+    num_classes: int = 0
+    levels: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index) -> dict[str, np.ndarray]:
+        """The items at an array of rows (or a slice of them) as a dict of arrays."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        return self.source[np.asarray(index)]
+
+    @property
+    def is_image(self) -> bool:
+        """Whether one x0 is an image `(height, width, 1 or 3)`."""
+        return self.vocabulary is None and len(self.shape) == 3 and self.shape[-1] in (1, 3)
+
+    def to_images(self, x0) -> np.ndarray:
+        """States as images to look at.
+
+        Args:
+            x0: `(n, *shape)`, tokens or values in [-1, 1]. What lies outside (a mask token, an overshoot)
+                is clipped to the nearest shade.
+
+        Returns:
+            uint8 `(n, height, width, channels)`.
+
+        Raises:
+            ValueError: these data are not images, or `x0` has another shape.
+        """
+        if not self.is_image:
+            raise ValueError(f"{self.name}: states of shape {self.shape} are not images")
+        x0 = self._batch(x0)
+        if self.num_symbols is None:
+            shade = (x0.astype(np.float64) + 1) * 127.5
+        else:
+            shade = x0.astype(np.float64) * 255 / max(self.num_symbols - 1, 1)
+        return np.rint(np.clip(shade, 0, 255)).astype(np.uint8)
+
+    def to_text(self, x0) -> list[str]:
+        """States as text, one string a row; a token outside the vocabulary (a mask) shows as a block.
+
+        Args:
+            x0: int tokens `(n, length)`.
+
+        Raises:
+            ValueError: these data are not text, or `x0` has another shape.
+        """
+        if self.vocabulary is None:
+            raise ValueError(f"{self.name}: states of shape {self.shape} are not text")
+        return [self.vocabulary.decode(row) for row in self._batch(x0)]
+
+    def _batch(self, x0) -> np.ndarray:
+        x0 = np.asarray(x0)
+        if x0.shape[1:] != self.shape:
+            raise ValueError(f"{self.name}: expected states (n, *{self.shape}), got {x0.shape}")
+        return x0
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Imports an optional package, or says how to install it.
+
+    Raises:
+        ImportError: it is not installed; the message gives the command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        package = {"PIL": "pillow"}.get(package, package)
+        raise ImportError(f"{purpose} needs {package}: pip install 'ddjax[{extra}]'") from error

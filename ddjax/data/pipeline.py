@@ -1,0 +1,174 @@
+"""From a data set to batches: exact epochs, exact resume, the same data however many processes read.
+
+Indices are shuffled and batched to the *global* batch first; then each process takes its contiguous rows
+and loads only those. So step i sees the same examples in the same order on 1 process or 64, and where a
+run stands is one integer. (Batching indices before loading is also several times faster than Grain's
+item-by-item path.)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ddjax.data.dataset import Dataset
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """An iterator of batches that knows where it stands; made by `batches`."""
+
+    def __init__(self, grain_iterator: Any, identity: dict[str, Any]):
+        self._iterator = grain_iterator
+        self._identity = identity
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the iterator stands: a flat dict that JSON can hold.
+
+        `next_index` is the number of global batches handed out (prefetched ones do not count). The state
+        does not depend on the process or on how many there are.
+        """
+        return {"next_index": int(self._iterator.get_state()["next_index"]), **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken, exactly, from any position.
+
+        Raises:
+            ValueError: `state` is of another seed, batch size or data set.
+        """
+        for key in ("next_index", *self._identity):
+            if key not in state:
+                raise ValueError(f"not a state of a data iterator: no {key!r} among {sorted(state)}")
+        for key, value in self._identity.items():
+            if state[key] != value:
+                raise ValueError(
+                    f"the state is of a data iterator with {key}={state[key]!r}, "
+                    f"this one has {key}={value!r}: resume with the same"
+                )
+        self._iterator.set_state({**self._iterator.get_state(), "next_index": int(state["next_index"])})
+
+
+def batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 0,
+) -> Batches:
+    """Training batches: this process's rows of every global batch.
+
+    Args:
+        dataset: what to read.
+        batch_size: rows of the global batch, a multiple of `process_count`.
+        seed: of the shuffle, non-negative. Every epoch is another permutation of all the items.
+        shuffle: whether to shuffle; otherwise items come in order.
+        repeat: go on for ever, batches straddling the ends of epochs so that no item is ever dropped;
+            otherwise stop after one epoch, *without* a last short batch (`epoch` sees every item).
+        process_index: this process; it owns rows `[index * b, (index + 1) * b)`, b = batch_size / count.
+        process_count: how many processes share the batch.
+        prefetch: batches loaded ahead, each by a thread of its own; 0 loads in the caller's thread.
+
+    Returns:
+        An iterator of dicts of arrays, "x0" `(batch_size / process_count, *shape)` and, for labelled data,
+        "cond"; with `get_state()` and `set_state(state)`.
+
+    Raises:
+        ValueError: sizes that do not fit; the message says which.
+    """
+    grain = _grain()
+    size, rows = len(dataset), _rows(batch_size, process_index, process_count)
+    seed = operator.index(seed)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    if prefetch < 0:
+        raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
+    if size == 0:
+        raise ValueError(f"{dataset.name}: split {dataset.split!r} is empty")
+    if not repeat and size < batch_size:
+        raise ValueError(f"{dataset.name}: {size} items are fewer than one batch of {batch_size}")
+    indices = grain.MapDataset.range(size).seed(seed)
+    if shuffle:
+        indices = indices.shuffle()
+    if repeat:  # after the shuffle: repeat-then-shuffle would draw some items twice before others once
+        indices = indices.repeat()
+    loaded = indices.batch(batch_size, drop_remainder=True).map(lambda index: dataset[index[rows]])
+    # Not the name: it may be a path, and data may have moved.
+    identity = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "shuffle": shuffle,
+        "repeat": repeat,
+        "split": dataset.split,
+        "size": size,
+    }
+    return Batches(_iterate(grain, loaded, prefetch), identity)
+
+
+def epoch(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass in order for evaluation, every item once and all batches of one shape.
+
+    The last batch is filled up with copies of the last item whose "weights" are 0; all others are 1. A
+    weighted mean over the pass is thus exact.
+
+    Args:
+        dataset: what to read.
+        batch_size: rows of the global batch, a multiple of `process_count`.
+        process_index: this process.
+        process_count: how many processes share the batch.
+        prefetch: batches loaded ahead; 0 loads in the caller's thread.
+
+    Returns:
+        An iterator of dicts as `batches` gives, with "weights" float32 `(rows,)` besides.
+    """
+    grain = _grain()
+    size, rows = len(dataset), _rows(batch_size, process_index, process_count)
+
+    def load(index: np.ndarray) -> dict[str, np.ndarray]:
+        index = index[rows]
+        weights = (index < size).astype(np.float32)
+        return {**dataset[np.minimum(index, size - 1)], "weights": weights}
+
+    padded = -(-size // batch_size) * batch_size
+    loaded = grain.MapDataset.range(padded).batch(batch_size).map(load)
+    return iter(_iterate(grain, loaded, prefetch))
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of the global batch that are this process's."""
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of process_count {process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} must be in [0, process_count {process_count})")
+    per_process = batch_size // process_count
+    return slice(process_index * per_process, (process_index + 1) * per_process)
+
+
+def _iterate(grain: Any, loaded: Any, prefetch: int) -> Any:
+    # Grain's own default, 16 threads and 500 items, would hold 500 whole batches.
+    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    return iter(loaded.to_iter_dataset(options))
+
+
+def _grain() -> Any:
+    import grain  # here: it takes seconds to import, and only the pipeline needs it
+
+    return grain

@@ -1,0 +1,25 @@
+"""Networks: Flax NNX modules for construction and the forward pass, pure functions for everything else.
+
+module = DiT(shape=(8, 8, 1), symbols_in=18, symbols_out=17, width=128, depth=4, heads=4, rngs=nnx.Rngs(0))
+apply, params = functional(module)
+logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
+"""
+
+from ddjax.denoisers import layers, taps
+from ddjax.denoisers.dit import DiT
+from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
+from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
+from ddjax.denoisers.text import TextTransformer
+
+__all__ = [
+    "DiT",
+    "Functional",
+    "TextTransformer",
+    "from_linen",
+    "functional",
+    "functional_init",
+    "layers",
+    "stack_blocks",
+    "taps",
+    "unstack_blocks",
+]

@@ -1,0 +1,190 @@
+"""A diffusion transformer for images, continuous or discrete."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
+from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
+from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed, sincos_2d
+from ddjax.denoisers.taps import tap
+
+
+class DiT(nnx.Module):
+    """Diffusion transformer with adaLN-zero (Peebles & Xie 2023, arXiv:2212.09748).
+
+    An image `(batch, H, W, C)` is cut into `patch` x `patch` patches, one transformer site each. A continuous
+    patch is projected linearly; the tokens of a discrete one are embedded, each channel in its own table,
+    concatenated and projected. Positions are a learned table that starts as 2-D sines and cosines, so that
+    a short run has them from the first step. The output layer starts at zero.
+
+    Args:
+        shape: (H, W, C) of one example.
+        symbols_in: None for a continuous state (float xt); else xt is int in `[0, symbols_in)`
+            (`process.num_states`: the mask counts).
+        symbols_out: number of logits per site, for a discrete state only (`process.num_symbols`).
+        out_channels: channels of a continuous output, default C.
+        patch: side of a patch, divides H and W.
+        width, depth, heads: of the transformer; heads divides width.
+        mlp_ratio: hidden width of the MLP over width.
+        num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        time: False ignores t.
+        dropout: rate on each branch of each block, when train=True.
+        dtype: compute dtype; parameters and the output stay float32.
+        embed_width: features per discrete token, default at least 32 (less if width is).
+        cond_width: width of the conditioning vector, default `width`.
+        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
+        scan, remat: see `layers.Stack`.
+        rngs: keys of the initial parameters.
+
+    Raises:
+        ValueError: for sizes that do not divide, or options of the wrong state space.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        symbols_in: int | None = None,
+        symbols_out: int | None = None,
+        out_channels: int | None = None,
+        patch: int = 1,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4,
+        num_classes: int = 0,
+        time: bool = True,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        embed_width: int | None = None,
+        cond_width: int | None = None,
+        attention: str | None = None,
+        scan: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        _check_config(shape, symbols_in, symbols_out, out_channels, patch, embed_width)
+        height, wide, channels = shape
+        sites = patch * patch * channels  # of one patch
+        cond_width = cond_width or width
+        self.shape, self.patch = tuple(shape), patch
+        self.symbols_in, self.symbols_out = symbols_in, symbols_out
+        self.out_channels = out_channels or channels
+        self.dropout, self.dtype = dropout, jnp.dtype(dtype)
+
+        if symbols_in is None:
+            self.tokens = None
+            self.embed = Linear(sites, width, dtype=dtype, rngs=rngs)
+            features_out = patch * patch * self.out_channels
+        else:
+            features = embed_width or max(min(32, width), width // sites)
+            self.tokens = TokenEmbed(symbols_in, features, channels=channels, rngs=rngs)
+            self.embed = Linear(sites * features, width, dtype=dtype, rngs=rngs)
+            features_out = sites * symbols_out
+        self.position = nnx.Param(jnp.asarray(sincos_2d(height // patch, wide // patch, width)))
+        self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs)
+        block = partial(
+            Block, width, heads, mlp="gelu", mlp_width=int(mlp_ratio * width), cond_width=cond_width,
+            dropout=dropout, dtype=dtype, attention=attention,
+        )  # fmt: skip
+        self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
+        self.final = FinalLayer(width, features_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch H W C"] | Int[Array, "batch H W C"],
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None = None,
+        *,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
+        """Run the network.
+
+        Args:
+            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN.
+            t: time in [0, 1].
+            cond: labels in `[0, num_classes]`; None is the null label.
+            rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
+            train: whether dropout acts.
+
+        Returns:
+            float32, `(batch, H, W, out_channels)`, or logits `(batch, H, W, C, symbols_out)`.
+
+        Raises:
+            ValueError: for a shape or dtype that the network was not built for.
+        """
+        check_state(xt, (("height", "width", "channels"), self.shape), self.symbols_in)
+        batch = xt.shape[0]
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        c = tap("condition", self.condition(batch, t, cond))
+        x = _patches(xt, self.patch)  # (batch, rows, columns, patch, patch, channels)
+        if self.tokens is not None:
+            x = self.tokens(x)
+        x = x.reshape(batch, x.shape[1] * x.shape[2], -1)
+        h = tap("embed", self.embed(x) + self.position[...].astype(self.dtype))
+        return self._images(self.final(self.stack(h, c, keys), c))
+
+    def _images(self, y: Float[Array, "batch patches features"]) -> Array:
+        height, wide, channels = self.shape
+        p, (rows, columns) = self.patch, (height // self.patch, wide // self.patch)
+        last = (self.out_channels,) if self.symbols_out is None else (channels, self.symbols_out)
+        y = y.reshape(y.shape[0], rows, columns, p, p, *last)
+        return jnp.swapaxes(y, 2, 3).reshape(y.shape[0], height, wide, *last)
+
+
+def check_state(xt: Array, expected: tuple[tuple[str, ...], tuple[int, ...]], symbols_in: int | None) -> None:
+    """Raise ValueError unless `xt` has the batch axis, sizes and kind of dtype the network was built for."""
+    names, sizes = expected
+    described = f"(batch, {', '.join(names)}) = (batch, {', '.join(map(str, sizes))})"
+    if xt.ndim != len(sizes) + 1:
+        raise ValueError(
+            f"xt has {xt.ndim} axes, shape {xt.shape}; expected {len(sizes) + 1}: {described} "
+            "(the first axis is always the batch, and a single channel still has its axis)"
+        )
+    if xt.shape[1:] != sizes:
+        raise ValueError(f"xt has shape {xt.shape}; the network was built for {described}")
+    if symbols_in is None and not jnp.issubdtype(xt.dtype, jnp.floating):
+        raise ValueError(
+            f"xt has dtype {xt.dtype}; a continuous network takes floats: set symbols_in for tokens"
+        )
+    if symbols_in is not None and not jnp.issubdtype(xt.dtype, jnp.integer):
+        raise ValueError(
+            f"xt has dtype {xt.dtype}; with symbols_in={symbols_in} the network takes integer tokens: "
+            "leave symbols_in out for a continuous state"
+        )
+
+
+def _patches(x: Array, p: int) -> Array:
+    batch, height, width, channels = x.shape
+    return jnp.swapaxes(x.reshape(batch, height // p, p, width // p, p, channels), 2, 3)
+
+
+def _check_config(
+    shape: tuple, symbols_in: int | None, symbols_out: int | None, out_channels: int | None, patch: int,
+    embed_width: int | None,
+) -> None:  # fmt: skip
+    if len(shape) != 3:
+        raise ValueError(
+            f"shape={shape}: expected (height, width, channels) of one example, without the batch"
+        )
+    if patch < 1 or shape[0] % patch or shape[1] % patch:
+        raise ValueError(f"patch={patch} does not divide the image's height and width {tuple(shape[:2])}")
+    if (symbols_in is None) != (symbols_out is None):
+        raise ValueError(
+            f"symbols_in={symbols_in}, symbols_out={symbols_out}: give both for a discrete state "
+            "(num_states and num_symbols of the process), neither for a continuous one"
+        )
+    if symbols_in is not None and out_channels is not None:
+        raise ValueError(
+            f"out_channels={out_channels} is for a continuous state; a discrete one has symbols_out logits"
+        )
+    if symbols_in is None and embed_width is not None:
+        raise ValueError(
+            f"embed_width={embed_width} is for a discrete state; a continuous patch is projected directly"
+        )

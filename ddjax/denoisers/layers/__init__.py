@@ -1,0 +1,34 @@
+"""Layers: small NNX modules and pure functions with explicit dtypes, keys and `train` flags."""
+
+from ddjax.denoisers.layers.attention import Attention, dot_product_attention, rope
+from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
+from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
+from ddjax.denoisers.layers.embed import (
+    Conditioner,
+    TokenEmbed,
+    lookup,
+    sincos_2d,
+    time_embedding,
+)
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "Conditioner",
+    "FinalLayer",
+    "GatedMLP",
+    "Linear",
+    "Stack",
+    "TokenEmbed",
+    "dot_product_attention",
+    "dropout",
+    "layer_norm",
+    "lookup",
+    "modulate",
+    "rope",
+    "sincos_2d",
+    "stack_blocks",
+    "time_embedding",
+    "unstack_blocks",
+]

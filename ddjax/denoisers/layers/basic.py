@@ -1,0 +1,126 @@
+"""Linear layers, MLPs, normalisation and dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from ddjax import random
+
+DType = jax.typing.DTypeLike
+Initializer = Callable[..., Array]
+xavier = jax.nn.initializers.glorot_uniform()
+zeros = jax.nn.initializers.zeros
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`: parameters float32, cast to `dtype` where they are used, sums kept in float32.
+
+    `out_dtype` is the result's dtype (default `dtype`): float32 for logits.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        bias: bool = True,
+        kernel_init: Initializer = xavier,
+        dtype: DType = jnp.float32,
+        out_dtype: DType | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (features_in, features_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
+        self.dtype = jnp.dtype(dtype)
+        self.out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Apply to the last axis."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.out_dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.out_dtype)
+
+
+class MLP(nnx.Module):
+    """Two layers with a tanh-approximated GELU between."""
+
+    def __init__(self, width: int, hidden: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Apply to the last axis."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` without biases (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.gate = Linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Apply to the last axis."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def layer_norm(x: Float[Array, "*batch width"], epsilon: float = 1e-6) -> Float[Array, "*batch width"]:
+    """Layer normalisation over the last axis without scale or shift, computed and returned in float32.
+
+    adaLN supplies the scale and the shift, so an affine here would be redundant.
+    """
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def modulate(x: Float[Array, "batch sites width"], shift: Array, scale: Array) -> Array:
+    """`layer_norm(x) (1 + scale) + shift` in float32, `shift` and `scale` of shape `(batch, width)`."""
+    shift, scale = shift.astype(jnp.float32)[:, None], scale.astype(jnp.float32)[:, None]
+    return layer_norm(x) * (1 + scale) + shift
+
+
+def dropout(x: Float[Array, "batch ..."], rate: float, keys: Key[Array, " batch"] | None) -> Array:
+    """Zero a fraction `rate` of the entries and scale the others by `1 / (1 - rate)`; keeps the mean.
+
+    keys: one key per example, so that an example's mask does not depend on its batch; None turns dropout off.
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def dropout_keys(
+    rate: float, batch: int, rng: Key[Array, ""] | Key[Array, " batch"] | None, train: bool
+) -> Key[Array, " batch"] | None:
+    """Keys for `dropout`: None unless training with `rate > 0`; one key is folded with each row's index.
+
+    Raises ValueError where a key is needed and missing, or is not a typed key of shape `()` or `(batch,)`.
+    """
+    if not train or rate == 0:
+        return None
+    if rng is None:
+        raise ValueError(
+            f"dropout={rate} with train=True needs a key: apply(..., rng=jax.random.key(0), train=True)"
+        )
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"rng has dtype {rng.dtype}; pass a typed key (jax.random.key, not jax.random.PRNGKey)"
+        )
+    if rng.shape not in ((), (batch,)):
+        raise ValueError(f"rng has shape {rng.shape}; pass one key () or one key per example ({batch},)")
+    return random.example_keys(rng, batch) if rng.ndim == 0 else rng
+
+
+def check_rate(rate: float) -> None:
+    """Raise ValueError unless `0 <= rate < 1`."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout={rate}: expected a rate in [0, 1)")

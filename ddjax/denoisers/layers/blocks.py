@@ -1,0 +1,171 @@
+"""The transformer block that images and texts share, and the stack of them: unrolled or scanned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from ddjax import random
+from ddjax.denoisers.layers.attention import Attention
+from ddjax.denoisers.layers.basic import MLP, DType, GatedMLP, Linear, check_rate, dropout, modulate, zeros
+from ddjax.denoisers.taps import active, refuse, tap
+from ddjax.types import Params
+
+MLPS = {"gelu": MLP, "gated": GatedMLP}
+
+
+class Block(nnx.Module):
+    """A bidirectional transformer block under adaLN-zero (Peebles & Xie 2023, section 3.2).
+
+    The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
+    at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp: str,
+        mlp_width: int,
+        cond_width: int,
+        rotary: bool = False,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        attention: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if mlp not in MLPS:
+            raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
+        check_rate(dropout)
+        self.dropout = dropout
+        self.attention = Attention(
+            width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs
+        )
+        self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        h: Float[Array, "batch sites width"],
+        c: Float[Array, "batch cond"],
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str | None = None,
+    ) -> Float[Array, "batch sites width"]:
+        """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        keys_a, keys_m = (None, None) if keys is None else random.split(keys)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c), 6, axis=-1)
+        y = named("/attention", self.attention(modulate(h, shift_a, scale_a)))
+        h = h + gate_a[:, None] * dropout(y, self.dropout, keys_a)
+        y = named("/mlp", self.mlp(modulate(h, shift_m, scale_m)))
+        h = h + gate_m[:, None] * dropout(y, self.dropout, keys_m)
+        return named("", h)
+
+
+class FinalLayer(nnx.Module):
+    """adaLN and a linear layer, both starting at zero; the result is float32."""
+
+    def __init__(
+        self, width: int, features_out: int, *, cond_width: int, dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.modulation = Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.out = Linear(
+            width, features_out, kernel_init=zeros, dtype=dtype, out_dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch cond"]) -> Array:
+        """`(batch, sites, features_out)`, float32."""
+        shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
+        return self.out(tap("final", modulate(h, shift, scale)))
+
+
+class Stack(nnx.Module):
+    """`depth` blocks made by `make(rngs)`.
+
+    scan=True holds one block whose parameters have a leading axis `depth` and runs it in `jax.lax.scan`:
+    compile time does not grow with depth, steps can be slower. From one seed both have the same weights.
+    remat=True recomputes each block in the backward pass (`jax.checkpoint`).
+    """
+
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], Block],
+        depth: int,
+        *,
+        scan: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if depth < 1:
+            raise ValueError(f"depth={depth}: expected at least one block")
+        self.depth, self.scan, self.remat = depth, scan, remat
+        keys = jax.random.split(rngs.params(), depth)
+        if scan:
+            structure = []
+
+            def one(key: Key[Array, ""]) -> Params:
+                graphdef, state = nnx.split(make(nnx.Rngs(key)))
+                structure.append(graphdef)
+                return nnx.to_pure_dict(state)
+
+            stacked = jax.vmap(one)(keys)
+            self.blocks = nnx.merge(structure[0], stacked)
+        else:
+            self.blocks = nnx.List([make(nnx.Rngs(key)) for key in keys])
+
+    def __call__(
+        self,
+        h: Float[Array, "batch sites width"],
+        c: Float[Array, "batch cond"],
+        keys: Key[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch sites width"]:
+        """Run the blocks; `keys`, folded with the layer's number, turn dropout on."""
+        if self.scan:
+            return self._scanned(h, c, keys)
+        # A listener needs the values, which remat's inner trace would not let out; remat changes none.
+        remat = self.remat and not active()
+        for i, block in enumerate(self.blocks):
+            graphdef, params = nnx.split(block)
+            layer_keys = None if keys is None else random.fold_in(keys, i)
+
+            def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}"):
+                return nnx.merge(graphdef, params)(h, c, keys=keys, name=name)
+
+            h = (jax.checkpoint(run) if remat else run)(params, h, c, layer_keys)
+        return h
+
+    def _scanned(self, h: Array, c: Array, keys: Key[Array, " batch"] | None) -> Array:
+        refuse("block", "the blocks are scanned; build the network with scan=False (see `unstack_blocks`)")
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(h: Array, layer: tuple) -> tuple[Array, None]:
+            params, i = layer
+            layer_keys = None if keys is None else random.fold_in(keys, i)
+            return nnx.merge(graphdef, params)(h, c, keys=layer_keys), None
+
+        # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
+        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        return jax.lax.scan(body, h, (stacked, jnp.arange(self.depth)))[0]
+
+
+def stack_blocks(params: Params) -> Params:
+    """Parameters of an unrolled network (`scan=False`) as those of the same network with `scan=True`."""
+    blocks = params["stack"]["blocks"]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(len(blocks))))
+    return {**params, "stack": {"blocks": stacked}}
+
+
+def unstack_blocks(params: Params) -> Params:
+    """Parameters of a scanned network (`scan=True`) as those of the same network with `scan=False`."""
+    stacked = params["stack"]["blocks"]
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    return {
+        **params,
+        "stack": {"blocks": {str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}},
+    }

@@ -1,0 +1,138 @@
+"""Embeddings: times, labels, tokens, positions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ddjax.denoisers.layers.basic import Linear
+
+# t in [0, 1] becomes the step number of a 1000-step diffusion, which the frequencies were made for.
+TIME_SCALE = 1000.0
+TIME_FEATURES = 256
+
+
+def time_embedding(
+    t: Float[Array, " batch"], features: int = TIME_FEATURES
+) -> Float[Array, "batch features"]:
+    """Cosines and sines of `1000 t` at geometric frequencies from 1 to 1e-4, float32.
+
+    As in Peebles & Xie 2023 (DiT), after Vaswani et al. 2017. `t` in [0, 1]; `features` even.
+    """
+    half = features // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def lookup(
+    table: Float[Array, "rows features"], ids: Int[Array, "*batch"]
+) -> Float[Array, "*batch features"]:
+    """Rows of a table; an id beyond it gives NaN, where JAX's clamping would silently give the last row."""
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
+    """Sines and cosines of the row and of the column, `(height * width, features)`, half of them each."""
+
+    def axis(positions: np.ndarray, size: int) -> np.ndarray:
+        half = (size + 1) // 2
+        angles = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)[:, :size]
+
+    rows, columns = np.divmod(np.arange(height * width), width)
+    first = features // 2
+    return np.concatenate([axis(rows, first), axis(columns, features - first)], axis=-1).astype(np.float32)
+
+
+class TokenEmbed(nnx.Module):
+    """Tokens to vectors, one table for each of `channels` (an image's channels are different variables).
+
+    Table entries are normal with standard deviation `1 / sqrt(features)`: unit-norm rows.
+    """
+
+    def __init__(self, symbols: int, features: int, *, channels: int = 1, rngs: nnx.Rngs):
+        scale = features**-0.5
+        self.table = nnx.Param(
+            scale * jax.random.normal(rngs.params(), (channels * symbols, features), jnp.float32)
+        )
+        self.symbols = symbols
+        self.channels = channels
+
+    def __call__(self, ids: Int[Array, "*batch channels"]) -> Float[Array, "*batch channels features"]:
+        """Embed; the last axis is the channel. A token outside `[0, symbols)` gives NaN."""
+        ids = ids.astype(jnp.int32)  # uint8 pixels would overflow below
+        offsets = self.symbols * jnp.arange(self.channels, dtype=jnp.int32)
+        beyond = self.channels * self.symbols
+        # Outside its own table a token would read the next channel's: send it beyond all of them.
+        return lookup(self.table[...], jnp.where((ids >= 0) & (ids < self.symbols), ids + offsets, beyond))
+
+
+class Conditioner(nnx.Module):
+    """Time and label to one conditioning vector, `silu(time_mlp(t) + label_table[label])`, in float32.
+
+    The label table has `num_classes + 1` rows, the last the null label (Ho & Salimans 2022). An untimed,
+    unlabelled network keeps the null row alone: a learned constant. It runs in float32 whatever the network's
+    compute dtype, since it costs nothing and bfloat16 would round nearby times to the same features.
+    """
+
+    def __init__(self, width: int, *, num_classes: int, time: bool, rngs: nnx.Rngs):
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes}: expected 0 (no labels) or more")
+        self.time = time
+        self.num_classes = num_classes
+        self.time_in = Linear(TIME_FEATURES, width, kernel_init=_normal, rngs=rngs) if time else None
+        self.time_out = Linear(width, width, kernel_init=_normal, rngs=rngs) if time else None
+        labelled = num_classes > 0 or not time
+        self.labels = (
+            nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
+        )
+
+    def __call__(self, batch: int, t: Array | None, cond: Array | None) -> Float[Array, "batch width"]:
+        """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)` or None (null)."""
+        total = jnp.zeros((), jnp.float32)
+        if self.time:
+            total = self.time_out(jax.nn.silu(self.time_in(time_embedding(_check_time(t, batch)))))
+        labels = _check_labels(cond, self.num_classes, batch)
+        if self.labels is not None:
+            total = total + lookup(self.labels[...], labels)
+        return jax.nn.silu(total)
+
+
+def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def _check_time(t: Array | None, batch: int) -> Float[Array, " batch"]:
+    if t is None:
+        raise ValueError(
+            f"t is None but the network takes the time: pass shape ({batch},), or build it with time=False"
+        )
+    t = jnp.asarray(t)
+    if t.ndim > 1:
+        raise ValueError(
+            f"t has shape {t.shape}: a time of its own for each site is not supported by this network yet; "
+            f"expected ({batch},) or ()"
+        )
+    if t.shape not in ((), (batch,)):
+        raise ValueError(f"t has shape {t.shape}; expected ({batch},), one time per example, or ()")
+    return jnp.broadcast_to(t, (batch,))
+
+
+def _check_labels(cond: Array | None, num_classes: int, batch: int) -> Int[Array, " batch"]:
+    if cond is None:
+        return jnp.full((batch,), num_classes, jnp.int32)
+    if num_classes == 0:
+        raise ValueError(
+            "cond was given but the network has no labels: build it with num_classes > 0, or pass cond=None"
+        )
+    if not hasattr(cond, "shape") or not jnp.issubdtype(cond.dtype, jnp.integer) or cond.shape != (batch,):
+        found = f"shape {cond.shape}, {cond.dtype}" if hasattr(cond, "shape") else type(cond).__name__
+        raise ValueError(
+            f"cond ({found}): expected int labels of shape ({batch},) in [0, {num_classes}], the last "
+            "being the null label"
+        )
+    return cond

@@ -1,0 +1,203 @@
+"""From a config to objects: the one place where names stand for things."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from ddjax import denoisers, grids, guidance, likelihood, objectives, processes, schedules, solvers
+from ddjax.config import Config, ConfigError
+from ddjax.data.dataset import Dataset
+from ddjax.objectives.base import Objective
+from ddjax.training import Ema, adamw
+from ddjax.types import Apply, Denoise, Params
+
+SCHEDULES = {
+    "linear": schedules.Linear,
+    "polynomial": schedules.Polynomial,
+    "cosine": schedules.Cosine,
+    "log_linear": schedules.LogLinear,
+    "vp_linear": schedules.VPLinear,
+    "vp_cosine": schedules.VPCosine,
+    "ve": schedules.VE,
+    "edm": schedules.EDM,
+    "cond_ot": schedules.CondOT,
+}
+PROCESSES = {"masked": processes.Masked, "uniform": processes.Uniform, "gaussian": processes.Gaussian}
+DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
+OBJECTIVES = {"elbo": objectives.elbo, "any_order": objectives.any_order, "gaussian": objectives.gaussian}
+WEIGHTINGS = {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr}
+DENSITIES = {
+    "uniform_time": objectives.uniform_time,
+    "uniform_log_snr": objectives.uniform_log_snr,
+    "log_normal_sigma": objectives.log_normal_sigma,
+}
+SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
+GRIDS = {
+    "uniform": grids.uniform,
+    "cosine": grids.cosine,
+    "karras": grids.karras,
+    "uniform_log_snr": grids.uniform_log_snr,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config means, on data of a given shape. Nothing here is trained, nothing is on disk."""
+
+    config: Config
+    data: Dataset  # shapes, symbols and display; its items are not read
+    process: Any
+    init: Callable[[Array], Params]
+    apply: Apply
+
+    @property
+    def kind(self) -> str:
+        """What the network predicts."""
+        return self.config.denoiser.kind
+
+    @property
+    def null(self) -> Any:
+        """The condition that means "none"; None for unlabelled data."""
+        return jnp.int32(self.data.num_classes) if self.data.num_classes else None
+
+    @property
+    def sites(self) -> int:
+        """Sites of one example: what bits per dimension divide by."""
+        return int(functools.reduce(lambda a, b: a * b, self.data.shape, 1))
+
+    def objective(self) -> Objective:
+        """The training objective, with condition dropout for labelled data."""
+        c = self.config.objective
+        options = dict(c.options)
+        if c.name == "gaussian":
+            if "weighting" in options:
+                options["weighting"] = _make(WEIGHTINGS, options["weighting"], options, "config.objective.options.weighting")
+            if "density" in options:
+                make = functools.partial(_make, DENSITIES, options["density"], options, "config.objective.options.density")
+                options["density"] = make(self.process)
+        objective = _make(OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options)
+        return objectives.with_condition_dropout(objective, c.condition_dropout, self.null) if self.null is not None else objective
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW over `train.steps` steps."""
+        options, steps = dataclasses.asdict(self.config.optimizer), self.config.train.steps
+        return adamw(steps=steps, **options | {"warmup": min(options["warmup"], steps)})  # a trial run may be short
+
+    def ema(self) -> Ema:
+        """The moving average of the parameters."""
+        return Ema(self.config.train.ema)
+
+    def reconstruction(self) -> Any:
+        """The bound's decoder: bins for continuous data with known levels, else the process's own."""
+        return likelihood.binned(self.data.levels) if self.data.levels is not None else None
+
+    def solver(self, name: str | None = None, **options: Any) -> Any:
+        """The sampler's step, by name; default that of the config."""
+        c = self.config.sample
+        options = options if name is not None else {**c.solver_options, **options}
+        return _make(SOLVERS, name or c.solver, None, "config.sample.solver", self.process, **options)
+
+    def times(self, steps: int | None = None) -> Array:
+        """The sampler's grid."""
+        c = self.config.sample
+        first = (self.process.schedule,) if c.grid in ("karras", "uniform_log_snr") else ()
+        return _make(GRIDS, c.grid, None, "config.sample.grid", *first, steps=steps or c.steps, **c.grid_options)
+
+    def guided(self, denoise: Denoise, scale: float, cond: Any) -> Denoise:
+        """`denoise` under classifier-free guidance, where there is a condition to guide towards."""
+        if cond is None:
+            return denoise
+        return guidance.classifier_free(denoise, null=self.null, scale=scale)
+
+
+def build(config: Config, data: Dataset) -> Experiment:
+    """Make the process and the network that a config names, for data of this shape.
+
+    Raises ConfigError naming the key whose value cannot be used.
+    """
+    process = _process(config, data)
+    if config.denoiser.kind not in process.kinds:
+        raise ConfigError(
+            f"config.denoiser.kind={config.denoiser.kind!r}: the process {config.process.name!r} takes one of {', '.join(process.kinds)}"
+        )
+    init, apply = _network(config, data, process)
+    experiment = Experiment(config, data, process, init, apply)
+    experiment.objective(), experiment.solver(), experiment.times()  # a wrong name is an error now, not after training
+    return experiment
+
+
+def _process(config: Config, data: Dataset) -> Any:
+    c = config.process
+    schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **c.schedule_options)
+    categorical = c.name != "gaussian"
+    if c.name in PROCESSES and categorical != (data.num_symbols is not None):
+        wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
+        raise ConfigError(
+            f"config.process.name={c.name!r} corrupts {wants}, but the data {data.name!r} are {has}; set config.data.tokens={categorical}"
+        )
+    options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
+    return _make(PROCESSES, c.name, None, "config.process.name", schedule=schedule, **options)
+
+
+def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
+    c = config.denoiser
+    options = dict(c.options)
+    if "dtype" in options:
+        options["dtype"] = _pick(DTYPES, options["dtype"], "config.denoiser.options.dtype")
+    if data.num_symbols is not None:
+        options |= {"symbols_in": process.num_states, "symbols_out": process.num_symbols}
+    options |= {"num_classes": data.num_classes}
+    if c.name == "text":
+        if len(data.shape) != 1 or data.num_symbols is None:
+            raise ConfigError(f"config.denoiser.name='text' is for token sequences, not for {data.name!r} of shape {data.shape}")
+        options["length"] = data.shape[0]
+    else:
+        if len(data.shape) != 3:
+            raise ConfigError(f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}")
+        options["shape"] = data.shape
+    network = _pick(DENOISERS, c.name, "config.denoiser.name")
+    _check_options(network, options, "config.denoiser.options")
+
+    def make(rngs):
+        return network(**options, rngs=rngs)
+
+    return denoisers.functional_init(make)
+
+
+def _pick(table: Mapping[str, Any], name: str, key: str) -> Any:
+    if name not in table:
+        raise ConfigError(f"{key}={name!r} is unknown; it is one of {', '.join(table)}")
+    return table[name]
+
+
+def _make(table: Mapping[str, Callable], name: str, options: dict | None, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Call what `name` stands for. With `options`, its arguments are taken out of there, e.g. `gamma` for min_snr."""
+    make = _pick(table, name, key)
+    if options is not None:
+        taken = [p for p in inspect.signature(make).parameters if p in options]
+        kwargs |= {p: options.pop(p) for p in taken}
+    _check_options(make, kwargs, key)
+    return make(*args, **kwargs)
+
+
+def _check_options(make: Callable, options: Mapping[str, Any], key: str) -> None:
+    # Of a class, its __init__: NNX's metaclass hides the signature of the call.
+    parameters = list(inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters)
+    taken = [p for p in parameters if p not in ("self", "rngs")]
+    for option in options:
+        if option not in taken:
+            near = difflib.get_close_matches(option, taken, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(taken)}"
+            raise ConfigError(f"{key}: {make.__name__} has no option {option!r}; {hint}")
+
+

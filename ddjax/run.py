@@ -1,0 +1,173 @@
+"""A finished (or running) training, ready to sample and score."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from ddjax import likelihood
+from ddjax.config import Config, ConfigError, typed
+from ddjax.data.dataset import Dataset
+from ddjax.data.describe import from_description
+from ddjax.experiment import Experiment, build
+from ddjax.predictions import BoundDenoiser, bind
+from ddjax.sampling import Observed, sample
+from ddjax.types import Bound, Params, Rows, State
+
+DESCRIPTION = "run.json"  # config and data description, written once at the start of a training
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A network with its parameters, and everything needed to use it."""
+
+    experiment: Experiment
+    params: Params  # the moving average
+    step: int  # of training
+
+    @property
+    def config(self) -> Config:
+        """The experiment's config."""
+        return self.experiment.config
+
+    @property
+    def data(self) -> Dataset:
+        """Shapes, symbols, and `to_images` / `to_text`. Holds no items: see `ddjax.data.load`."""
+        return self.experiment.data
+
+    @property
+    def process(self) -> Any:
+        """The forward process."""
+        return self.experiment.process
+
+    @functools.cached_property
+    def denoise(self) -> BoundDenoiser:
+        """The network closed over its averaged parameters."""
+        return bind(self.experiment.apply, self.params, self.process, self.experiment.kind)
+
+    def sample(
+        self,
+        key: Key[Array, ""],
+        n: int,
+        *,
+        cond: Int[Array, " n"] | int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: str | Any | None = None,
+        observed: Observed | None = None,
+        batch_size: int = 256,
+    ) -> State:
+        """Draw n samples, `(n, *shape)`; in the config's way where nothing else is said.
+
+        cond: labels `(n,)`, or one label for all; None for unconditional samples.
+        steps: number of solver steps. guidance: classifier-free scale, 1 is off. solver: a name or a `ddjax.solvers` object.
+        observed: known sites, `(n, *shape)` each (in-painting).
+        batch_size: drawn at a time; it does not change the samples.
+        """
+        experiment = self.experiment
+        if cond is not None:
+            if not self.data.num_classes:
+                raise ValueError(f"{self.data.name!r} has no labels, so cond must be None")
+            cond = np.broadcast_to(np.asarray(cond, np.int32), (n,))
+            if cond.min() < 0 or cond.max() > self.data.num_classes:
+                raise ValueError(f"labels run from 0 to {self.data.num_classes - 1} ({self.data.num_classes} means none), got {cond}")
+        scale = self.config.sample.guidance if guidance is None else guidance
+        denoise = experiment.guided(self.denoise, float(scale), cond)
+        step = experiment.solver(solver) if solver is None or isinstance(solver, str) else solver
+        times = experiment.times(steps)
+        parts = []
+        for rows in _chunks(n, batch_size):
+            part = jax.tree.map(lambda a, rows=rows: jnp.asarray(a[rows]), (cond, observed))
+            drawn = sample(
+                key,
+                denoise,
+                self.process,
+                shape=(len(rows), *self.data.shape),
+                solver=step,
+                times=times,
+                cond=part[0],
+                observed=part[1],
+                rows=jnp.asarray(rows),
+            )
+            parts.append(drawn.x0)
+        # The last chunk repeats its last row to keep one compiled shape.
+        return jnp.concatenate(parts)[:n]
+
+    def nelbo(
+        self,
+        key: Key[Array, ""],
+        x0: State,
+        *,
+        cond: Int[Array, " n"] | None = None,
+        num_times: int | None = None,
+        batch_size: int | None = None,
+    ) -> Bound:
+        """The bound on -log p(x0) of each example, nats: prior, diffusion and reconstruction (`likelihood.nelbo`).
+
+        x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound.
+        `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
+        """
+        x0 = np.asarray(x0)
+        if x0.shape[1:] != self.data.shape:
+            raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {x0.shape}")
+        terms = []
+        for rows in _chunks(len(x0), batch_size or self.config.eval.batch_size):
+            terms.append(
+                likelihood.nelbo(
+                    key,
+                    self.denoise,
+                    self.process,
+                    jnp.asarray(x0[rows]),
+                    None if cond is None else jnp.asarray(np.asarray(cond)[rows]),
+                    num_times=num_times or self.config.eval.num_times,
+                    reconstruction=self.experiment.reconstruction(),
+                    rows=Rows(jnp.asarray(rows), len(rows)),
+                )
+            )
+        joined = (jnp.concatenate([getattr(b, name) for b in terms])[: len(x0)] for name in ("prior", "diffusion", "reconstruction"))
+        return Bound(*joined, t_range=terms[0].t_range, dims=terms[0].dims)
+
+
+def _chunks(n: int, size: int) -> Iterator[np.ndarray]:
+    """Row numbers in chunks of one size, so that one program serves all; the last is filled with the last row."""
+    if n < 1:
+        raise ValueError(f"at least one example is needed, got {n}")
+    size = min(size, n)
+    for start in range(0, n, size):
+        yield np.minimum(np.arange(start, start + size), n - 1)
+
+
+def load(workdir: str | Path, *, step: int | None = None) -> Run:
+    """Load the run in `workdir`: its config, and the averaged parameters of its newest good checkpoint (or of `step`).
+
+    Raises FileNotFoundError where there is no run, `training.CheckpointError` where no checkpoint can be read.
+    """
+    from ddjax.training import load_ema
+
+    workdir = Path(workdir)
+    config, data = read_description(workdir)
+    experiment = build(config, data)
+    params, extras = load_ema(workdir / CHECKPOINTS, step)
+    return Run(experiment, jax.tree.map(jnp.asarray, params), int(extras["step"]))
+
+
+def read_description(workdir: str | Path) -> tuple[Config, Dataset]:
+    """The config and the data description of the run in `workdir`. Raises FileNotFoundError, ConfigError."""
+    path = Path(workdir) / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"no run in {Path(workdir)} (there is no {DESCRIPTION}); train one with `ddjax train --workdir {workdir}`")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return typed(stored["config"]), from_description(stored["data"])
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from error

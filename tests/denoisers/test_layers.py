@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ddjax import random
+from ddjax.denoisers import layers
+
+
+def naive_attention(q, k, v):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h] @ k[b, :, h].T / np.sqrt(q.shape[-1])
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h]
+    return out
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_against_numpy(implementation, dtype, tolerance):
+    q, k, v = (2 * jax.random.normal(key, (2, 5, 3, 8)).astype(dtype) for key in jax.random.split(jax.random.key(0), 3))
+    out = layers.dot_product_attention(q, k, v, implementation)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), naive_attention(q, k, v), atol=10 * tolerance / 3)
+
+
+def test_attention_layer_against_numpy():
+    layer = layers.Attention(12, 3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 12))
+    qkv = np.asarray(x @ layer.qkv.kernel[...]).reshape(2, 5, 3, 3, 4)  # head, then q/k/v
+    y = naive_attention(*(qkv[:, :, :, i] for i in range(3))).reshape(2, 5, 12)
+    expected = y @ np.asarray(layer.out.kernel[...]) + np.asarray(layer.out.bias[...])
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+def test_softmax_is_float32_in_bfloat16():
+    # Equal scores over 1000 sites: weights summed in bfloat16 would stop growing long before 1.
+    ones = jnp.ones((1, 1000, 1, 8), jnp.bfloat16)
+    np.testing.assert_allclose(layers.dot_product_attention(ones, ones, ones).astype(jnp.float32), 1, atol=5e-3)
+
+
+def test_rope_scores_depend_on_differences_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 8))
+    places = jnp.broadcast_to(q, (1, 40, 1, 8)), jnp.broadcast_to(k, (1, 40, 1, 8))
+    scores = jnp.einsum("bqhd,bkhd->qk", layers.rope(places[0]), layers.rope(places[1]))
+    for offset in (-7, 0, 3):
+        diagonal = jnp.diagonal(scores, offset)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-4)
+    assert abs(scores[0, 0] - scores[0, 3]) > 1e-2
+    assert abs(scores[0, 3] - scores[3, 0]) > 1e-2  # the sign of the difference counts
+
+
+def test_rope_against_complex_rotation():
+    x = jax.random.normal(jax.random.key(0), (1, 9, 2, 6))
+    pairs = np.asarray(x[..., :3], np.float64) + 1j * np.asarray(x[..., 3:], np.float64)
+    angles = np.arange(9)[:, None, None] * 1e4 ** (-np.arange(3) / 3)
+    turned = pairs * np.exp(1j * angles)
+    np.testing.assert_allclose(layers.rope(x), np.concatenate([turned.real, turned.imag], -1), atol=1e-6)
+
+
+def test_time_embedding_separates_times():
+    features = layers.time_embedding(jnp.linspace(0, 1, 1001))
+    assert features.shape == (1001, 256)
+    gaps = jnp.linalg.norm(features[:, None] - features[None], axis=-1)
+    assert (gaps + 10 * jnp.eye(1001)).min() > 0.5
+    np.testing.assert_allclose((features**2).sum(-1), 128, rtol=1e-5)
+    np.testing.assert_allclose(features[500, [0, 128]], [np.cos(500.0), np.sin(500.0)], atol=1e-4)
+
+
+def test_positions_are_distinct():
+    table = layers.sincos_2d(5, 7, 18)
+    assert table.shape == (35, 18)
+    gaps = np.linalg.norm(table[:, None] - table[None], axis=-1)
+    assert (gaps + 10 * np.eye(35)).min() > 0.3
+
+
+def test_layer_norm_and_modulation():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (4, 6, 32))
+    y = layers.layer_norm(x)
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
+    np.testing.assert_allclose(y.var(-1), 1, rtol=1e-5)
+    assert layers.layer_norm(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    shift, scale = jax.random.normal(jax.random.key(1), (2, 4, 32))
+    np.testing.assert_allclose(layers.modulate(x, shift, scale)[2], y[2] * (1 + scale[2]) + shift[2], rtol=1e-6)
+
+
+def test_gated_mlp_against_its_formula():
+    layer = layers.GatedMLP(4, 6, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    gate, up = x @ layer.gate.kernel[...], x @ layer.up.kernel[...]
+    np.testing.assert_allclose(layer(x), (gate / (1 + jnp.exp(-gate)) * up) @ layer.down.kernel[...], rtol=1e-5)
+
+
+def test_linear_sums_in_its_output_dtype():
+    layer = layers.Linear(4096, 1, dtype=jnp.bfloat16, out_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.ones((4096, 1))
+    x = jnp.full((1, 4096), 1.0078125)  # exact in bfloat16; 4128 is not
+    assert layer(x)[0, 0] == 4128
+    assert layer.kernel[...].dtype == jnp.float32
+
+
+def test_dropout_keeps_the_mean_and_depends_on_each_examples_key_alone():
+    x = jnp.ones((4, 50, 100))
+    keys = random.example_keys(jax.random.key(0), 4)
+    y = layers.dropout(x, 0.25, keys)
+    np.testing.assert_allclose(y.mean((1, 2)), 1, atol=4 * np.sqrt(1 / 3 / 5000))
+    np.testing.assert_allclose((y == 0).mean(), 0.25, atol=0.02)
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.75)}
+    parts = jnp.concatenate([layers.dropout(x[:1], 0.25, keys[:1]), layers.dropout(x[1:], 0.25, keys[1:])])
+    np.testing.assert_array_equal(parts, y)
+    assert (y[0] != y[1]).any()
+    assert layers.dropout(x, 0.25, None) is x
