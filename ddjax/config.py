@@ -15,9 +15,11 @@ Every key is listed and explained here. Names (of processes, schedules, networks
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
+import traceback
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,6 +182,10 @@ def _value(kind: type, value: Any, path: str) -> Any:
     if kind is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a dict, got {value!r}")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path} must hold plain numbers, texts, lists and dicts, got {value!r}") from error
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -191,36 +197,68 @@ def _value(kind: type, value: Any, path: str) -> Any:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply overrides such as `--config.train.steps=100`.
 
-    Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or a file without
-    `get_config`; FileNotFoundError where there is no such file.
+    Values are read by the key's type; inside an `options` dict, which may be given new keys, as Python literals or else text.
+    Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or a file that fails or
+    has no `get_config`; FileNotFoundError where there is no such file.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path} (configs/ of the repository has some)")
-    values = flags.FlagValues()
-    arguments = ["ddjax", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", None, "config", lock_config=True, flag_values=values, sys_argv=arguments)
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    return typed(values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `get_config()` of the file gives, as nested dicts. Errors of the file are told by their line in it."""
+    scope: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
     try:
-        rest = values(arguments)
-        config = values["config"].value
-    except (AttributeError, KeyError) as error:
-        if "get_config" in str(error):
-            raise ConfigError(f"{path} must define get_config()") from None
-        raise ConfigError(f"unknown config key: {_first_line(error)}") from None
-    except (flags.Error, TypeError) as error:
-        raise ConfigError(_first_line(error)) from None
-    if len(rest) > 1:
-        raise ConfigError(f"unexpected arguments: {' '.join(rest[1:])}")
-    return typed(config)
+        exec(compile(path.read_bytes(), str(path), "exec"), scope)
+        if "get_config" not in scope:
+            raise ConfigError(f"{path} must define get_config()")
+        config = scope["get_config"]()
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:  # a config file is a program; whatever it raises is about it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict | Mapping):
+        raise ConfigError(f"{path}: get_config() must return a config, begun with ddjax.config.default(), not {config!r}")
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 
-def _first_line(error: BaseException) -> str:
-    """An error's text on one line; ml_collections' KeyErrors carry theirs quoted."""
-    text = str(error.args[0]) if error.args else str(error)
-    return " ".join(text.replace("\\n", " ").split()).replace("\\'", "'").strip("'\"")
+def _override(values: dict[str, Any], text: str) -> None:
+    """Put `--config.a.b=value` into nested dicts; `typed` finds keys that do not exist."""
+    key, given, raw = text.removeprefix("--").partition("=")
+    if not given:
+        raise ConfigError(f"--{key} needs a value, as in --{key}=1")
+    *parents, last = key.split(".")[1:]
+    kind: Any = Config
+    for name in (*parents, last):
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    for name in parents:
+        if not isinstance(values.setdefault(name, {}), dict):
+            raise ConfigError(f"--{key}: config has no keys under {name!r}")
+        values = values[name]
+    values[last] = _parsed(kind, raw, key)
+
+
+def _parsed(kind: Any, raw: str, key: str) -> Any:
+    if kind is str:
+        return raw
+    if kind is bool and raw.lower() in ("true", "false"):
+        return raw.lower() == "true"
+    try:
+        return kind(raw) if kind in (int, float) else ast.literal_eval(raw)
+    except (ValueError, SyntaxError):
+        if kind is None or dataclasses.is_dataclass(kind):  # an option, which may be text; or `typed` refuses it
+            return raw
+    raise ConfigError(f"{key} must be of type {kind.__name__}, got {raw!r}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -150,9 +150,7 @@ def check_state(xt: Array, expected: tuple[tuple[str, ...], tuple[int, ...]], sy
     if xt.shape[1:] != sizes:
         raise ValueError(f"xt has shape {xt.shape}; the network was built for {described}")
     if symbols_in is None and not jnp.issubdtype(xt.dtype, jnp.floating):
-        raise ValueError(
-            f"xt has dtype {xt.dtype}; a continuous network takes floats: set symbols_in for tokens"
-        )
+        raise ValueError(f"xt has dtype {xt.dtype}; a continuous network takes floats: set symbols_in for tokens")
     if symbols_in is not None and not jnp.issubdtype(xt.dtype, jnp.integer):
         raise ValueError(
             f"xt has dtype {xt.dtype}; with symbols_in={symbols_in} the network takes integer tokens: "
@@ -170,9 +168,7 @@ def _check_config(
     embed_width: int | None,
 ) -> None:  # fmt: skip
     if len(shape) != 3:
-        raise ValueError(
-            f"shape={shape}: expected (height, width, channels) of one example, without the batch"
-        )
+        raise ValueError(f"shape={shape}: expected (height, width, channels) of one example, without the batch")
     if patch < 1 or shape[0] % patch or shape[1] % patch:
         raise ValueError(f"patch={patch} does not divide the image's height and width {tuple(shape[:2])}")
     if (symbols_in is None) != (symbols_out is None):
@@ -185,6 +181,4 @@ def _check_config(
             f"out_channels={out_channels} is for a continuous state; a discrete one has symbols_out logits"
         )
     if symbols_in is None and embed_width is not None:
-        raise ValueError(
-            f"embed_width={embed_width} is for a discrete state; a continuous patch is projected directly"
-        )
+        raise ValueError(f"embed_width={embed_width} is for a discrete state; a continuous patch is projected directly")

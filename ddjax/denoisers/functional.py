@@ -93,7 +93,7 @@ def functional(module: nnx.Module) -> tuple[ModuleApply, Params]:
         )
     pure = nnx.to_pure_dict(state)
     paths = tuple(path for path, _ in _leaves(pure))
-    return ModuleApply(graphdef, paths), _to_params(pure)
+    return ModuleApply(_without_eager_sharding(graphdef, pure), paths), _to_params(pure)
 
 
 def functional_init(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
@@ -172,6 +172,19 @@ def from_linen(module: Any, *init_args: Any) -> Functional:
         return variables.get("params", {})
 
     return Functional(init, LinenApply(module))
+
+
+def _without_eager_sharding(graphdef: nnx.GraphDef, state: dict) -> nnx.GraphDef:
+    """The same structure, its variables marked as not placed by NNX: sharding is by path rules on the dict.
+
+    The mark depends on the context in which a module was made, and would make equal networks compare unequal.
+    """
+    with nnx.use_eager_sharding(False):
+        copy = nnx.merge(graphdef, state)
+    for _, node in nnx.iter_graph(copy):
+        if isinstance(node, nnx.Variable):
+            node.set_metadata("eager_sharding", False)
+    return nnx.split(copy)[0]
 
 
 def _leaves(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:

@@ -126,7 +126,5 @@ def _listen(names: frozenset[str] | None, overrides: Mapping[str, Override]) -> 
 def _overridden(name: str, value: Array, by: Override) -> Array:
     new = jnp.asarray(by(value) if callable(by) else by)
     if new.shape != value.shape:
-        raise ValueError(
-            f"override of the tap {name!r} has shape {new.shape}; what it replaces has {value.shape}"
-        )
+        raise ValueError(f"override of the tap {name!r} has shape {new.shape}; what it replaces has {value.shape}")
     return jax.lax.convert_element_type(new, value.dtype)

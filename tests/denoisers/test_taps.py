@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from ddjax.denoisers import TextTransformer, functional, taps
+from ddjax.denoisers import TextTransformer, functional_init, taps
 from ddjax.denoisers.taps import tap
 
 CONFIG = {"length": 4, "symbols_in": 3, "symbols_out": 3, "width": 8, "depth": 2, "heads": 2}
@@ -16,10 +15,14 @@ BLOCKS = {f"block/{i}{part}" for i in range(2) for part in ("", "/attention", "/
 POINTS = {"condition", "embed", "final"} | BLOCKS
 
 
+def network(noise, **config):
+    init, apply = functional_init(lambda rngs: TextTransformer(**CONFIG, **config, rngs=rngs))
+    return apply, noise(jax.eval_shape(init, jax.random.key(0)))
+
+
 @pytest.fixture(scope="module")
-def net(randomise):
-    apply, params = functional(TextTransformer(**CONFIG, rngs=nnx.Rngs(0)))
-    return apply, randomise(params)
+def net(noise):
+    return network(noise)
 
 
 def test_record_sees_every_point_and_changes_nothing(net):
@@ -128,8 +131,8 @@ def test_errors(net):
     assert not taps.active()
 
 
-def test_scanned_blocks_are_refused_but_the_rest_is_there():
-    apply, params = functional(TextTransformer(**CONFIG, scan=True, rngs=nnx.Rngs(0)))
+def test_scanned_blocks_are_refused_but_the_rest_is_there(noise):
+    apply, params = network(noise, scan=True)
     with taps.record("embed", "final") as seen:
         apply(params, XT, T)
     assert set(seen) == {"embed", "final"}
@@ -138,9 +141,8 @@ def test_scanned_blocks_are_refused_but_the_rest_is_there():
             apply(params, XT, T)
 
 
-def test_remat_is_transparent(net):
-    _, params = net
-    apply, _ = functional(TextTransformer(**CONFIG, remat=True, rngs=nnx.Rngs(0)))
+def test_remat_is_transparent(noise):
+    apply, params = network(noise, remat=True)
     with taps.record() as seen:
         apply(params, XT, T)
     assert set(seen) == POINTS

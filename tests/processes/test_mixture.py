@@ -1,5 +1,7 @@
 """Masked and uniform corruption against brute force: products of small-step kernels, Bayes' rule, limits of KLs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,10 +43,21 @@ def pairs(process):
     return jnp.asarray(x0.reshape(-1, 1)), jnp.asarray(y.reshape(-1, 1))
 
 
-def table(distribution, like, states):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def probabilities(process, name, like, *arguments):
     """The probabilities of every state, `(batch, *sites, states)`, from log_prob alone."""
-    probs = [np.exp(np.asarray(distribution.log_prob(jnp.full_like(like, y)))) for y in range(states)]
-    return np.stack(probs, axis=-1)
+    distribution = getattr(process, name)(*arguments)
+    log_p = jax.vmap(lambda y: distribution.log_prob(jnp.full_like(like, y)), out_axes=-1)
+    return jnp.exp(log_p(jnp.arange(process.num_states)))
+
+
+def table(process, name, like, *arguments):
+    return np.asarray(probabilities(process, name, like, *arguments))
+
+
+predict = jax.jit(lambda law, process, kind, xt, t: law.denoise(process, kind)(xt, t), static_argnums=(0, 1, 2))
+path_kl = jax.jit(lambda process, *arguments: process.path_kl(*arguments), static_argnums=0)
+brute_force_reverse = jax.jit(exact_reverse, static_argnums=(0, 1, 3, 4))
 
 
 def random_logits(shape, seed=0, scale=2.0):
@@ -55,9 +68,8 @@ def random_logits(shape, seed=0, scale=2.0):
 def test_marginal_is_the_product_of_small_steps(x64, process):
     for t in (0.03, 0.4, 0.99):
         x0 = jnp.arange(process.num_symbols)[:, None]
-        marginal = process.marginal(x0, jnp.full(len(x0), t))
         expected = kernel(process, 0.0, t)[: process.num_symbols]
-        np.testing.assert_allclose(table(marginal, x0, process.num_states)[:, 0], expected, atol=1e-10)
+        np.testing.assert_allclose(table(process, "marginal", x0, x0, jnp.full(len(x0), t))[:, 0], expected, atol=1e-10)
 
 
 @process_and_schedule
@@ -85,8 +97,8 @@ def test_bridge_is_bayes_rule(x64, process):
         possible = q_t[a, b] > 0
         joint = q_s[a] * q_ts[:, b].T
         expected = joint[possible] / q_t[a, b][possible][:, None]
-        bridge = process.bridge(x0, xt, jnp.full(len(x0), s), jnp.full(len(x0), t))
-        np.testing.assert_allclose(table(bridge, xt, process.num_states)[possible, 0], expected, atol=1e-10)
+        bridge = table(process, "bridge", xt, x0, xt, jnp.full(len(x0), s), jnp.full(len(x0), t))
+        np.testing.assert_allclose(bridge[possible, 0], expected, atol=1e-10)
 
 
 @both
@@ -96,9 +108,8 @@ def test_reverse_is_exact_whatever_is_predicted(x64, kind, sites, symbols, predi
     law, process = Categorical(sites, symbols), kind(symbols, Cosine())
     xt = jnp.asarray(all_states(sites, process.num_states))
     s, t = jnp.full(len(xt), 0.37), jnp.full(len(xt), 0.6)
-    reverse = process.reverse(law.denoise(process, prediction)(xt, t), xt, s, t)
-    expected = exact_reverse(law, process, xt, 0.37, 0.6)
-    np.testing.assert_allclose(table(reverse, xt, process.num_states), expected, atol=1e-10)
+    reverse = table(process, "reverse", xt, predict(law, process, prediction, xt, t), xt, s, t)
+    np.testing.assert_allclose(reverse, brute_force_reverse(law, process, xt, 0.37, 0.6), atol=1e-10)
 
 
 def test_the_exact_reverse_step_of_the_fixture_is_bayes_rule(x64):
@@ -108,7 +119,7 @@ def test_the_exact_reverse_step_of_the_fixture_is_bayes_rule(x64):
         p, q_s, q_ts = np.exp(np.asarray(law.log_p)), kernel(process, 0, 0.3), kernel(process, 0.3, 0.7)
         joint = (p @ q_s[:3])[:, None] * q_ts
         xt = jnp.arange(process.num_states)[:, None]
-        ours = exact_reverse(law, process, xt, 0.3, 0.7)[:, 0]
+        ours = brute_force_reverse(law, process, xt, 0.3, 0.7)[:, 0]
         np.testing.assert_allclose(ours, (joint / joint.sum(0)).T, atol=1e-10)
 
 
@@ -117,10 +128,10 @@ def test_a_mislabelled_prediction_gives_a_wrong_step(x64, true, label):
     law, process = Categorical(2, 4), Uniform(4)
     xt = jnp.asarray(all_states(2, 4))
     s, t = jnp.full(len(xt), 0.4), jnp.full(len(xt), 0.5)
-    value = law.denoise(process, true)(xt, t).value
-    expected = exact_reverse(law, process, xt, 0.4, 0.5)
+    value = predict(law, process, true, xt, t).value
+    expected = brute_force_reverse(law, process, xt, 0.4, 0.5)
     for name, low, high in ((true, 0.0, 1e-10), (label, 0.01, 1.0)):
-        reverse = table(process.reverse(Prediction(value, name), xt, s, t), xt, 4)
+        reverse = table(process, "reverse", xt, Prediction(value, name), xt, s, t)
         distance = 0.5 * np.abs(reverse - np.asarray(expected)).sum(-1).max()
         assert low <= distance <= high
 
@@ -132,19 +143,15 @@ def test_exact_predictions_convert_into_each_other(x64, kind, start, end):
     law, process = Categorical(2, 3), kind(3, Polynomial(2.0))
     xt = jnp.asarray(all_states(2, process.num_states))
     t = jnp.full(len(xt), 0.45)
-    converted = process.convert(law.denoise(process, start)(xt, t), end, xt, t)
+    converted = process.convert(predict(law, process, start, xt, t), end, xt, t)
     assert converted.kind == end
-    probs = np.asarray(jax.nn.softmax(converted.value))
-    expected = np.asarray(jax.nn.softmax(law.denoise(process, end)(xt, t).value))
-    # A masked process knows nothing of a revealed site's cavity, and asks for nothing.
-    used = np.ones(xt.shape, bool) if kind is Uniform or end == "posterior" else np.asarray(xt == process.num_symbols)
-    np.testing.assert_allclose(probs[used], expected[used], atol=1e-10)
+    # A masked process cannot know a revealed site's cavity, and asks for nothing there.
+    used = np.ones(xt.shape, bool) if kind is Uniform else np.asarray(xt == process.num_symbols)
     back = process.convert(converted, start, xt, t)
-    np.testing.assert_allclose(
-        np.asarray(jax.nn.softmax(back.value))[used],
-        np.asarray(jax.nn.softmax(law.denoise(process, start)(xt, t).value))[used],
-        atol=1e-10,
-    )
+    for prediction in (converted, back):
+        expected = predict(law, process, prediction.kind, xt, t).value
+        ours, expected = (np.asarray(jax.nn.softmax(v))[used] for v in (prediction.value, expected))
+        np.testing.assert_allclose(ours, expected, atol=1e-10)
 
 
 def test_the_ratio_is_the_ratio_of_marginals(x64):
@@ -152,7 +159,7 @@ def test_the_ratio_is_the_ratio_of_marginals(x64):
     law, process, t = Categorical(2, 3), Uniform(3), 0.3
     q, states = kernel(process, 0, t), all_states(2, 3)
     p_t = np.einsum("ab,ac,bd->cd", np.exp(np.asarray(law.log_p)).reshape(3, 3), q, q)
-    ratio = np.exp(np.asarray(law.denoise(process, "ratio")(jnp.asarray(states), jnp.full(9, t)).value))
+    ratio = np.exp(np.asarray(predict(law, process, "ratio", jnp.asarray(states), jnp.full(9, t)).value))
     for n, (a, b) in enumerate(states):
         np.testing.assert_allclose(ratio[n, 0], p_t[:, b] / p_t[a, b], atol=1e-10)
         np.testing.assert_allclose(ratio[n, 1], p_t[a, :] / p_t[a, b], atol=1e-10)
@@ -175,7 +182,8 @@ def test_prior_kl_is_brute_force(x64, process):
         alpha = float(process.schedule.alpha(jnp.asarray(t)))
         q = alpha * np.eye(process.num_states)[: process.num_symbols] + (1 - alpha) * noise_law(process)
         prior = q.mean(0)  # of data uniform over the symbols
-        np.testing.assert_allclose(table(process.prior((1, 1), t), x0[:1], process.num_states)[0, 0], prior, atol=1e-12)
+        ours = np.exp(process.prior((process.num_states, 1), t).log_prob(jnp.arange(process.num_states)[:, None]))
+        np.testing.assert_allclose(ours[:, 0], prior, atol=1e-12)
         kl = np.sum(np.where(q > 0, q * np.log(np.where(q > 0, q / np.where(prior > 0, prior, 1), 1)), 0), 1)
         np.testing.assert_allclose(process.prior_kl(x0, jnp.full(len(x0), t))[:, 0], kl, atol=1e-12)
     if isinstance(process.schedule, LogLinear) and process.schedule.eps > 0:
@@ -191,8 +199,8 @@ def test_path_kl_is_the_limit_of_the_step_kl(x64, process, t):
 
     def rate(dt):
         s = jnp.full(len(x0), t - dt)
-        p = table(process.bridge(x0, xt, s, jnp.full(len(x0), t)), xt, process.num_states)
-        q = table(process.reverse(prediction, xt, s, jnp.full(len(x0), t)), xt, process.num_states)
+        p = table(process, "bridge", xt, x0, xt, s, jnp.full(len(x0), t))
+        q = table(process, "reverse", xt, prediction, xt, s, jnp.full(len(x0), t))
         return np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - np.log(np.where(p > 0, q, 1))), 0).sum(-1) / dt
 
     limit = 2 * rate(5e-5) - rate(1e-4)
@@ -227,8 +235,8 @@ def test_path_kl_in_float32(kind, t, scale):
         x0 = np.arange(6)[:, None]
         xt = np.where(np.arange(6)[:, None] % 2, process.num_states - 1, x0 + 1)
         t = np.full(6, t, np.float32)
-        exact = process.path_kl(x0, Prediction(jnp.asarray(logits, jnp.float64), "cavity"), xt, jnp.asarray(t, jnp.float64))
-    single = process.path_kl(x0, Prediction(logits, "cavity"), xt, jnp.asarray(t))
+        exact = path_kl(process, x0, Prediction(jnp.asarray(logits, jnp.float64), "cavity"), xt, jnp.asarray(t, jnp.float64))
+    single = path_kl(process, x0, Prediction(logits, "cavity"), xt, jnp.asarray(t))
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, exact, rtol=1e-3)
 
@@ -240,8 +248,8 @@ def test_path_kl_has_finite_gradients(kind):
     xt = xt.at[1].set(process.num_states - 1) if kind is Masked else xt
     for logits in (jnp.zeros((3, 1, 50)), jnp.zeros((3, 1, 50)).at[..., 3].set(-100.0)):
         for t in (1e-3, 0.5, 1 - 2**-24):
-            loss = lambda z, t=t: process.path_kl(x0, Prediction(z, "cavity"), xt, jnp.full(3, t)).sum()
-            value, gradient = jax.value_and_grad(loss)(logits)
+            loss = lambda z, t: path_kl(process, x0, Prediction(z, "cavity"), xt, t).sum()
+            value, gradient = jax.value_and_grad(loss)(logits, jnp.full(3, t))
             assert np.isfinite(value)
             assert np.isfinite(np.asarray(gradient)).all()
 

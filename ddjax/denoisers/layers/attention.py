@@ -12,9 +12,7 @@ from ddjax.denoisers.layers.basic import DType, Linear
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
 
-def rope(
-    x: Float[Array, "batch sites heads head"], base: float = 1e4
-) -> Float[Array, "batch sites heads head"]:
+def rope(x: Float[Array, "batch sites heads head"], base: float = 1e4) -> Float[Array, "batch sites heads head"]:
     """Rotate the features of site n by angles `n base^(-2i/head)`: scores then depend on `n - m` only.
 
     Su et al. 2021, in the half-split layout: feature i is paired with feature `i + head / 2` (in the
@@ -44,8 +42,7 @@ def dot_product_attention(
     check_implementation(implementation, q.dtype, q.shape[-1])
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(
-            f"attention='cudnn' needs a GPU and the default backend is {jax.default_backend()!r}; use "
-            "attention=None"
+            f"attention='cudnn' needs a GPU and the default backend is {jax.default_backend()!r}; use attention=None"
         )
     if implementation is None and jax.default_backend() == "cpu":
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -61,9 +58,7 @@ def check_implementation(implementation: str | None, dtype: DType, head: int) ->
     if implementation != "cudnn":
         return
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        raise ValueError(
-            f"attention='cudnn' needs bfloat16 or float16, not {jnp.dtype(dtype)}: set dtype=jnp.bfloat16"
-        )
+        raise ValueError(f"attention='cudnn' needs bfloat16 or float16, not {jnp.dtype(dtype)}: set dtype=jnp.bfloat16")
     if head % 8 or head > 128:
         raise ValueError(f"attention='cudnn' needs a head size that is a multiple of 8 up to 128, not {head}")
 

@@ -108,13 +108,9 @@ def dropout_keys(
     if not train or rate == 0:
         return None
     if rng is None:
-        raise ValueError(
-            f"dropout={rate} with train=True needs a key: apply(..., rng=jax.random.key(0), train=True)"
-        )
+        raise ValueError(f"dropout={rate} with train=True needs a key: apply(..., rng=jax.random.key(0), train=True)")
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-        raise ValueError(
-            f"rng has dtype {rng.dtype}; pass a typed key (jax.random.key, not jax.random.PRNGKey)"
-        )
+        raise ValueError(f"rng has dtype {rng.dtype}; pass a typed key (jax.random.key, not jax.random.PRNGKey)")
     if rng.shape not in ((), (batch,)):
         raise ValueError(f"rng has shape {rng.shape}; pass one key () or one key per example ({batch},)")
     return random.example_keys(rng, batch) if rng.ndim == 0 else rng

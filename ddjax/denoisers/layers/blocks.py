@@ -43,9 +43,7 @@ class Block(nnx.Module):
             raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
         check_rate(dropout)
         self.dropout = dropout
-        self.attention = Attention(
-            width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs
-        )
+        self.attention = Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, rngs=rngs)
         self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
@@ -71,13 +69,9 @@ class Block(nnx.Module):
 class FinalLayer(nnx.Module):
     """adaLN and a linear layer, both starting at zero; the result is float32."""
 
-    def __init__(
-        self, width: int, features_out: int, *, cond_width: int, dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, features_out: int, *, cond_width: int, dtype: DType = jnp.float32, rngs: nnx.Rngs):
         self.modulation = Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        self.out = Linear(
-            width, features_out, kernel_init=zeros, dtype=dtype, out_dtype=jnp.float32, rngs=rngs
-        )
+        self.out = Linear(width, features_out, kernel_init=zeros, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch cond"]) -> Array:
         """`(batch, sites, features_out)`, float32."""

@@ -15,9 +15,7 @@ TIME_SCALE = 1000.0
 TIME_FEATURES = 256
 
 
-def time_embedding(
-    t: Float[Array, " batch"], features: int = TIME_FEATURES
-) -> Float[Array, "batch features"]:
+def time_embedding(t: Float[Array, " batch"], features: int = TIME_FEATURES) -> Float[Array, "batch features"]:
     """Cosines and sines of `1000 t` at geometric frequencies from 1 to 1e-4, float32.
 
     As in Peebles & Xie 2023 (DiT), after Vaswani et al. 2017. `t` in [0, 1]; `features` even.
@@ -28,9 +26,7 @@ def time_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def lookup(
-    table: Float[Array, "rows features"], ids: Int[Array, "*batch"]
-) -> Float[Array, "*batch features"]:
+def lookup(table: Float[Array, "rows features"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
     """Rows of a table; an id beyond it gives NaN, where JAX's clamping would silently give the last row."""
     return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
@@ -56,9 +52,7 @@ class TokenEmbed(nnx.Module):
 
     def __init__(self, symbols: int, features: int, *, channels: int = 1, rngs: nnx.Rngs):
         scale = features**-0.5
-        self.table = nnx.Param(
-            scale * jax.random.normal(rngs.params(), (channels * symbols, features), jnp.float32)
-        )
+        self.table = nnx.Param(scale * jax.random.normal(rngs.params(), (channels * symbols, features), jnp.float32))
         self.symbols = symbols
         self.channels = channels
 
@@ -87,9 +81,7 @@ class Conditioner(nnx.Module):
         self.time_in = Linear(TIME_FEATURES, width, kernel_init=_normal, rngs=rngs) if time else None
         self.time_out = Linear(width, width, kernel_init=_normal, rngs=rngs) if time else None
         labelled = num_classes > 0 or not time
-        self.labels = (
-            nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
-        )
+        self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
 
     def __call__(self, batch: int, t: Array | None, cond: Array | None) -> Float[Array, "batch width"]:
         """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)` or None (null)."""

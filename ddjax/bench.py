@@ -1,0 +1,350 @@
+"""What a training step and a batch of samples cost: time, throughput, FLOP/s, compilation, memory.
+
+The step measured is the one that `ddjax train` runs: same mesh, same shardings, same donation. What the numbers mean
+is in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddjax import data as datasets
+from ddjax import flops, random
+from ddjax.config import Config, to_dict
+from ddjax.data.dataset import Dataset
+from ddjax.experiment import Experiment, build
+from ddjax.predictions import bind
+from ddjax.sampling import sample
+from ddjax.training.manifest import write_atomically
+from ddjax.training.mesh import shard_batch
+from ddjax.training.provenance import versions
+from ddjax.training.setup import initial_state, prepare, train_step
+
+# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets; the first name found in the kind decides.
+PEAK_FLOP_PER_S = (
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h200 nvl", 835e12),
+    ("h100", 989e12),
+    ("h200", 989e12),
+    ("a100", 312e12),
+    ("tpu v4 lite", 138e12),
+    ("tpu v4", 275e12),
+    ("tpu v5 lite", 197e12),
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),  # v5p, under either name
+    ("tpu v6 lite", 918e12),
+    ("tpu v6e", 918e12),
+)
+
+
+def bench_train(config: Config, *, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
+    """Measure the training step of `config` on its own first batch; nothing is written.
+
+    steps: how many to time, each to its end. warmup: steps made before, untimed.
+
+    Returns a dict that JSON can hold; times in seconds, memory in bytes, FLOPs of the *model*, without what `remat`
+    computes again.
+    Raises ValueError for fewer than one step, ConfigError for a config that cannot be used.
+    """
+    _check(steps=steps, warmup=warmup)
+    data, experiment = _load(config)
+    start = time.perf_counter()
+    setup = jax.block_until_ready(prepare(experiment))
+    init_s = time.perf_counter() - start
+    state, size = setup.state, config.train.batch_size
+    parameters = _parameters(state.params)
+    batch = shard_batch(_rows(data, size), setup.mesh)
+    abstract_batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+    step, compile_times = _compile(setup.step, state, batch)
+    del setup  # the step donates the state: nobody else may hold it
+
+    def once(_: int) -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    seconds = _time(once, steps, warmup)
+    model = _model(experiment)
+    abstract_state = jax.eval_shape(functools.partial(initial_state, model), jax.random.key(0))
+    operations = flops.count(train_step(model), abstract_state, abstract_batch)
+    devices = jax.devices()
+    return {
+        "benchmark": "train",
+        **_about(experiment, parameters, devices),
+        "batch_size": size,
+        "steps": steps,
+        "warmup": warmup,
+        "init_s": init_s,
+        **compile_times,
+        "step_s": seconds,
+        **_throughput(experiment, size, seconds["median"]),
+        **_rates(operations, seconds["median"], devices),
+        "memory": _memory(step),
+    }
+
+
+def bench_sample(
+    config: Config, *, num: int | None = None, steps: int | None = None, repeats: int = 5, warmup: int = 1
+) -> dict[str, Any]:
+    """Measure drawing one batch of samples from an untrained network, on one device, as `Run.sample` draws it.
+
+    num: samples in the batch; default the config's. steps: solver steps; default the config's.
+    repeats: how many batches to time. warmup: batches drawn before, untimed.
+
+    Returns a dict as `bench_train` does. `solver_overhead` is the time of a batch over that of its network evaluations
+    alone, each timed as one call of the compiled network: 1 is a sampler that costs nothing.
+    """
+    num = config.sample.num if num is None else num
+    steps = config.sample.steps if steps is None else steps
+    _check(num=num, steps=steps, repeats=repeats, warmup=warmup)
+    data, experiment = _load(config)
+    process, solver, times = experiment.process, experiment.solver(), experiment.times(steps)
+    shape = (num, *data.shape)
+    cond = jnp.arange(num, dtype=jnp.int32) % data.num_classes if data.num_classes else None
+    init_key, prior_key, draw_key = jax.random.split(jax.random.key(config.sample.seed), 3)
+    params = jax.jit(experiment.init)(init_key)
+    denoise = experiment.guided(bind(experiment.apply, params, process, experiment.kind), config.sample.guidance, cond)
+
+    @jax.jit
+    def draw(key, denoise, times, cond):
+        return sample(key, denoise, process, shape=shape, solver=solver, times=times, cond=cond)
+
+    draw_keys = list(jax.random.split(draw_key, warmup + repeats))
+    program, compile_times = _compile(draw, jax.eval_shape(lambda: jax.random.key(0)), denoise, times, cond)
+    nfe = 0
+
+    def once(i: int) -> None:
+        nonlocal nfe
+        drawn = jax.block_until_ready(program(draw_keys[i], denoise, times, cond))
+        nfe = drawn.nfe
+
+    seconds = _time(once, repeats, warmup)
+    nfe = int(np.max(nfe))
+
+    xt = process.prior(shape, times[0]).sample(random.example_keys(prior_key, num))
+    t = jnp.full((num,), times[len(times) // 2])
+    inputs = (params, *process.network_inputs(xt, t, experiment.kind), cond)
+    network, _ = _compile(jax.jit(experiment.apply), *inputs)
+    call = _time(lambda _: jax.block_until_ready(network(*inputs)), max(repeats, 10), max(warmup, 1))
+    operations = nfe * flops.count(_model(experiment).apply, *inputs)
+    devices = jax.devices()[:1]
+    return {
+        "benchmark": "sample",
+        **_about(experiment, _parameters(params), devices),
+        "num": num,
+        "solver_steps": steps,
+        "repeats": repeats,
+        "warmup": warmup,
+        **compile_times,
+        "batch_s": seconds,
+        **_throughput(experiment, num, seconds["median"]),
+        "nfe": nfe,
+        "network_call_s": call,
+        "solver_overhead": seconds["median"] / (nfe * call["median"]),
+        **_rates(operations, seconds["median"], devices),
+        "memory": _memory(program),
+    }
+
+
+def format_report(result: Mapping[str, Any]) -> str:
+    """The result as a few lines to read."""
+    config, about, memory = result["config"], result["environment"], result["memory"]
+    train = result["benchmark"] == "train"
+    seconds = result["step_s" if train else "batch_s"]
+    count = f"{result['steps']} steps" if train else f"{result['repeats']} batches"
+    what = f"batches of {result['batch_size']}" if train else f"{result['num']} samples"
+    commit, _, changes = (about["commit"] or "").partition("+")
+    commit = f" at {commit[:10]}{changes and ' with changes'}" if commit else ""
+    ddjax = f"ddjax {about['ddjax'] or '(not installed)'}{commit}"
+    lines = {
+        "": f"{config['data']['name']}, {config['process']['name']} process, {config['denoiser']['name']} denoiser with "
+        f"{result['parameters']:,} parameters, {what}",
+        "device": f"{about['device_count']} x {about['device_kind']} ({about['platform']})",
+        "software": f"{ddjax}, jax {about['jax']}, flax {about['flax']}, Python {about['python']}",
+        "compile": f"{result['compile_s']:.2f} s, after {result['lower_s']:.2f} s of tracing and lowering",
+        "step" if train else "batch": (
+            f"{_ms(seconds['median'])} (p10 {_ms(seconds['p10'])}, p90 {_ms(seconds['p90'])}) over {count}"
+        ),
+        "throughput": f"{result['examples_per_s']:,.1f} {'examples' if train else 'samples'}/s"
+        + (f", {result['tokens_per_s']:,.0f} tokens/s" if result["tokens_per_s"] else ""),
+    }
+    if not train:
+        lines["network"] = (
+            f"{result['nfe']} evaluations, {_ms(result['network_call_s']['median'])} each when called alone; "
+            f"solver overhead x{result['solver_overhead']:.2f}"
+        )
+    mfu = f"; {result['mfu']:.1%} of the peak in bfloat16" if result["mfu"] is not None else ""
+    rate = f"{_si(result['flop_per_s'])}FLOP/s"
+    lines["arithmetic"] = f"{_si(result['flops'])}FLOP a {'step' if train else 'batch'}, {rate}{mfu}"
+    source = {"device": "in use on a device, at most", "executable": "the program's own, per device"}[memory["source"]]
+    host = f"; the process held {_si(memory['host_peak_bytes'])}B at most" if memory["host_peak_bytes"] else ""
+    lines["memory"] = f"{_si(memory['peak_bytes'])}B ({source}){host}"
+    return "\n".join(f"{name:<12}{text}" if name else text for name, text in lines.items())
+
+
+def write(result: Mapping[str, Any], path: str | Path) -> None:
+    """Write the result as JSON, atomically; folders are made."""
+    write_atomically(Path(path), (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def peak_flop_per_s(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a whole device of this kind; None where it is not in the table."""
+    kind = device_kind.lower()
+    if "mig " in kind:  # a slice of a GPU
+        return None
+    return next((peak for name, peak in PEAK_FLOP_PER_S if name in kind), None)
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < (least := 0 if name == "warmup" else 1):
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _load(config: Config) -> tuple[Dataset, Experiment]:
+    data = datasets.load(config.data.name, "train", tokens=config.data.tokens, **config.data.options)
+    return data, build(config, data)
+
+
+def _rows(data: Dataset, batch_size: int) -> dict[str, np.ndarray]:
+    """The first batch's rows of this process, in the data's order, going round if there are too few."""
+    return data[np.arange(batch_size // jax.process_count()) % len(data)]
+
+
+def _model(experiment: Experiment) -> Experiment:
+    """The same network, as the model it computes: nothing twice (remat), and nothing hidden in a fused kernel."""
+    options = dict(experiment.config.denoiser.options)
+    if options.get("remat"):
+        options["remat"] = False
+    if options.get("attention") == "cudnn":
+        options["attention"] = "xla"
+    denoiser = dataclasses.replace(experiment.config.denoiser, options=options)
+    return build(dataclasses.replace(experiment.config, denoiser=denoiser), experiment.data)
+
+
+def _compile(jitted: Any, *args: Any) -> tuple[Callable, dict[str, float]]:
+    """Ahead-of-time compilation and what it took, from scratch."""
+    start = time.perf_counter()
+    lowered = jitted.lower(*args)
+    middle = time.perf_counter()
+    with _no_persistent_cache():
+        compiled = lowered.compile()
+    return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
+
+
+@contextlib.contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+    """The command line keeps compiled programs on disk; reading one back is not compiling it."""
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX decides once whether to use the cache, and remembers
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
+
+
+def _time(once: Callable[[int], Any], repeats: int, warmup: int) -> dict[str, float]:
+    """Median and spread of the seconds of `once(i)`, which must wait for its result."""
+    seconds = []
+    for i in range(warmup + repeats):
+        start = time.perf_counter()
+        once(i)
+        seconds.append(time.perf_counter() - start)
+    p10, median, p90 = np.percentile(seconds[warmup:], [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+
+
+def _about(experiment: Experiment, parameters: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    return {
+        "config": to_dict(experiment.config),
+        "environment": {
+            **versions(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "platform": devices[0].platform,
+            "device_kind": devices[0].device_kind,
+            "device_count": len(devices),  # that were used
+            "process_count": jax.process_count(),
+        },
+        "parameters": parameters,
+        "sites": experiment.sites,
+    }
+
+
+def _throughput(experiment: Experiment, examples: int, seconds: float) -> dict[str, float | None]:
+    """Tokens are the sites of categorical states; values have none."""
+    tokens = examples * experiment.sites / seconds if experiment.data.num_symbols is not None else None
+    return {"examples_per_s": examples / seconds, "tokens_per_s": tokens}
+
+
+def _rates(operations: int, seconds: float, devices: Sequence[jax.Device]) -> dict[str, float | None]:
+    peak = peak_flop_per_s(devices[0].device_kind)
+    rate = operations / seconds
+    return {
+        "flops": operations,
+        "flop_per_s": rate,
+        "peak_flop_per_s": peak and peak * len(devices),
+        "mfu": peak and rate / (peak * len(devices)),
+    }
+
+
+def _memory(compiled: Any) -> dict[str, Any]:
+    """Peak bytes on a device: since the process began where its allocator says, else as the program was planned."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    in_use = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    device = max(in_use) if in_use else None
+    plan = compiled.memory_analysis()
+    sizes = {name: int(getattr(plan, f"{name}_size_in_bytes", 0)) for name in ("argument", "output", "temp", "alias")}
+    # Donated outputs lie in the arguments.
+    program = sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"]
+    return {
+        "peak_bytes": program if device is None else device,
+        "source": "executable" if device is None else "device",
+        "executable": {**sizes, "total": program},
+        "host_peak_bytes": _resident(),
+    }
+
+
+def _resident() -> int | None:
+    """The most memory this process ever held, bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _parameters(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _si(value: float) -> str:
+    """Three digits and a prefix: 1.53 G."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5 or prefix == "P":
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    raise AssertionError

@@ -1,0 +1,187 @@
+"""The bench's numbers agree with each other and survive JSON. No time is asserted."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddjax import bench, flops
+from ddjax.config import ConfigError, default, typed
+
+
+def tiny(**denoiser):
+    config = default()
+    config.denoiser.options = {"width": 16, "depth": 2, "heads": 2, **denoiser}
+    config.train.batch_size = 16
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return bench.bench_train(typed(tiny()), steps=3, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    config = tiny()
+    config.sample.guidance = 1.5
+    return bench.bench_sample(typed(config), num=8, steps=4, repeats=2)
+
+
+COMMON = {
+    "benchmark", "config", "environment", "parameters", "sites", "warmup", "lower_s", "compile_s", "examples_per_s",
+    "tokens_per_s", "flops", "flop_per_s", "peak_flop_per_s", "mfu", "memory",
+}  # fmt: skip
+KEYS = {
+    "train": COMMON | {"batch_size", "steps", "init_s", "step_s"},
+    "sample": COMMON | {"num", "solver_steps", "repeats", "batch_s", "nfe", "network_call_s", "solver_overhead"},
+}
+
+
+@pytest.mark.parametrize("name", ["trained", "sampled"])
+def test_result_is_whole(name, request):
+    result = request.getfixturevalue(name)
+    assert result.keys() == KEYS[result["benchmark"]]
+    for key, value in result.items():
+        if isinstance(value, int | float) and key != "warmup":
+            assert value > 0, key
+    about = result["environment"]
+    assert all(about[k] for k in ("ddjax", "jax", "jaxlib", "flax", "numpy", "python", "device_kind"))
+    assert about["platform"] == "cpu"
+    assert result["peak_flop_per_s"] is None
+    assert result["mfu"] is None
+    assert typed(result["config"]).denoiser.options["width"] == 16
+
+
+@pytest.mark.parametrize("name", ["trained", "sampled"])
+def test_numbers_agree(name, request):
+    result = request.getfixturevalue(name)
+    seconds, examples = (result["step_s"], 16) if name == "trained" else (result["batch_s"], 8)
+    assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"]
+    assert result["examples_per_s"] * seconds["median"] == pytest.approx(examples)
+    assert result["sites"] == 64
+    assert result["tokens_per_s"] == pytest.approx(64 * result["examples_per_s"])
+    assert result["flop_per_s"] * seconds["median"] == pytest.approx(result["flops"])
+    memory = result["memory"]
+    sizes = memory["executable"]
+    assert memory["source"] == "executable"  # a CPU's allocator does not tell
+    assert sizes["total"] == sizes["argument"] + sizes["output"] + sizes["temp"] - sizes["alias"]
+    assert memory["peak_bytes"] == sizes["total"]
+    assert memory["host_peak_bytes"] > memory["peak_bytes"] > 0
+
+
+def test_train_uses_the_whole_mesh_and_donates(trained):
+    assert trained["environment"]["device_count"] == jax.device_count() == 8
+    # Parameters, average and both moments: four float32 copies that the output takes over.
+    assert trained["memory"]["executable"]["alias"] >= 4 * 4 * trained["parameters"]
+
+
+def test_sampling_counts_evaluations(sampled):
+    assert sampled["nfe"] == 4 * 2  # guidance doubles
+    per_call = sampled["flops"] / sampled["nfe"]
+    assert per_call == int(per_call)
+    calls = sampled["nfe"] * sampled["network_call_s"]["median"]
+    assert sampled["solver_overhead"] * calls == pytest.approx(sampled["batch_s"]["median"])
+
+
+def test_model_flops_are_those_of_the_plain_network(trained):
+    """Scanned, recomputed and accumulated programs compute the same model."""
+    config = tiny(scan=True, remat=True)
+    config.train.accumulate = 2
+    _, experiment = bench._load(typed(config))
+
+    def count(experiment):
+        state = jax.eval_shape(lambda key: bench.initial_state(experiment, key), jax.random.key(0))
+        batch = jax.eval_shape(lambda: {"x0": np.zeros((16, 8, 8, 1), np.int32), "cond": np.zeros(16, np.int32)})
+        return flops.count(bench.train_step(experiment), state, batch)
+
+    assert count(bench._model(experiment)) == trained["flops"] < count(experiment)
+
+
+def test_continuous_states_have_no_tokens():
+    config = tiny()
+    config.data.tokens, config.process.name, config.process.schedule = False, "gaussian", "vp_cosine"
+    config.denoiser.kind, config.objective.name = "noise", "gaussian"
+    config.sample.solver = "ddim"
+    result = bench.bench_sample(typed(config), num=8, steps=2, repeats=1)
+    assert result["tokens_per_s"] is None
+    assert result["nfe"] == 2
+    assert "tokens/s" not in bench.format_report(result)
+
+
+@pytest.mark.parametrize("name", ["trained", "sampled"])
+def test_json_round_trip_and_report(name, request, tmp_path):
+    result = request.getfixturevalue(name)
+    path = tmp_path / "new" / "result.json"
+    bench.write(result, path)
+    again = json.loads(path.read_text())
+    assert again == result
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+    report = bench.format_report(again)
+    device = "1 x cpu" if name == "sampled" else "8 x cpu"
+    for words in ("digits, masked process, dit denoiser", device, "tokens/s", "FLOP/s", "compile"):
+        assert words in report
+    assert ("solver overhead" in report) == (name == "sampled")
+
+
+def test_report_says_mfu(trained):
+    gpu = {**trained, "mfu": 0.4123, "peak_flop_per_s": 989e12}
+    assert "41.2% of the peak" in bench.format_report(gpu)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA A10G", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, tera):
+    assert bench.peak_flop_per_s(kind) == (tera and tera * 1e12)
+
+
+def test_the_cache_does_not_hide_compilation(tmp_path):
+    """A program that the persistent cache holds is compiled all the same, and the cache works again afterwards."""
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    hits = []
+    listener = lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None  # noqa: E731
+    jax.monitoring.register_event_listener(listener)
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    reset_cache()
+    try:
+        fresh = lambda: jax.jit(lambda x: jax.numpy.sin(x) * 17)  # noqa: E731
+        fresh().lower(1.0).compile()
+        assert any(tmp_path.iterdir())
+        bench._compile(fresh(), 1.0)
+        assert not hits
+        fresh().lower(1.0).compile()
+        assert hits
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        reset_cache()
+        jax.monitoring.clear_event_listeners()
+
+
+def test_bad_arguments_are_named():
+    config = typed(tiny())
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        bench.bench_train(config, steps=0)
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        bench.bench_sample(config, repeats=0)
+    with pytest.raises(ConfigError, match="schedule"):
+        bench.bench_train(dataclasses.replace(config, process=dataclasses.replace(config.process, schedule="none")))

@@ -1,0 +1,59 @@
+"""Every config in configs/ loads, and means what it says."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from ddjax import config, data, experiment
+from ddjax.data import arrays, text
+from ddjax.training.loop import train
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def small_data(name: str, folder: pathlib.Path) -> data.Dataset:
+    """Data shaped like what the config expects, made here."""
+    rng = np.random.default_rng(0)
+    if name == "text8":
+        (folder / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+        return text.text(folder / "corpus.txt", "train", length=256, vocabulary="text8")
+    if name == "cifar10":
+        np.save(folder / "images.npy", rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8))
+        return arrays.npy(folder / "images.npy", "train", tokens=True)
+    loaded = config.load(CONFIGS[0].with_name(f"{name}.py")).data
+    return data.load(loaded.name, "train", tokens=loaded.tokens, **loaded.options)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_builds(path, tmp_path):
+    """The process, network, objective, optimizer, solver and grid that it names all exist and fit its data."""
+    built = experiment.build(config.load(path), small_data(path.stem, tmp_path))
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) > 10_000
+    assert built.times().shape == (built.config.sample.steps + 1,)
+    assert len(path.read_text().splitlines()) <= 40  # readable at a glance
+
+
+def test_text8_is_the_published_size(tmp_path):
+    """MD4's small text8 network has 12 layers of width 768; its blocks alone are 12 * 7.5 width^2 parameters and more."""
+    built = experiment.build(config.load(CONFIGS[0].with_name("text8.py")), small_data("text8", tmp_path))
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    attention, gated_mlp, modulation = 4 * 768**2, 3 * 768 * 2048, 6 * 768**2
+    assert count == pytest.approx(12 * (attention + gated_mlp + modulation), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text8", "cifar10"])
+def test_full_size_config_runs_on_the_shared_data(name, shared_data, tmp_path):
+    """The published configs run here, cut down in width and steps, on the stand-ins for their data."""
+    path = {"text8": "novels/novels_valid.txt.xz", "cifar10": "cifar10/cifar10_jpeg.npz"}[name]
+    size = ["width=32", "depth=1", "heads=2"] + (["mlp_width=64"] if name == "text8" else [])
+    overrides = [f"--config.denoiser.options.{option}" for option in size]
+    overrides += [f"--config.data.name={shared_data / path}", "--config.train.steps=2", "--config.train.batch_size=8"]
+    overrides += ["--config.eval.max_examples=4", "--config.eval.num_times=1", "--config.sample.num=2"]
+    overrides += ["--config.sample.steps=2"]
+    run = train(config.load(CONFIGS[0].with_name(f"{name}.py"), overrides), tmp_path / "run", show=False)
+    assert run.step == 2
