@@ -172,8 +172,8 @@ def format_report(result: Mapping[str, Any]) -> str:
     commit = f" at {commit[:10]}{changes and ' with changes'}" if commit else ""
     ddjax = f"ddjax {about['ddjax'] or '(not installed)'}{commit}"
     lines = {
-        "": f"{config['data']['name']}, {config['process']['name']} process, {config['denoiser']['name']} denoiser with "
-        f"{result['parameters']:,} parameters, {what}",
+        "": f"{config['data']['name']}, {config['process']['name']} process, {config['denoiser']['name']} denoiser "
+        f"with {result['parameters']:,} parameters, {what}",
         "device": f"{about['device_count']} x {about['device_kind']} ({about['platform']})",
         "software": f"{ddjax}, jax {about['jax']}, flax {about['flax']}, Python {about['python']}",
         "compile": f"{result['compile_s']:.2f} s, after {result['lower_s']:.2f} s of tracing and lowering",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ All keys are listed and explained in ddjax/config.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 where all went well (or a signal asked to stop and all was saved), 1 or 2 with one clear line where not.
+    """Run a command.
+
+    Returns 0 where all went well, or a signal asked to stop and all was saved; 1 or 2 with one clear line where not.
 
     DDJAX_DEBUG=1 in the environment shows the whole traceback of an error.
     """
@@ -23,8 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"ddjax {arguments.command}"
     stray = [a for a in overrides if not (hasattr(arguments, "config") and a.startswith("--config."))]
     if stray:
-        print(f"{name}: unknown argument {stray[0]} (see {name} --help)", file=sys.stderr)
+        print(
+            f"{name}: unknown argument {stray[0]} (see {name} --help; overrides are --config.key=value)",
+            file=sys.stderr,
+        )
         return 2
+    shown, warnings.formatwarning = warnings.formatwarning, lambda text, *_: f"{name}: warning: {_one_line(text)}\n"
     try:
         _prepare_jax()
         return arguments.run(arguments, overrides) or 0
@@ -37,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What users can put right is raised as one of these with a message that says how.
         if os.environ.get("DDJAX_DEBUG"):
             raise
-        print(f"{name}: {_message(error)}", file=sys.stderr)
+        print(f"{name}: {_one_line(_message(error))}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = shown
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,15 +81,20 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-times", type=int, help="times per example (default: the config's)")
     evaluate.add_argument(
         "--labels", type=int, default=None, metavar="N",
-        help="for labelled images: also the fraction of N samples that a classifier fitted on the training data gives their own label",
+        help="for labelled images: also the fraction of N samples that a classifier fitted on the training data "
+        "gives their own label",
     )  # fmt: skip
     evaluate.add_argument("--guidance", type=float, help="guidance scale of those samples (default: the config's)")
     evaluate.add_argument("--data", help="path of the data, if it has moved since training")
     evaluate.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
-    bench = _command(commands, "bench", _bench, "measure step time, throughput, FLOP/s, compile time and memory", epilog=OVERRIDES)
-    bench.add_argument("what", nargs="?", choices=("train", "sample"), default="train", help="what to measure (default: train)")
+    bench = _command(
+        commands, "bench", _bench, "measure step time, throughput, FLOP/s, compile time and memory", epilog=OVERRIDES
+    )
+    bench.add_argument(
+        "what", nargs="?", choices=("train", "sample"), default="train", help="what to measure (default: train)"
+    )
     _add_config(bench, required=False)
     bench.add_argument("--steps", type=int, default=20, help="steps to time")
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
@@ -126,7 +140,15 @@ def _prepare_jax() -> None:
 
 def _message(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, ValueError | RuntimeError | ImportError) or not isinstance(error, OSError) else _os_message(error)
+    return (
+        text
+        if isinstance(error, ValueError | RuntimeError | ImportError) or not isinstance(error, OSError)
+        else _os_message(error)
+    )
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())
 
 
 def _os_message(error: OSError) -> str:
@@ -153,20 +175,28 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import jax
     import numpy as np
 
-    from ddjax.training.loop import write_samples
+    from ddjax.training.loop import samples_path, write_samples
 
     run = _load(arguments)
     num = run.config.sample.num if arguments.num is None else arguments.num
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, got {num}")
     cond = None
     if arguments.label is not None:
         cond = np.full(num, arguments.label)
     elif run.data.num_classes and not arguments.unconditional:
         cond = np.arange(num) % run.data.num_classes
     seed = run.config.sample.seed if arguments.seed is None else arguments.seed
+    path = samples_path(run.data, arguments.out or arguments.workdir / "samples" / f"seed_{seed}")
     x0 = run.sample(
-        jax.random.key(seed), num, cond=cond, steps=arguments.steps, guidance=arguments.guidance, solver=arguments.solver
+        jax.random.key(seed),
+        num,
+        cond=cond,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        solver=arguments.solver,
     )
-    path = write_samples(run.data, np.asarray(x0), arguments.out or arguments.workdir / "samples" / f"seed_{seed}")
+    write_samples(run.data, np.asarray(x0), path)
     print(f"{num} samples -> {path}")
     if run.data.vocabulary is not None:
         print(run.data.to_text(np.asarray(x0[:1]))[0])
@@ -187,7 +217,10 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.labels:
         scale = run.config.sample.guidance if arguments.guidance is None else arguments.guidance
         values["label_accuracy"], values["guidance"] = judge_labels(run, config, arguments.labels, scale), scale
-        print(f"{values['label_accuracy']:.1%} of {arguments.labels} samples are given their own label (guidance {scale:g})")
+        print(
+            f"{values['label_accuracy']:.1%} of {arguments.labels} samples are given their own label "
+            f"(guidance {scale:g})"
+        )
     if arguments.out is not None:
         write_atomically(arguments.out, json.dumps({"step": run.step, **values}, indent=1).encode())
     return 0
@@ -220,7 +253,7 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _small(config: Any) -> Any:
     """The network of configs/digits_masked.py, for a bench without a config."""
-    config.denoiser.options = dict(width=96, depth=3, heads=4, time=False)
+    config.denoiser.options = {"width": 96, "depth": 3, "heads": 4, "time": False}
     config.objective.name = "any_order"
     return config
 

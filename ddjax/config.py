@@ -32,17 +32,13 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message names the key and what was expected."""
 
 
-def _options() -> Any:
-    return dataclasses.field(default_factory=dict)
-
-
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What to train on."""
 
     name: str = "digits"  # "digits", "stdlib", or the path of a file or folder (ddjax.data.load)
     tokens: bool = True  # categorical states; False: values in [-1, 1]
-    options: dict = _options()  # of the source: length, size, vocabulary, valid_path, ...
+    options: dict = dataclasses.field(default_factory=dict)  # of the source: length, size, vocabulary, valid_path, ...
     eval_split: str = "test"  # the split on which bounds are reported
 
 
@@ -52,7 +48,7 @@ class ProcessConfig:
 
     name: str = "masked"  # masked, uniform, gaussian
     schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
-    schedule_options: dict = _options()
+    schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # gaussian only: standard deviation of the data
 
 
@@ -62,7 +58,9 @@ class DenoiserConfig:
 
     name: str = "dit"  # dit, text
     kind: str = "posterior"  # what it predicts: posterior, cavity, ratio; x0, noise, score, velocity, v, edm
-    options: dict = _options()  # constructor arguments: width, depth, heads, dropout, time, dtype, scan, remat, ...
+    options: dict = dataclasses.field(
+        default_factory=dict
+    )  # constructor arguments: width, depth, heads, dropout, time, dtype, scan, remat, ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,9 @@ class ObjectiveConfig:
 
     name: str = "elbo"  # elbo, gaussian
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
-    options: dict = _options()  # elbo: t_range; gaussian: error, weighting, density and their arguments
+    options: dict = dataclasses.field(
+        default_factory=dict
+    )  # elbo: t_range; gaussian: error, weighting, density and their arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,10 @@ class SampleConfig:
 
     num: int = 64
     solver: str = "ancestral"  # ancestral, ddim, heun
-    solver_options: dict = _options()
+    solver_options: dict = dataclasses.field(default_factory=dict)
     steps: int = 64
     grid: str = "uniform"  # uniform, cosine, karras, uniform_log_snr
-    grid_options: dict = _options()
+    grid_options: dict = dataclasses.field(default_factory=dict)
     guidance: float = 1.0  # classifier-free scale; 1 is off
     seed: int = 0
 
@@ -147,8 +147,10 @@ class Config:
 
 # Keys that may differ when a run is continued: they change neither the parameters' path nor their meaning.
 # (`train.steps` does stretch a learning-rate decay that is still under way.)
-CHANGEABLE = ("train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.checkpoint_every",
-              "train.keep", "train.prefetch", "train.mesh", "train.tensorboard", "train.wandb", "sample", "eval")  # fmt: skip
+CHANGEABLE = (
+    *("train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.checkpoint_every"),
+    *("train.keep", "train.prefetch", "train.mesh", "train.tensorboard", "train.wandb", "sample", "eval"),
+)
 
 
 def default() -> ConfigDict:
@@ -197,7 +199,8 @@ def _value(kind: type, value: Any, path: str) -> Any:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply overrides such as `--config.train.steps=100`.
 
-    Values are read by the key's type; inside an `options` dict, which may be given new keys, as Python literals or else text.
+    Values are read by the key's type; inside an `options` dict, which may be given new keys, as Python literals or
+    else as text.
     Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or a file that fails or
     has no `get_config`; FileNotFoundError where there is no such file.
     """
@@ -228,7 +231,9 @@ def _read(path: Path) -> dict[str, Any]:
         text = " ".join(str(error.args[0] if error.args else error).split())
         raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict | Mapping):
-        raise ConfigError(f"{path}: get_config() must return a config, begun with ddjax.config.default(), not {config!r}")
+        raise ConfigError(
+            f"{path}: get_config() must return a config, begun with ddjax.config.default(), not {config!r}"
+        )
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 

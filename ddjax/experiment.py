@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from ddjax import data as datasets
 from ddjax import denoisers, grids, guidance, likelihood, objectives, processes, schedules, solvers
 from ddjax.config import Config, ConfigError
 from ddjax.data.dataset import Dataset
@@ -41,6 +42,7 @@ DENSITIES = {
     "log_normal_sigma": objectives.log_normal_sigma,
 }
 SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
+GAUSSIAN_SOLVERS = ("ddim", "heun")
 GRIDS = {
     "uniform": grids.uniform,
     "cosine": grids.cosine,
@@ -81,12 +83,20 @@ class Experiment:
         options = dict(c.options)
         if c.name == "gaussian":
             if "weighting" in options:
-                options["weighting"] = _make(WEIGHTINGS, options["weighting"], options, "config.objective.options.weighting")
+                options["weighting"] = _make(
+                    WEIGHTINGS, options["weighting"], options, "config.objective.options.weighting"
+                )
             if "density" in options:
-                make = functools.partial(_make, DENSITIES, options["density"], options, "config.objective.options.density")
+                make = functools.partial(
+                    _make, DENSITIES, options["density"], options, "config.objective.options.density"
+                )
                 options["density"] = make(self.process)
         objective = _make(OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options)
-        return objectives.with_condition_dropout(objective, c.condition_dropout, self.null) if self.null is not None else objective
+        return (
+            objectives.with_condition_dropout(objective, c.condition_dropout, self.null)
+            if self.null is not None
+            else objective
+        )
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW over `train.steps` steps."""
@@ -105,19 +115,53 @@ class Experiment:
         """The sampler's step, by name; default that of the config."""
         c = self.config.sample
         options = options if name is not None else {**c.solver_options, **options}
+        if (name or c.solver) in GAUSSIAN_SOLVERS and self.process.state != "gaussian":
+            raise ConfigError(
+                f"config.sample.solver={name or c.solver!r} is for the gaussian process, "
+                f"not for {self.config.process.name!r}"
+            )
         return _make(SOLVERS, name or c.solver, None, "config.sample.solver", self.process, **options)
 
     def times(self, steps: int | None = None) -> Array:
         """The sampler's grid."""
         c = self.config.sample
+        if c.grid == "karras" and self.process.state != "gaussian":
+            raise ConfigError(
+                f"config.sample.grid='karras' is for the gaussian process, not for {self.config.process.name!r}"
+            )
         first = (self.process.schedule,) if c.grid in ("karras", "uniform_log_snr") else ()
-        return _make(GRIDS, c.grid, None, "config.sample.grid", *first, steps=steps or c.steps, **c.grid_options)
+        return _make(
+            GRIDS,
+            c.grid,
+            None,
+            "config.sample.grid",
+            *first,
+            steps=c.steps if steps is None else steps,
+            **c.grid_options,
+        )
 
     def guided(self, denoise: Denoise, scale: float, cond: Any) -> Denoise:
         """`denoise` under classifier-free guidance, where there is a condition to guide towards."""
         if cond is None:
             return denoise
         return guidance.classifier_free(denoise, null=self.null, scale=scale)
+
+
+def load_data(config: Config, split: str) -> Dataset:
+    """A split of the config's data.
+
+    Raises what `ddjax.data.load` raises, and ConfigError for options that do not fit.
+    """
+    c = config.data
+    if clash := {"tokens", "split"} & set(c.options):
+        raise ConfigError(
+            f"config.data.options: {min(clash)!r} is not an option; "
+            "there are config.data.tokens and config.data.eval_split"
+        )
+    try:
+        return datasets.load(c.name, split, tokens=c.tokens, **c.options)
+    except TypeError as error:
+        raise ConfigError(f"config.data.options: {error}") from error
 
 
 def build(config: Config, data: Dataset) -> Experiment:
@@ -128,7 +172,8 @@ def build(config: Config, data: Dataset) -> Experiment:
     process = _process(config, data)
     if config.denoiser.kind not in process.kinds:
         raise ConfigError(
-            f"config.denoiser.kind={config.denoiser.kind!r}: the process {config.process.name!r} takes one of {', '.join(process.kinds)}"
+            f"config.denoiser.kind={config.denoiser.kind!r}: the process {config.process.name!r} takes one of "
+            f"{', '.join(process.kinds)}"
         )
     init, apply = _network(config, data, process)
     experiment = Experiment(config, data, process, init, apply)
@@ -143,7 +188,8 @@ def _process(config: Config, data: Dataset) -> Any:
     if c.name in PROCESSES and categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
         raise ConfigError(
-            f"config.process.name={c.name!r} corrupts {wants}, but the data {data.name!r} are {has}; set config.data.tokens={categorical}"
+            f"config.process.name={c.name!r} corrupts {wants}, but the data {data.name!r} are {has}; "
+            f"set config.data.tokens={categorical}"
         )
     options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
     return _make(PROCESSES, c.name, None, "config.process.name", schedule=schedule, **options)
@@ -159,17 +205,24 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
     options |= {"num_classes": data.num_classes}
     if c.name == "text":
         if len(data.shape) != 1 or data.num_symbols is None:
-            raise ConfigError(f"config.denoiser.name='text' is for token sequences, not for {data.name!r} of shape {data.shape}")
+            raise ConfigError(
+                f"config.denoiser.name='text' is for token sequences, not for {data.name!r} of shape {data.shape}"
+            )
         options["length"] = data.shape[0]
     else:
         if len(data.shape) != 3:
-            raise ConfigError(f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}")
+            raise ConfigError(
+                f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}"
+            )
         options["shape"] = data.shape
     network = _pick(DENOISERS, c.name, "config.denoiser.name")
     _check_options(network, options, "config.denoiser.options")
 
     def make(rngs):
-        return network(**options, rngs=rngs)
+        try:
+            return network(**options, rngs=rngs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
 
     return denoisers.functional_init(make)
 
@@ -186,18 +239,28 @@ def _make(table: Mapping[str, Callable], name: str, options: dict | None, key: s
     if options is not None:
         taken = [p for p in inspect.signature(make).parameters if p in options]
         kwargs |= {p: options.pop(p) for p in taken}
-    _check_options(make, kwargs, key)
-    return make(*args, **kwargs)
+    _check_options(make, kwargs, key, given=len(args))
+    try:
+        return make(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{key}={name!r}: {error}") from error
 
 
-def _check_options(make: Callable, options: Mapping[str, Any], key: str) -> None:
+def _check_options(make: Callable, options: Mapping[str, Any], key: str, given: int = 0) -> None:
+    """Raise ConfigError for options that `make` does not take, or needs and lacks.
+
+    Its first `given` arguments are not options.
+    """
     # Of a class, its __init__: NNX's metaclass hides the signature of the call.
-    parameters = list(inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters)
-    taken = [p for p in parameters if p not in ("self", "rngs")]
+    parameters = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
+    taken = [p for name, p in parameters.items() if name not in ("self", "rngs")][given:]
+    names = [p.name for p in taken]
     for option in options:
-        if option not in taken:
-            near = difflib.get_close_matches(option, taken, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(taken)}"
+        if option not in names:
+            near = difflib.get_close_matches(option, names, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}" if names else "it takes none"
+            )
             raise ConfigError(f"{key}: {make.__name__} has no option {option!r}; {hint}")
-
-
+    if missing := [p.name for p in taken if p.default is p.empty and p.name not in options]:
+        raise ConfigError(f"{key}: {make.__name__} needs {', '.join(missing)}")

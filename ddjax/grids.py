@@ -43,7 +43,9 @@ def karras(
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> Grid:
-    """EDM's grid: equal steps of (sigma / alpha)**(1 / rho) from sigma_max to sigma_min, then data (Karras et al. 2022, eq. 5).
+    """EDM's grid: equal steps of (sigma / alpha)**(1 / rho) from sigma_max to sigma_min, then data.
+
+    (Karras et al. 2022, eq. 5.)
 
     The last step goes from sigma_min to t = 0. With one step the grid is {sigma_max, 0}.
     """

@@ -70,17 +70,23 @@ class Run:
         """Draw n samples, `(n, *shape)`; in the config's way where nothing else is said.
 
         cond: labels `(n,)`, or one label for all; None for unconditional samples.
-        steps: number of solver steps. guidance: classifier-free scale, 1 is off. solver: a name or a `ddjax.solvers` object.
+        steps: number of solver steps. guidance: classifier-free scale, 1 is off. solver: a name or an object of
+            `ddjax.solvers`.
         observed: known sites, `(n, *shape)` each (in-painting).
         batch_size: drawn at a time; it does not change the samples.
         """
         experiment = self.experiment
+        if n < 1:
+            raise ValueError(f"at least one sample is needed, got {n}")
         if cond is not None:
             if not self.data.num_classes:
                 raise ValueError(f"{self.data.name!r} has no labels, so cond must be None")
             cond = np.broadcast_to(np.asarray(cond, np.int32), (n,))
-            if cond.min() < 0 or cond.max() > self.data.num_classes:
-                raise ValueError(f"labels run from 0 to {self.data.num_classes - 1} ({self.data.num_classes} means none), got {cond}")
+            if len(wrong := cond[(cond < 0) | (cond > self.data.num_classes)]):
+                raise ValueError(
+                    f"labels run from 0 to {self.data.num_classes - 1} ({self.data.num_classes} means none), "
+                    f"got {wrong[0]}"
+                )
         scale = self.config.sample.guidance if guidance is None else guidance
         denoise = experiment.guided(self.denoise, float(scale), cond)
         step = experiment.solver(solver) if solver is None or isinstance(solver, str) else solver
@@ -121,7 +127,7 @@ class Run:
         if x0.shape[1:] != self.data.shape:
             raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {x0.shape}")
         terms = []
-        for rows in _chunks(len(x0), batch_size or self.config.eval.batch_size):
+        for rows in _chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
             terms.append(
                 likelihood.nelbo(
                     key,
@@ -129,19 +135,22 @@ class Run:
                     self.process,
                     jnp.asarray(x0[rows]),
                     None if cond is None else jnp.asarray(np.asarray(cond)[rows]),
-                    num_times=num_times or self.config.eval.num_times,
+                    num_times=self.config.eval.num_times if num_times is None else num_times,
                     reconstruction=self.experiment.reconstruction(),
                     rows=Rows(jnp.asarray(rows), len(rows)),
                 )
             )
-        joined = (jnp.concatenate([getattr(b, name) for b in terms])[: len(x0)] for name in ("prior", "diffusion", "reconstruction"))
+        joined = (
+            jnp.concatenate([getattr(b, name) for b in terms])[: len(x0)]
+            for name in ("prior", "diffusion", "reconstruction")
+        )
         return Bound(*joined, t_range=terms[0].t_range, dims=terms[0].dims)
 
 
 def _chunks(n: int, size: int) -> Iterator[np.ndarray]:
     """Row numbers in chunks of one size, so that one program serves all; the last is filled with the last row."""
-    if n < 1:
-        raise ValueError(f"at least one example is needed, got {n}")
+    if n < 1 or size < 1:
+        raise ValueError(f"at least one example and a batch_size of one are needed, got {n} and {size}")
     size = min(size, n)
     for start in range(0, n, size):
         yield np.minimum(np.arange(start, start + size), n - 1)
@@ -165,9 +174,11 @@ def read_description(workdir: str | Path) -> tuple[Config, Dataset]:
     """The config and the data description of the run in `workdir`. Raises FileNotFoundError, ConfigError."""
     path = Path(workdir) / DESCRIPTION
     if not path.is_file():
-        raise FileNotFoundError(f"no run in {Path(workdir)} (there is no {DESCRIPTION}); train one with `ddjax train --workdir {workdir}`")
+        raise FileNotFoundError(
+            f"no run in {Path(workdir)} (there is no {DESCRIPTION}); train one with `ddjax train --workdir {workdir}`"
+        )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return typed(stored["config"]), from_description(stored["data"])
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from error

@@ -40,15 +40,19 @@ def sample(
 ) -> Sample:
     """Draw samples: from the prior at `times[0]`, one solver step between neighbouring times.
 
-    shape: `(batch, *sites)`. times: a grid of n + 1 decreasing times (`ddjax.grids`); the sample is the state at the last.
+    shape: `(batch, *sites)`. times: a grid of n + 1 decreasing times (`ddjax.grids`); the sample is the state at the
+        last.
     cond: a pytree with a leading batch axis. init: start from this state, at `times[0]`, instead of the prior.
-    observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised copy, as
+    observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
+        copy, as
         in RePaint, Lugmayr et al. 2022, without its resampling).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
-    rows: row numbers that seed the examples, default 0 ... batch - 1; drawing rows 0-63 and then 64-127 gives the same samples as
+    rows: row numbers that seed the examples, default 0 ... batch - 1; drawing rows 0-63 and then 64-127 gives the
+        same samples as
         drawing 128 at once.
 
-    The same key and row give the same sample whatever the batch. Compiled once for each shape, solver and number of steps.
+    The same key and row give the same sample whatever the batch. Compiled once for each shape, solver and number of
+    steps.
     Raises ValueError for shapes that do not fit.
     """
     shape = tuple(int(n) for n in shape)

@@ -11,9 +11,9 @@ from ddjax import bench, flops
 from ddjax.config import ConfigError, default, typed
 
 
-def tiny(**denoiser):
+def tiny(depth=1, **denoiser):
     config = default()
-    config.denoiser.options = {"width": 16, "depth": 2, "heads": 2, **denoiser}
+    config.denoiser.options = {"width": 16, "depth": depth, "heads": 2, **denoiser}
     config.train.batch_size = 16
     return config
 
@@ -88,16 +88,18 @@ def test_sampling_counts_evaluations(sampled):
 
 def test_model_flops_are_those_of_the_plain_network(trained):
     """Scanned, recomputed and accumulated programs compute the same model."""
-    config = tiny(scan=True, remat=True)
-    config.train.accumulate = 2
-    _, experiment = bench._load(typed(config))
 
-    def count(experiment):
+    def count(config, as_model):
+        _, experiment = bench._load(typed(config))
+        experiment = bench._model(experiment) if as_model else experiment
         state = jax.eval_shape(lambda key: bench.initial_state(experiment, key), jax.random.key(0))
         batch = jax.eval_shape(lambda: {"x0": np.zeros((16, 8, 8, 1), np.int32), "cond": np.zeros(16, np.int32)})
         return flops.count(bench.train_step(experiment), state, batch)
 
-    assert count(bench._model(experiment)) == trained["flops"] < count(experiment)
+    assert count(tiny(), False) == trained["flops"]
+    config = tiny(depth=3, scan=True, remat=True)
+    config.train.accumulate = 2
+    assert count(config, True) == count(tiny(depth=3), False) < count(config, False)
 
 
 def test_continuous_states_have_no_tokens():

@@ -1,4 +1,4 @@
-"""Do class-conditional samples look like their class to a classifier trained on real data?"""
+"""Whether class-conditional samples look like their class to a classifier trained on real data."""
 
 from __future__ import annotations
 

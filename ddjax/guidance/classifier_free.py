@@ -48,8 +48,10 @@ class ClassifierFree:
 def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
     """Guide towards the condition: `without + scale * (with - without)`, at the level of what the network predicts.
 
-    Level: Gaussian kinds are linear in each other at fixed x_t, so x0, noise, score and velocity give one and the same guided sampler.
-    Categorical kinds are extrapolated as log-probabilities, p_with^scale p_without^(1 - scale) normalised (at the level of x0; Schiff et al. 2024,
+    Level: Gaussian kinds are linear in each other at fixed x_t, so x0, noise, score and velocity give one and the
+        same guided sampler.
+    Categorical kinds are extrapolated as log-probabilities, p_with^scale p_without^(1 - scale) normalised (at the
+    level of x0; Schiff et al. 2024,
     eq. 12, for absorbing noise). With scale other than 1 the result is not the law of any diffusion.
 
     null: the condition that stands for none, as in `objectives.with_condition_dropout`. scale: 1 is off, and returns

@@ -106,7 +106,8 @@ class _Binned:
 def binned(levels: Sequence[float] | Float[Array, " levels"]) -> Reconstruction:
     """A decoder for Gaussian states whose sites take a few known values: p(v | x_low) ∝ N(x_low; alpha v, sigma^2).
 
-    (Kingma et al. 2021, "Variational Diffusion Models", eq. 30.) `levels`: the values, in the units of x0 (for 8-bit images in
+    (Kingma et al. 2021, "Variational Diffusion Models", eq. 30.) `levels`: the values, in the units of x0 (for 8-bit
+    images in
     [-1, 1]: `linspace(-1, 1, 256)`). The bound is then on a probability, so bits per dimension need no offset.
     """
     values = tuple(float(v) for v in levels)

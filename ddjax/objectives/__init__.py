@@ -1,6 +1,7 @@
 """What training minimises.
 
-Every objective is `objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True) -> (loss, metrics)`: the loss
+Every objective is `objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True) -> (loss,
+metrics)`: the loss
 is the weighted mean over examples of nats per site (docs/design.md, section 2).
 """
 

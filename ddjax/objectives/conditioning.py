@@ -14,9 +14,12 @@ from ddjax.types import Rows, left_broadcast
 
 
 def with_condition_dropout(objective: Objective, rate: float, null: Any) -> Objective:
-    """Replace an example's condition by `null` with probability `rate` while training (Ho & Salimans 2022, algorithm 1).
+    """Replace an example's condition by `null` with probability `rate` while training.
 
-    null: the condition that means "none", a pytree like one example's `cond` (for class labels: the integer num_classes).
+    (Ho & Salimans 2022, "Classifier-free diffusion guidance", algorithm 1.)
+
+    null: the condition that means "none", a pytree like one example's `cond` (for class labels: the integer
+        num_classes).
     Raises ValueError for a rate outside [0, 1].
     """
     if not 0.0 <= rate <= 1.0:

@@ -16,11 +16,13 @@ from ddjax.types import left_broadcast, sites
 def elbo(process: Any, kind: str, *, t_range: tuple[float, float] | None = None) -> Objective:
     """The continuous-time bound's diffusion term, one time per example, nats per site.
 
-    For `Masked` this is MD4's and MDLM's objective (Shi et al. 2024, eq. 5), for `Uniform` UDLM's (Schiff et al. 2024, eq. 18), for
+    For `Masked` this is MD4's and MDLM's objective (Shi et al. 2024, eq. 5), for `Uniform` UDLM's (Schiff et al.
+    2024, eq. 18), for
     `Gaussian` VDM's (Kingma et al. 2021, eq. 17). Times are uniform in the process's own coordinate (fraction of lost
     symbols; log-SNR).
 
-    kind: what the network predicts. For `Masked` posterior and cavity are one; a network trained on `Uniform`'s bound as a
+    kind: what the network predicts. For `Masked` posterior and cavity are one; a network trained on `Uniform`'s bound
+        as a
         `"cavity"` is one, and must be sampled as one.
     t_range: times to integrate; default `process.t_range`.
     """
@@ -32,8 +34,10 @@ def any_order(process: Masked, kind: str = "posterior") -> Objective:
     """The masked bound over the whole interval, with the number of masks drawn instead of the time.
 
     k of the L sites are masked, k uniform on 1 ... L, and the loss is (L / k) times the cross-entropy at them: the
-    integral of the bound over t at fixed k, since that of t**(k-1) (1-t)**(L-k) C(L, k) over [0, 1] is 1 / k (Uria et al. 2014;
-    Ou et al. 2024, RADD, eq. 4.6). The same expectation as `elbo` with less variance, whatever the schedule. A network that is told the
+    integral of the bound over t at fixed k, since that of t**(k-1) (1-t)**(L-k) C(L, k) over [0, 1] is 1 / k (Uria et
+    al. 2014;
+    Ou et al. 2024, RADD, eq. 4.6). The same expectation as `elbo` with less variance, whatever the schedule. A
+    network that is told the
     time is told the one at which k / L sites are expected to be masked.
 
     Raises ValueError for a process other than `Masked`.

@@ -89,7 +89,10 @@ class Gaussian:
         return self.bridge(self.convert(prediction, "x0", xt, t).value, xt, s, t)
 
     def sde(self, t: Time) -> tuple[Array, Array]:
-        """Coefficients (f, g^2) of dx = f x dt + g dw: f = alpha'/alpha, g^2 = -sigma^2 lambda' = 2 sigma (sigma' - f sigma)."""
+        """Coefficients (f, g^2) of dx = f x dt + g dw.
+
+        f = alpha'/alpha, g^2 = -sigma^2 lambda' = 2 sigma (sigma' - f sigma).
+        """
         t = jnp.asarray(t)
         sigma = self.schedule.sigma(t)
         f = self.schedule.alpha_prime(t) / self.schedule.alpha(t)
@@ -133,7 +136,9 @@ class Gaussian:
         return max(low, 0.0), min(high, 1.0)
 
     def time_at(self, u: Array, t_range: tuple[float, float]) -> tuple[Array, Array]:
-        """Times uniform in log-SNR, and dt/du: the integral of f over t_range is the mean of f(t) dt/du over u in [0, 1].
+        """Times uniform in log-SNR, and dt/du.
+
+        The integral of f over t_range is the mean of f(t) dt/du over u in [0, 1].
 
         Raises ValueError where the log-SNR is infinite at an end of the range.
         """

@@ -5,7 +5,8 @@
 Everything follows from these two functions (references: Austin et al. 2021; Campbell et al. 2022; von Rütte et al.
 2025, whose hybrid noise this covers):
 
-    Q_{t|s}(x -> y) = alpha_{t|s} [x = y] + m(y),       alpha_{t|s} = alpha_t / alpha_s,  m = noise_t - alpha_{t|s} noise_s
+    Q_{t|s}(x -> y) = alpha_{t|s} [x = y] + m(y),       alpha_{t|s} = alpha_t / alpha_s,  m = noise_t - alpha_{t|s}
+    noise_s
     rate R_t(x -> y) = noise_t'(y) - alpha_t'/alpha_t noise_t(y)                                          for y != x
     bridge  q(x_s | x_t, x) ∝ Q_{t|s}(x_s -> x_t) q(x_s | x)
     reverse p(x_s | x_t)    ∝ Q_{t|s}(x_s -> x_t) (alpha_s cavity(x_s) + noise_s(x_s))
@@ -94,7 +95,8 @@ class Mixture:
             raise ValueError(f"num_symbols must be at least 1, got {self.num_symbols}")
         if not isinstance(self.schedule, Survival):
             raise ValueError(
-                f"{type(self).__name__} needs a survival schedule (Linear, Polynomial, Cosine, LogLinear), got {self.schedule!r}"
+                f"{type(self).__name__} needs a survival schedule (Linear, Polynomial, Cosine, LogLinear), "
+                f"got {self.schedule!r}"
             )
 
     # -- what a subclass gives --------------------------------------------------------------------------------
@@ -228,7 +230,8 @@ class Mixture:
         true, model = self._blur(clean, xt, t), self._blur(law, xt, t)
         possible = true > 0
         relative = jnp.where(possible, change, 0.0) / jnp.where(possible, true, 1.0)
-        # log(model / true): from the difference where they are close, from the two where the model has lost most of the mass.
+        # log(model / true): from the difference where they are close, from the two where the model has lost most of
+        # the mass.
         close = (relative > -0.5) | ~possible
         log_change = jnp.where(
             close,
@@ -258,9 +261,8 @@ class Mixture:
         low, high = self.schedule.sigma(ends)
         # Rounding must not reach an end: there alpha or sigma may be 0 and the integrand 0 / 0.
         u = jnp.clip(u, jnp.finfo(u.dtype).epsneg, 1.0)
-        t = jnp.clip(
-            self.schedule.time_of_sigma(jnp.minimum(low + u * (high - low), high)), ends[0], jnp.nextafter(ends[1], ends[0])
-        )
+        t = self.schedule.time_of_sigma(jnp.minimum(low + u * (high - low), high))
+        t = jnp.clip(t, ends[0], jnp.nextafter(ends[1], ends[0]))
         return t, (high - low) / self.schedule.sigma_prime(t)
 
     # -- predictions ------------------------------------------------------------------------------------------
@@ -270,7 +272,7 @@ class Mixture:
         return xt, jnp.asarray(t)
 
     def convert(self, prediction: Prediction, kind: str, xt: Tokens, t: Time) -> Prediction:
-        """The same statement as another kind; the value is log-probabilities. Raises ValueError for an unknown kind.
+        """The same statement as another kind, as log-probabilities. Raises ValueError for an unknown kind.
 
         posterior(k) ∝ cavity(k) q_t(x_t | k);      ratio(y) = q_t(y | cavity) / q_t(x_t | cavity), over all states.
         """

@@ -1,4 +1,7 @@
-"""Uniform corruption: a lost symbol is replaced by a uniformly drawn one (Austin et al. 2021; UDLM, Schiff et al. 2024)."""
+"""Uniform corruption: a lost symbol is replaced by a uniformly drawn one.
+
+(Austin et al. 2021, D3PM; Schiff et al. 2024, UDLM.)
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ class Ancestral:
     """x_s ~ p(x_s | x_t), the bridge averaged over (or, for Gaussian states, taken at) the predicted x0.
 
     Masked: a coin for each mask, then its symbol (Shi et al. 2024, algorithm 2). Uniform: D3PM's step on the cavity
-    (Austin et al. 2021, eq. 4; Schiff et al. 2024). Gaussian: DDPM (Ho et al. 2020, algorithm 2), equal to `DDIM(eta=1)`.
+    (Austin et al. 2021, eq. 4; Schiff et al. 2024). Gaussian: DDPM (Ho et al. 2020, algorithm 2), equal to
+    `DDIM(eta=1)`.
     """
 
     process: Any

@@ -17,7 +17,8 @@ from ddjax.types import left_broadcast
 class DDIM:
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - eta^2 b^2) noise + eta b z,  b^2 = sigma_s^2 (1 - exp(lambda_t - lambda_s)).
 
-    (Song et al. 2021, eq. 12 and 16.) eta = 0: first-order ODE solver, exponential in the noise (Euler in sigma / alpha). eta = 1: ancestral.
+    (Song et al. 2021, eq. 12 and 16.) eta = 0: first-order ODE solver, exponential in the noise (Euler in sigma /
+    alpha). eta = 1: ancestral.
     """
 
     process: Gaussian
@@ -52,8 +53,10 @@ class DDIM:
 class Heun:
     """The trapezoidal rule on dx/dt = velocity, in the schedule's own clock; second order.
 
-    Under `schedules.EDM`, where the clock is sigma, this is EDM's deterministic sampler (Karras et al. 2022, algorithm 1); under
-    `CondOT`, Heun for flow matching. A step into sigma = 0 is the prediction x0 itself (EDM's Euler step), and costs one evaluation.
+    Under `schedules.EDM`, where the clock is sigma, this is EDM's deterministic sampler (Karras et al. 2022,
+    algorithm 1); under
+    `CondOT`, Heun for flow matching. A step into sigma = 0 is the prediction x0 itself (EDM's Euler step), and costs
+    one evaluation.
     """
 
     process: Gaussian

@@ -7,6 +7,7 @@ that is killed and started again by the same command ends where the uninterrupte
 from __future__ import annotations
 
 import collections
+import errno
 import functools
 import json
 import math
@@ -20,18 +21,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ddjax import data as datasets
 from ddjax.config import Config, ConfigError, differences, to_dict
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import describe
 from ddjax.evaluation import label_accuracy
-from ddjax.experiment import Experiment, build
+from ddjax.experiment import Experiment, build, load_data
 from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
+from ddjax.training.backend import disk_full
 from ddjax.training.checkpoint import Checkpoints
 from ddjax.training.manifest import write_atomically
-from ddjax.training.mesh import abstract_state, compile_step, init_sharded, make_mesh, shard_batch
-from ddjax.training.report import Report
+from ddjax.training.mesh import BATCH_AXES, abstract_state, compile_step, init_sharded, make_mesh, shard_batch
+from ddjax.training.report import Report, require_writers
 from ddjax.training.state import TrainState, init_state
 from ddjax.training.step import make_train_step
 
@@ -45,7 +48,8 @@ class NonFiniteLoss(RuntimeError):
 def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | None:
     """Train in `workdir`, continuing from its newest good checkpoint if it has one.
 
-    Writes run.json (config and data description), metrics.jsonl, checkpoints/ and samples/. Stops cleanly, saving, on SIGINT and SIGTERM.
+    Writes run.json (config and data description), metrics.jsonl, checkpoints/ and samples/. Stops cleanly, saving, on
+    SIGINT and SIGTERM.
     Returns the trained `Run`, or None where it was asked to stop before the end.
 
     show: draw a progress bar (on a terminal) or print lines (elsewhere).
@@ -53,17 +57,25 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     the data or the network find wrong.
     """
     workdir = Path(workdir)
-    train_data = datasets.load(config.data.name, "train", tokens=config.data.tokens, **config.data.options)
+    check_sizes(config)
+    require_writers(config)
+    train_data = load_data(config, "train")
+    held_out = load_data(config, config.data.eval_split) if config.train.eval_every else None
     experiment = build(config, train_data)
 
     mesh = make_mesh(config.train.mesh)
+    check_batch_size(config, mesh)
     optimizer = experiment.optimizer()
     state, shardings = init_sharded(
         functools.partial(init_state, experiment.init, optimizer), mesh, (), jax.random.key(config.train.seed)
     )
     step_fn = compile_step(
         make_train_step(
-            experiment.objective(), experiment.apply, optimizer, accumulate=config.train.accumulate, ema=experiment.ema()
+            experiment.objective(),
+            experiment.apply,
+            optimizer,
+            accumulate=config.train.accumulate,
+            ema=experiment.ema(),
         ),
         shardings,
         mesh,
@@ -79,22 +91,30 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     claim(workdir, config, train_data)  # nothing is written before all of the config has been understood
 
     with (
+        stop_signals() as stop,
         Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep) as checkpoints,
         Report(workdir, config, parameters=_count(state.params), show=show and jax.process_index() == 0) as report,
-        stop_signals() as stop,
     ):
+        window: list[dict[str, float]] = []
         if (restored := checkpoints.restore(abstract_state(state, shardings))) is not None:
             state, extras = TrainState(*restored[0]), restored[1]
-            batches.set_state(extras["data"])
-            report.resumed(int(state.step), checkpoints.problems)
-        step = saved = int(state.step)
+            batches.set_state(extras["data"]["iterator"])
+            window = extras["data"]["window"]
+        step = first = saved = int(state.step)
+        report.start(step, window)
 
         def save() -> None:
             nonlocal saved
             check_finite()  # never keep a state that is not a number
             if saved < step:
-                checkpoints.save(step, state, data=batches.get_state(), config=to_dict(config))
+                place = {"iterator": batches.get_state(), "window": report.window()}
+                checkpoints.save(step, state, data=place, config=to_dict(config))
                 saved = step
+
+        def last_good() -> str:
+            checkpoints.wait()
+            good = checkpoints.latest_step()
+            return f"the last good checkpoint is step {good}" if good is not None else "there is no checkpoint yet"
 
         pending: collections.deque[tuple[int, dict]] = collections.deque()
 
@@ -104,39 +124,87 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                 number, metrics = pending.popleft()
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if not values.pop("finite"):
-                    last = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
                     raise NonFiniteLoss(
-                        f"the loss or its gradient is not finite at step {number} (batch {number - 1} of the data order of "
-                        f"seed {config.train.seed}; loss {values['loss']}, gradient norm {values['grad_norm']}); {last}. "
-                        "Lower config.optimizer.learning_rate or clip harder, and run the same command again"
+                        f"the loss or its gradient is not finite at step {number} "
+                        f"(batch {number - 1} of the data order of seed {config.train.seed}; "
+                        f"loss {values['loss']}, gradient norm {values['grad_norm']}); {last_good()}. "
+                        "Lower config.optimizer.learning_rate or config.optimizer.clip, in a new --workdir"
                     )
                 report.step(number, values)
 
-        while step < config.train.steps and not stop.is_set():
-            batch = shard_batch(next(batches), mesh)
-            state, metrics = step_fn(state, batch)
-            step += 1
-            pending.append((step, metrics))
-            check_finite(keep=IN_FLIGHT)
-            if _due(step, config.train.checkpoint_every):
-                save()
-            if _due(step, config.train.eval_every) and step < config.train.steps:
-                check_finite()
-                report.bound(step, evaluate(_run(experiment, state), config))
-            if _due(step, config.train.sample_every) or (step == config.train.steps and config.train.sample_every):
-                check_finite()
-                draw(_run(experiment, state), workdir / "samples", f"step_{step:07d}")
+        def look(again: bool = False) -> None:
+            """Evaluate and draw samples where they are due.
 
-        save()
-        checkpoints.wait()
+            again: at the checkpoint that a run goes on from, make up for what was cut off.
+            """
+            last, c, name = step == config.train.steps, config.train, f"step_{step:07d}"
+            evaluation = (
+                c.eval_every > 0 and (last or _due(step, c.eval_every)) and not (again and report.has_bound(step))
+            )
+            samples = c.sample_every > 0 and (last or _due(step, c.sample_every))
+            samples = samples and not (again and any((workdir / "samples").glob(f"{name}.*")))
+            if stop.is_set() or not (evaluation or samples):
+                return
+            check_finite()
+            with report.paused():
+                run = _run(experiment, state, mesh)
+                if evaluation:
+                    report.bound(step, evaluate(run, config, held_out))
+                if samples:
+                    draw(run, workdir / "samples", name)
+
+        try:
+            if step:
+                look(again=True)
+            while step < config.train.steps and not stop.is_set() and not _preempted(checkpoints, step):
+                batch = shard_batch(next(batches), mesh)
+                state, metrics = step_fn(state, batch)
+                step += 1
+                pending.append((step, metrics))
+                check_finite(keep=IN_FLIGHT)
+                if _due(step, config.train.checkpoint_every):
+                    save()
+                look()
+            save()
+            checkpoints.wait()
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise OSError(
+                errno.ENOSPC, f"no space left on the disk of {workdir}, at step {step}; {last_good()}"
+            ) from error
         if step < config.train.steps:
             report.stopped(step)
             return None
-        run = _run(experiment, state)
-        if config.train.eval_every:
-            report.bound(step, evaluate(run, config))
-        report.finished(step)
-        return run
+        report.finished(step, already=first == step)
+        return _run(experiment, state, mesh)
+
+
+def check_sizes(config: Config) -> None:
+    """Raise ConfigError for a number that cannot be."""
+    sizes = {
+        "train": ("steps", "batch_size", "accumulate", "keep"),
+        "sample": ("num", "steps"),
+        "eval": ("num_times", "batch_size"),
+    }
+    for section, names in sizes.items():
+        for name in names:
+            if (value := getattr(getattr(config, section), name)) < 1:
+                raise ConfigError(f"config.{section}.{name} must be at least 1, got {value}")
+    for name in ("log_every", "eval_every", "sample_every", "checkpoint_every"):
+        if (value := getattr(config.train, name)) < 0:
+            raise ConfigError(f"config.train.{name} must be positive, or 0 for never; got {value}")
+
+
+def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise ConfigError for a batch that does not divide over the devices and microbatches."""
+    size, parts = config.train.batch_size, config.train.accumulate
+    ways = math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
+    if size % (ways * parts):
+        raise ConfigError(
+            f"config.train.batch_size={size} must be a multiple of {ways * parts}: {ways} devices (config.train.mesh) "
+            f"times {parts} microbatches (config.train.accumulate)"
+        )
 
 
 def claim(workdir: Path, config: Config, data: Dataset) -> None:
@@ -145,26 +213,42 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
     description = {"config": to_dict(config), "data": describe(data)}
     if path.exists():
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (json.JSONDecodeError, KeyError) as error:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            changed = differences(old["config"], description["config"])
+            before, now = ({k: v for k, v in d["data"].items() if k != "name"} for d in (old, description))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); use another --workdir or repair it") from error
-        if changed := differences(old, description["config"]):
+        if changed:
             raise ConfigError(
-                f"{workdir} belongs to a run with another config ({'; '.join(changed)}); use another --workdir, or the same config"
+                f"{workdir} belongs to a run with another config ({'; '.join(changed)}); use another --workdir, "
+                "or the same config"
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+        if before != now:
+            keys = ", ".join(key for key in now if before.get(key) != now[key])
+            raise ConfigError(
+                f"the data {data.name!r} have changed since the run in {workdir} began ({keys}); use another --workdir"
+            )
+    elif workdir.exists() and any(
+        not p.match(f"{DESCRIPTION}.*.tmp") for p in workdir.iterdir()
+    ):  # a claim that was killed
         raise ConfigError(f"{workdir} is not empty and holds no run; give a new folder as --workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(description, indent=1).encode())
 
 
-def evaluate(run: Run, config: Config) -> dict[str, float]:
+def evaluate(run: Run, config: Config, held_out: Dataset | None = None) -> dict[str, float]:
     """The bound on the held-out split, averaged parameters: bits per dimension and its terms.
 
     For labelled data, without the label and (`*_labelled`) with it. `stderr` is the standard error over examples.
+
+    config: which data and how many times, examples and so on (`data`, `eval`). held_out: the data, if loaded already.
+    Raises ValueError where the data are not of the kind that the run was trained on.
     """
-    held_out = datasets.load(config.data.name, config.data.eval_split, tokens=config.data.tokens, **config.data.options)
+    held_out = load_data(config, config.data.eval_split) if held_out is None else held_out
+    mine, theirs = ({k: v for k, v in describe(d).items() if k != "name"} for d in (run.data, held_out))
+    if differ := [key for key in mine if mine[key] != theirs[key]]:
+        raise ValueError(f"{held_out.name!r} is not what this run was trained on: they differ in {', '.join(differ)}")
     count = min(len(held_out), config.eval.max_examples or len(held_out))
     items = held_out[np.arange(count)]
     key = jax.random.key(config.eval.seed)  # the same noise at every evaluation: curves are smooth
@@ -172,7 +256,9 @@ def evaluate(run: Run, config: Config) -> dict[str, float]:
     for suffix, cond in (("", None), ("_labelled", items.get("cond"))):
         if suffix and cond is None:
             continue
-        bound = run.nelbo(key, items["x0"], cond=cond)
+        bound = run.nelbo(
+            key, items["x0"], cond=cond, num_times=config.eval.num_times, batch_size=config.eval.batch_size
+        )
         bits = np.asarray(bound.bits_per_dim)
         results[f"bits_per_dim{suffix}"] = float(bits.mean())
         results[f"stderr{suffix}"] = float(bits.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
@@ -182,14 +268,16 @@ def evaluate(run: Run, config: Config) -> dict[str, float]:
 
 
 def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
-    """The fraction of `num` class-conditional samples, classes in turn, that `evaluation.label_accuracy` gives their own label.
+    """The fraction of `num` class-conditional samples that `evaluation.label_accuracy` gives their own label.
+
+    Classes come in turn.
 
     Pixels are judged as level numbers (0 to 16 for the digits), which suits tokens and scaled values alike.
     Raises ValueError for data without labels or levels.
     """
     if not run.data.num_classes:
         raise ValueError(f"{run.data.name!r} has no labels to judge samples by")
-    real = datasets.load(config.data.name, "train", tokens=config.data.tokens, **config.data.options)
+    real = load_data(config, "train")
     items = real[np.arange(len(real))]
     labels = np.arange(num) % run.data.num_classes
     x0 = run.sample(jax.random.key(config.sample.seed), num, cond=labels, guidance=guidance)
@@ -211,7 +299,19 @@ def draw(run: Run, folder: Path, name: str, *, num: int | None = None, cond: Any
     num = num or run.config.sample.num
     if cond is None and run.data.num_classes:
         cond = np.arange(num) % run.data.num_classes
-    return write_samples(run.data, np.asarray(run.sample(jax.random.key(run.config.sample.seed), num, cond=cond)), folder / name)
+    return write_samples(
+        run.data, np.asarray(run.sample(jax.random.key(run.config.sample.seed), num, cond=cond)), folder / name
+    )
+
+
+def samples_path(data: Dataset, path: Path) -> Path:
+    """The path with a suffix that suits the data. Raises ValueError for one that does not."""
+    suffix = ".png" if data.is_image else ".txt" if data.vocabulary is not None else ".npy"
+    path = path if path.suffix else path.with_suffix(suffix)
+    if path.suffix not in (suffix, ".npy"):
+        also = "" if suffix == ".npy" else " or .npy"
+        raise ValueError(f"cannot write samples of {data.name!r} to {path}: use a name ending in {suffix}{also}")
+    return path
 
 
 def write_samples(data: Dataset, x0: np.ndarray, path: Path) -> Path:
@@ -219,8 +319,7 @@ def write_samples(data: Dataset, x0: np.ndarray, path: Path) -> Path:
 
     A path without a suffix gets the right one. Returns the path written.
     """
-    suffix = ".png" if data.is_image else ".txt" if data.vocabulary is not None else ".npy"
-    path = path if path.suffix else path.with_suffix(suffix)
+    path = samples_path(data, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         images = data.to_images(x0)
@@ -228,11 +327,9 @@ def write_samples(data: Dataset, x0: np.ndarray, path: Path) -> Path:
     elif path.suffix == ".txt":
         bar = "\n" + "-" * 80 + "\n"
         write_atomically(path, bar.join(data.to_text(x0)).encode())
-    elif path.suffix == ".npy":
+    else:
         with open(path, "wb") as file:
             np.save(file, x0, allow_pickle=False)
-    else:
-        raise ValueError(f"cannot write samples to {path}: use a name ending in {suffix} (or .npy)")
     return path
 
 
@@ -260,8 +357,16 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _run(experiment: Experiment, state: TrainState) -> Run:
-    return Run(experiment, jax.tree.map(jnp.copy, state.ema), int(state.step))
+def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> Run:
+    """The averaged parameters, whole, on one device of this process: every process evaluates by itself."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    whole = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=everywhere)(state.ema)
+    return Run(experiment, jax.tree.map(lambda a: a.addressable_data(0), whole), int(state.step))
+
+
+def _preempted(checkpoints: Checkpoints, step: int) -> bool:
+    """Whether all processes have agreed to stop here; with one process, `stop_signals` sees to it."""
+    return jax.process_count() > 1 and checkpoints.reached_preemption(step)
 
 
 def _due(step: int, every: int) -> bool:
@@ -270,4 +375,3 @@ def _due(step: int, every: int) -> bool:
 
 def _count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-

@@ -2,9 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from ddjax.denoisers import DiT, functional, functional_init, stack_blocks, unstack_blocks
+from ddjax.denoisers import DiT, functional_init, stack_blocks, unstack_blocks
 
 SMALL = {"shape": (4, 6, 2), "patch": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 DISCRETE = {**SMALL, "symbols_in": 6, "symbols_out": 5}
@@ -32,8 +31,8 @@ def net(build):
 
 @pytest.mark.parametrize("discrete", [True, False])
 def test_shapes_and_zero_at_initialisation(discrete, jit):
-    apply, params = functional(DiT(**(DISCRETE if discrete else SMALL), rngs=nnx.Rngs(0)))
-    out = jit(apply)(params, *inputs(discrete=discrete))
+    init, apply = functional_init(maker(**(DISCRETE if discrete else SMALL)))
+    out = jit(lambda key, *args: apply(init(key), *args))(jax.random.key(0), *inputs(discrete=discrete))
     assert out.shape == ((5, 4, 6, 2, 5) if discrete else (5, 4, 6, 2))
     assert out.dtype == jnp.float32
     np.testing.assert_array_equal(out, 0)
@@ -158,8 +157,9 @@ def test_scan_equals_unrolled(net, build):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_scan_and_unrolled_start_from_the_same_weights():
-    unrolled, scanned = (functional(DiT(**DISCRETE, scan=scan, rngs=nnx.Rngs(0)))[1] for scan in (False, True))
+def test_scan_and_unrolled_start_from_the_same_weights(jit):
+    inits = (functional_init(maker(**DISCRETE, scan=scan)).init for scan in (False, True))
+    unrolled, scanned = (jit(init)(jax.random.key(0)) for init in inits)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), stack_blocks(unrolled), scanned)
 
 

@@ -41,10 +41,26 @@ def test_attention_layer_against_numpy():
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
-def test_softmax_is_float32_in_bfloat16():
-    # Equal scores over 1000 sites: weights summed in bfloat16 would stop growing long before 1.
-    ones = jnp.ones((1, 1000, 1, 8), jnp.bfloat16)
-    np.testing.assert_allclose(layers.dot_product_attention(ones, ones, ones).astype(jnp.float32), 1, atol=5e-3)
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_scores_are_float32_in_bfloat16(implementation):
+    # Scores 257 and 256, halved: bfloat16 cannot tell them apart.
+    q = jnp.array([16.0, 1, 0, 0], jnp.bfloat16).reshape(1, 1, 1, 4)
+    k = jnp.array([[16.0, 1, 0, 0], [16.0, 0, 0, 0]], jnp.bfloat16).reshape(1, 2, 1, 4)
+    v = jnp.array([[1.0] * 4, [0.0] * 4], jnp.bfloat16).reshape(1, 2, 1, 4)
+    out = layers.dot_product_attention(q, k, v, implementation).astype(jnp.float32)
+    np.testing.assert_allclose(out, 1 / (1 + np.exp(-0.5)), atol=5e-3)
+
+
+def test_block_against_its_formula(noise):
+    block = layers.Block(8, 2, mlp="gelu", mlp_width=12, cond_width=4, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(block)
+    block = nnx.merge(graphdef, noise(nnx.to_pure_dict(state)))
+    h, c = normal(3, 5, 8), normal(3, 4, seed=1)
+    vectors = np.asarray(c @ block.modulation.kernel[...] + block.modulation.bias[...]).reshape(3, 6, 1, 8)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors.swapaxes(0, 1)
+    x = h + gate_a * block.attention(layers.layer_norm(h) * (1 + scale_a) + shift_a)
+    expected = x + gate_m * block.mlp(layers.layer_norm(x) * (1 + scale_m) + shift_m)
+    np.testing.assert_allclose(block(h, c), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rope_scores_depend_on_differences_only():

@@ -1,0 +1,64 @@
+"""Condition dropout: the right rate, for the right rows, and only while training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddjax
+from ddjax.objectives import elbo, with_condition_dropout
+from ddjax.processes import Masked
+
+PROCESS = Masked(3)
+
+
+def conditions_seen(rate, batch, cond, null=10, rows=None, train=True, seed=0):
+    """The conditions that reach the network."""
+    seen = []
+
+    def spy(params, xt, t, cond, **_):
+        seen.append(cond)
+        return jnp.zeros((*xt.shape, 3))
+
+    objective = with_condition_dropout(elbo(PROCESS, "posterior"), rate, null)
+    objective(jax.random.key(seed), spy, {}, jnp.zeros((batch, 2), int), cond, rows=rows, train=train)
+    return seen[0]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_rate(rate):
+    labels = np.arange(10_000) % 10
+    seen = np.asarray(conditions_seen(rate, 10_000, jnp.asarray(labels)))
+    dropped = seen == 10
+    assert abs(dropped.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / 10_000)  # exact at 0 and 1
+    np.testing.assert_array_equal(seen[~dropped], labels[~dropped])
+
+
+def test_only_while_training():
+    labels = jnp.arange(20)
+    np.testing.assert_array_equal(conditions_seen(1.0, 20, labels, train=False), labels)
+    assert conditions_seen(0.5, 20, None) is None
+
+
+def test_split_rows_drop_the_same():
+    labels = jnp.arange(40)
+    whole = np.asarray(conditions_seen(0.5, 40, labels, null=-1))
+    parts = [conditions_seen(0.5, 10, labels[i : i + 10], -1, ddjax.Rows(jnp.arange(i, i + 10), 40)) for i in range(0, 40, 10)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert (whole != np.asarray(conditions_seen(0.5, 40, labels, null=-1, seed=1))).any()
+
+
+def test_a_tree_is_dropped_whole():
+    cond = {"label": jnp.arange(100), "text": jnp.ones((100, 3))}
+    null = {"label": -1, "text": np.array([7.0, 8.0, 9.0])}
+    seen = conditions_seen(0.5, 100, cond, null)
+    dropped = np.asarray(seen["label"]) == -1
+    assert 20 < dropped.sum() < 80
+    np.testing.assert_array_equal(np.asarray(seen["text"])[dropped], np.broadcast_to([7.0, 8.0, 9.0], (dropped.sum(), 3)))
+    np.testing.assert_array_equal(np.asarray(seen["text"])[~dropped], 1.0)
+
+
+def test_errors():
+    for rate in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="probability"):
+            with_condition_dropout(elbo(PROCESS, "posterior"), rate, 0)

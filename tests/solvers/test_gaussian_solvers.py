@@ -1,0 +1,185 @@
+"""Gaussian solvers: order of convergence on a known mixture, exact special cases, both ends, determinism."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddjax
+from ddjax import grids, random
+from ddjax.fixtures import GaussianMixture
+from ddjax.predictions import Prediction
+from ddjax.processes import Gaussian
+from ddjax.schedules import EDM, VE, CondOT, VPCosine, VPLinear
+from ddjax.solvers import DDIM, Ancestral, Heun
+
+MIXTURE = GaussianMixture(dims=2, components=3, scale=0.4)
+SCHEDULES = [VPLinear(), VPCosine(), VPCosine(0.0), VE(), EDM(), CondOT()]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+# Names rather than solvers: each is made for its process.
+SOLVERS = {
+    "ancestral": Ancestral,
+    "ddim": DDIM,
+    "ddim-eta": lambda process: DDIM(process, eta=0.5),
+    "heun": Heun,
+}
+every_solver = pytest.mark.parametrize("name", SOLVERS)
+
+
+def run(process, name, times, batch=4, kind="x0", **options):
+    denoise = MIXTURE.denoise(process, kind)
+    solver = SOLVERS[name](process)
+    settings = {"shape": (batch, 2), "solver": solver, "times": times, **options}
+    return ddjax.sample(jax.random.key(0), denoise, process, **settings)
+
+
+@pytest.mark.parametrize("schedule", [VPCosine(), EDM(8.0), CondOT()], ids=repr)
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2)])
+def test_order_of_convergence(x64, schedule, name, order):
+    """Error against a fine reference halves `order` times when the steps double."""
+    process = Gaussian(schedule)
+    init = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2))) * float(schedule.sigma(jnp.asarray(0.9)))
+
+    def solve(name, steps):
+        return np.asarray(run(process, name, jnp.linspace(0.9, 0.1, steps + 1), batch=16, init=init).x0)
+
+    reference = solve("heun", 2560)
+    errors = [np.sqrt(np.mean((solve(name, n) - reference) ** 2)) for n in (20, 40, 80, 160)]
+    slopes = np.log2(np.array(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(slopes[-1], order, atol=0.25)
+    assert errors[-1] < errors[0] / 2 ** (order * 2)
+
+
+@every_schedule
+@pytest.mark.parametrize("kind", ["x0", "noise", "velocity"])
+def test_point_masses_are_reached_in_one_step(x64, schedule, kind):
+    """Data at one point: DDIM's x0 and noise are constant along the path, so any step is exact."""
+    process, point = Gaussian(schedule), jnp.asarray([[0.3, -0.7]])
+    xt = jnp.asarray([[1.0, 2.0]])
+
+    def denoise(x, t, cond=None):
+        return process.convert(Prediction(jnp.broadcast_to(point, x.shape), "x0"), kind, x, t)
+
+    t, s = jnp.asarray([0.8]), jnp.asarray([0.3])
+    noise = (xt - schedule.alpha(0.8) * point) / schedule.sigma(0.8)
+    expected = schedule.alpha(0.3) * point + schedule.sigma(0.3) * noise
+    keys = random.example_keys(jax.random.key(0), 1)
+    np.testing.assert_allclose(DDIM(process).step(keys, (), xt, t, s, denoise)[0], expected, rtol=1e-9)
+
+
+@every_schedule
+def test_ddim_with_eta_one_is_ancestral(schedule):
+    """The same mean and the same standard deviation of the step."""
+    process, batch = Gaussian(schedule), 20_000
+    xt = jnp.broadcast_to(jnp.asarray([0.4, -1.0]), (batch, 2))
+    denoise = MIXTURE.denoise(process)
+    t, s = jnp.full(batch, 0.6), jnp.full(batch, 0.4)
+    law = process.reverse(denoise(xt, t), xt, s, t)
+    keys = random.example_keys(jax.random.key(2), batch)
+    for solver in (DDIM(process, eta=1.0), Ancestral(process)):
+        xs = np.asarray(solver.step(keys, (), xt, t, s, denoise)[0])
+        std = np.asarray(law.std[0])
+        np.testing.assert_array_less(np.abs(xs.mean(0) - np.asarray(law.mean[0])), 4.5 * std / np.sqrt(batch))
+        np.testing.assert_allclose(xs.std(0), std, rtol=4.5 / np.sqrt(2 * batch))
+
+
+def test_ancestral_reaches_the_law():
+    """Mean and covariance of the mixture, from noise, under every kind of schedule."""
+    log_w, means, covariances = (np.asarray(v, float) for v in MIXTURE.parameters())
+    w = np.exp(log_w)
+    mean = w @ means
+    covariance = np.einsum("n,nij->ij", w, covariances + np.einsum("ni,nj->nij", means, means)) - np.outer(mean, mean)
+    for schedule in (VPCosine(), CondOT()):
+        for name in ("ancestral", "ddim", "heun"):
+            x = np.asarray(run(Gaussian(schedule), name, grids.uniform(100), batch=4000).x0)
+            error = np.sqrt(np.diag(covariance) / 4000)
+            np.testing.assert_array_less(np.abs(x.mean(0) - mean), 4 * error + 0.02)
+            np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.1)
+
+
+@every_schedule
+@every_solver
+@pytest.mark.parametrize("kind", ["x0", "velocity"])
+def test_no_nan_from_noise_to_data(schedule, name, kind):
+    """n = 1, 2, 3 over the whole of [0, 1] in float32, into sigma = 0 where the schedule has it."""
+    for steps in (1, 2, 3):
+        out = run(Gaussian(schedule), name, grids.uniform(steps), batch=2, kind=kind, trajectory=True)
+        assert np.isfinite(np.asarray(out.trajectory)).all()
+        two = 2 * steps - (float(schedule.sigma(jnp.asarray(0.0))) == 0)
+        assert (np.asarray(out.nfe) == (two if name == "heun" else steps)).all()
+        assert out.trajectory.shape == (steps + 1, 2, 2)
+        np.testing.assert_array_equal(out.trajectory[-1], out.x0)
+
+
+@every_solver
+def test_samples_do_not_depend_on_the_batch(name):
+    process = Gaussian(VPCosine())
+    whole = np.asarray(run(process, name, grids.uniform(5), batch=7).x0)
+    for batch in (1, 2):
+        np.testing.assert_array_equal(run(process, name, grids.uniform(5), batch=batch).x0, whole[:batch])
+    part = run(process, name, grids.uniform(5), batch=2, rows=jnp.asarray([5, 1])).x0
+    np.testing.assert_array_equal(part, whole[[5, 1]])
+
+
+def test_heun_under_edm_is_karras_algorithm_1(x64):
+    """The published loop, in NumPy, on EDM's own grid with its last Euler step."""
+    process = Gaussian(EDM())
+    times = grids.karras(process.schedule, 6)
+    init = 80.0 * np.random.default_rng(0).normal(size=(3, 2))
+    denoiser = jax.jit(lambda x, sigma: MIXTURE.x0(x, 1.0, sigma))
+    x, sigmas = init, np.asarray(80.0 * times)
+    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+        d = (x - np.asarray(denoiser(x, a))) / a
+        euler = x + (b - a) * d
+        x = euler if b == 0 else x + (b - a) * 0.5 * (d + (euler - np.asarray(denoiser(euler, b))) / b)
+    out = run(process, "heun", times, batch=3, init=jnp.asarray(init))
+    np.testing.assert_allclose(out.x0, x, rtol=1e-9)
+    assert (np.asarray(out.nfe) == 11).all()
+
+
+def test_the_last_step_calls_the_network_once():
+    """Not only reported: the second evaluation is not run."""
+    calls = []
+
+    def denoise(xt, t, cond):
+        jax.debug.callback(lambda: calls.append(1))
+        return Prediction(0.5 * xt, "x0")
+
+    process = Gaussian(CondOT())
+    out = ddjax.sample(
+        jax.random.key(0), denoise, process, shape=(1, 2), solver=Heun(process), times=grids.uniform(4)
+    )
+    jax.block_until_ready(out.x0)
+    jax.effects_barrier()
+    assert len(calls) == int(out.nfe[0]) == 7
+
+
+@pytest.mark.parametrize("schedule", [VPCosine(), CondOT()], ids=repr)
+def test_observed_sites_are_held(schedule):
+    process, batch = Gaussian(schedule), 4
+    observed = ddjax.Observed(jnp.asarray([[True, False]] * batch), jnp.full((batch, 2), 0.25))
+    out = run(process, "ancestral", grids.uniform(8), batch=batch, observed=observed, trajectory=True)
+    np.testing.assert_array_equal(np.asarray(out.x0)[:, 0], 0.25)
+    assert np.asarray(out.trajectory)[0, :, 0].std() > 0.1  # noised while noise is shown
+    np.testing.assert_array_equal(out.trajectory[-1], out.x0)
+
+
+def test_a_mesh_changes_nothing():
+    """Conditions and rows sharded over eight devices."""
+    process = Gaussian(VPCosine())
+    cond, rows = jnp.arange(16) % 3, jnp.arange(16)
+    plain = run(process, "heun", grids.uniform(4), batch=16, cond=cond, rows=rows)
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    with jax.sharding.set_mesh(mesh):
+        cond, rows = jax.device_put((cond, rows), split)
+        sharded = run(process, "heun", grids.uniform(4), batch=16, cond=cond, rows=rows)
+    np.testing.assert_allclose(sharded.x0, plain.x0, atol=1e-5)
+    np.testing.assert_array_equal(sharded.nfe, plain.nfe)
+
+
+def test_errors():
+    for eta in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="eta"):
+            DDIM(Gaussian(), eta=eta)
+    assert Heun(Gaussian(VE())) == Heun(Gaussian(VE())) != Heun(Gaussian())

@@ -1,0 +1,111 @@
+"""Draws: the right law, also for events that 23 random bits cannot see, and one key per example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddjax import random
+from ddjax.categorical import bernoulli, categorical, log_or_floor, uniform_symbols
+
+
+def keys(batch, seed=0):
+    return random.example_keys(jax.random.key(seed), batch)
+
+
+def chi_squared(counts, p):
+    expected = counts.sum() * p
+    return np.sum((counts - expected) ** 2 / expected)
+
+
+def test_categorical_has_the_law():
+    p = np.array([0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
+    logits = jnp.broadcast_to(jnp.log(p) + 3.0, (100, 2000, 6))  # unnormalised
+    x = np.asarray(jax.jit(categorical)(keys(100), logits))
+    assert x.dtype == np.int32
+    assert chi_squared(np.bincount(x.ravel(), minlength=6), p) < 35  # 5 degrees of freedom: 1e-6
+    pairs = np.bincount(6 * x[:, :-1:2].ravel() + x[:, 1::2].ravel(), minlength=36)
+    assert chi_squared(pairs, np.outer(p, p).ravel()) < 95  # neighbouring sites are independent
+
+
+def test_bernoulli_has_the_law():
+    p = jnp.asarray([0.0, 1e-3, 0.3, 0.999, 1.0])
+    x = np.asarray(bernoulli(keys(5), jnp.broadcast_to(p[:, None], (5, 40_000)))).mean(1)
+    error = np.sqrt(np.asarray(p) * (1 - np.asarray(p)) / 40_000)
+    assert (np.abs(x - np.asarray(p)) <= 4.5 * error).all()  # exactly never at 0, always at 1
+
+
+def test_uniform_symbols_are_uniform():
+    x = np.asarray(uniform_symbols(keys(100), (2000,), 7))
+    assert x.dtype == np.int32
+    assert chi_squared(np.bincount(x.ravel(), minlength=7), np.full(7, 1 / 7)) < 40
+
+
+@pytest.mark.parametrize("low", [-jnp.inf, -1e30])
+def test_the_impossible_is_never_drawn(low):
+    logits = jnp.broadcast_to(jnp.asarray([low, 0.0, low, -20.0]), (10, 5000, 4))
+    x = np.asarray(categorical(keys(10), logits))
+    assert set(np.unique(x)) <= {1, 3}
+    assert (categorical(keys(3), jnp.asarray([[low, low, 0.0]] * 3)) == 2).all()
+
+
+def count(draw, rounds, batch=16):
+    """The number of hits of `draw(keys)` over many rounds, without holding them all."""
+
+    @jax.jit
+    def run(k):
+        body = lambda total, i: (total + draw(random.fold_in(k, i)).sum(dtype=jnp.int32), None)
+        return jax.lax.scan(body, jnp.int32(0), jnp.arange(rounds))[0]
+
+    return int(run(keys(batch, seed=1)))
+
+
+def test_a_coin_rarer_than_the_grid_of_uniforms():
+    """p = 2**-26, tossed 2**27 times: 2 expected; JAX's default uniforms are 0 once in 2**23, and give 16."""
+    p, sites = 2.0**-26, 2**18
+    low = jax.vmap(lambda k: jax.random.bernoulli(k, jnp.full(sites, p), mode="low"))
+    assert count(lambda k: bernoulli(k, jnp.full((16, sites), p)), 32) <= 8
+    assert count(low, 32) > 8
+
+
+def test_the_tail_of_a_large_vocabulary():
+    """256 symbols of probability 2**-25 behind a likely one, 2**20 draws: 8 expected from the tail.
+
+    So rare is a symbol of a Zipf law over 50,257 behind a sampler's stay-state of 1 - 1/50. The Gumbels of the default
+    mode end at 15.94 nats, and such symbols lose nearly always.
+    """
+    tail, each, draws = 256, 2.0**-25, 2**12
+    logits = jnp.log(jnp.concatenate([jnp.asarray([1 - tail * each]), jnp.full(tail, each)]))
+    low = jax.vmap(lambda k: jax.random.categorical(k, logits, shape=(draws,), mode="low") > 0)
+    ours = count(lambda k: categorical(k, jnp.broadcast_to(logits, (16, draws, tail + 1))) > 0, 16)
+    assert 3 <= ours <= 18
+    assert count(low, 16) < 3
+
+
+def test_rows_do_not_depend_on_the_batch():
+    logits = jax.random.normal(jax.random.key(9), (7, 50, 11))
+    p = jax.nn.sigmoid(logits[..., 0])
+    whole = categorical(keys(7), logits), bernoulli(keys(7), p), uniform_symbols(keys(7), (50,), 11)
+    for batch in (1, 2):
+        part = (
+            categorical(keys(batch), logits[:batch]),
+            bernoulli(keys(batch), p[:batch]),
+            uniform_symbols(keys(batch), (50,), 11),
+        )
+        for a, b in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(a, b[:batch])
+
+
+def test_low_precision_logits_are_drawn_in_float32():
+    logits = jnp.log(jnp.asarray([0.9, 0.1])).astype(jnp.bfloat16)
+    x = np.asarray(categorical(keys(10), jnp.broadcast_to(logits, (10, 4000, 2))))
+    p = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))[1]
+    assert abs(x.mean() - p) < 4.5 * np.sqrt(p * (1 - p) / 40_000)
+
+
+def test_log_or_floor():
+    p = jnp.asarray([0.0, 1e-30, 0.5, 1.0])
+    np.testing.assert_allclose(log_or_floor(p), [-1e30, np.log(1e-30), np.log(0.5), 0.0], rtol=1e-6)
+    gradient = jax.grad(lambda p: jnp.sum(p * log_or_floor(p)))(p)
+    assert np.isfinite(np.asarray(gradient)).all()
+    assert float(p[0] * log_or_floor(p)[0]) == 0.0
