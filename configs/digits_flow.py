@@ -11,8 +11,8 @@ def get_config():
     config.denoiser.options = {"width": 96, "depth": 3, "heads": 4}
     config.objective.name = "gaussian"
     config.optimizer.learning_rate = 2e-3
-    config.train.steps, config.train.batch_size = 2500, 64
-    config.train.eval_every, config.train.sample_every = 2500, 1000
+    config.train.steps, config.train.batch_size = 2000, 64
+    config.train.eval_every, config.train.sample_every = 2000, 1000
     config.sample.solver, config.sample.steps = "heun", 24
     config.sample.guidance = 1.5
     return config

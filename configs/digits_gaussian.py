@@ -12,8 +12,8 @@ def get_config():
     config.objective.name = "gaussian"
     config.objective.options = {"density": "log_normal_sigma", "mean": -1.2, "std": 1.2}
     config.optimizer.learning_rate = 2e-3
-    config.train.steps, config.train.batch_size = 2500, 64
-    config.train.eval_every, config.train.sample_every = 2500, 1000
+    config.train.steps, config.train.batch_size = 2000, 64
+    config.train.eval_every, config.train.sample_every = 2000, 1000
     config.sample.solver, config.sample.grid, config.sample.steps = "heun", "karras", 18
     config.sample.guidance = 1.5
     return config

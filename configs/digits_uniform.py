@@ -10,7 +10,7 @@ def get_config():
     config.denoiser.options = {"width": 96, "depth": 3, "heads": 4}
     config.objective.condition_dropout = 0.2
     config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-3, 0.01
-    config.train.steps, config.train.batch_size = 4000, 64
+    config.train.steps, config.train.batch_size = 2000, 64
     config.train.eval_every, config.train.sample_every = 1000, 1000
     config.sample.guidance = 1.5
     return config

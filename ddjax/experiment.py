@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -130,15 +131,15 @@ class Experiment:
                 f"config.sample.grid='karras' is for the gaussian process, not for {self.config.process.name!r}"
             )
         first = (self.process.schedule,) if c.grid in ("karras", "uniform_log_snr") else ()
-        return _make(
-            GRIDS,
-            c.grid,
-            None,
-            "config.sample.grid",
-            *first,
-            steps=c.steps if steps is None else steps,
-            **c.grid_options,
-        )
+        count = c.steps if steps is None else steps
+        times = _make(GRIDS, c.grid, None, "config.sample.grid", *first, steps=count, **c.grid_options)
+        if not (np.diff(np.asarray(times)) < 0).all():
+            raise ConfigError(
+                f"config.sample.grid={c.grid!r} repeats times under "
+                f"config.process.schedule={self.config.process.schedule!r}: it leaves the schedule's noise levels; "
+                "see config.sample.grid_options"
+            )
+        return times
 
     def guided(self, denoise: Denoise, scale: float, cond: Any) -> Denoise:
         """`denoise` under classifier-free guidance, where there is a condition to guide towards."""

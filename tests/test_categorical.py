@@ -69,17 +69,17 @@ def test_a_coin_rarer_than_the_grid_of_uniforms():
 
 
 def test_the_tail_of_a_large_vocabulary():
-    """256 symbols of probability 2**-25 behind a likely one, 2**20 draws: 8 expected from the tail.
+    """256 symbols of probability 2**-25 behind a likely one, 2**19 draws: 4 expected from the tail.
 
     So rare is a symbol of a Zipf law over 50,257 behind a sampler's stay-state of 1 - 1/50. The Gumbels of the default
     mode end at 15.94 nats, and such symbols lose nearly always.
     """
-    tail, each, draws = 256, 2.0**-25, 2**12
+    tail, each, draws = 256, 2.0**-25, 2**11
     logits = jnp.log(jnp.concatenate([jnp.asarray([1 - tail * each]), jnp.full(tail, each)]))
     low = jax.vmap(lambda k: jax.random.categorical(k, logits, shape=(draws,), mode="low") > 0)
     ours = count(lambda k: categorical(k, jnp.broadcast_to(logits, (16, draws, tail + 1))) > 0, 16)
-    assert 3 <= ours <= 18
-    assert count(low, 16) < 3
+    assert 1 <= ours <= 14
+    assert count(low, 16) == 0
 
 
 def test_rows_do_not_depend_on_the_batch():

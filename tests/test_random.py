@@ -56,7 +56,7 @@ def test_each_row_is_uniform_on_its_own():
 
 
 def test_stratified_split_over_microbatches():
-    key, total = jax.random.key(3), 12
-    whole = random.stratified(key, Rows.all(total))
-    parts = [random.stratified(key, Rows(jnp.arange(i, i + 3), total)) for i in range(0, total, 3)]
+    total = 12
+    whole = random.stratified(jax.random.key(3), Rows.all(total))
+    parts = [random.stratified(jax.random.key(3), Rows(jnp.arange(i, i + 3), total)) for i in range(0, total, 3)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))

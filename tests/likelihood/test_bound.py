@@ -52,8 +52,9 @@ def test_exact_denoiser_gives_the_entropy_under_every_schedule(x64, kind, schedu
 
 
 @both
-@pytest.mark.parametrize(("sites", "symbols"), [(1, 5), (2, 5), (3, 3)])
-@pytest.mark.parametrize("prediction", ["posterior", "ratio"])
+@pytest.mark.parametrize(
+    ("sites", "symbols", "prediction"), [(1, 5, "ratio"), (2, 5, "posterior"), (3, 3, "posterior")]
+)
 def test_exact_denoiser_gives_the_entropy_for_every_size(x64, kind, sites, symbols, prediction):
     law, process = Categorical(sites, symbols, seed=sites), kind(symbols)
     bound = exact_nelbo(law, law.denoise(process, prediction), process, t_range=whole_range(process), order=24)
@@ -136,8 +137,9 @@ def test_monte_carlo_agrees_with_the_exact_bound(kind):
 def test_rows_and_repeats_are_reproducible():
     law, process = Categorical(2, 3), Masked(3)
     x0 = law.sample(random.example_keys(jax.random.key(1), 6))
-    whole = nelbo(jax.random.key(0), law.denoise(process), process, x0)
-    half = nelbo(jax.random.key(0), law.denoise(process), process, x0[4:], rows=ddjax.Rows(jnp.arange(4, 6), 6))
+    denoise = wrong(process)
+    whole = nelbo(jax.random.key(0), denoise, process, x0)
+    half = nelbo(jax.random.key(0), denoise, process, x0[4:], rows=ddjax.Rows(jnp.arange(4, 6), 6))
     np.testing.assert_array_equal(whole.total[4:], half.total)
 
 

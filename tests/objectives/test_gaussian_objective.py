@@ -22,7 +22,7 @@ def apply(params, xt, t, cond, *, rng=None, train=False):
     return jnp.tanh(xt) + jnp.cos(3 * t)[:, None]
 
 
-def expected_loss(process, kind, error, weighting, density, nodes=400):
+def expected_loss(process, kind, error, weighting, density, nodes=40):
     """E over u by Gauss-Legendre and over the noise by Gauss-Hermite, using the objective's own parts and no draws."""
     z, wz = np.polynomial.hermite_e.hermegauss(20)
     x, wx = np.polynomial.legendre.leggauss(nodes)
@@ -56,10 +56,9 @@ SAME = [
 
 @pytest.mark.parametrize(("error", "weighting"), SAME[1:], ids=[name for name, _ in SAME[1:]])
 def test_equal_products_have_equal_losses_across_error_spaces(x64, error, weighting):
-    for kind in ("x0", "velocity"):
-        for density in (uniform_time(PROCESS), uniform_log_snr(PROCESS)):
-            ours = expected_loss(PROCESS, kind, error, weighting, density)
-            np.testing.assert_allclose(ours, expected_loss(PROCESS, kind, *SAME[0], density), rtol=1e-9)
+    for kind, density in (("x0", uniform_time(PROCESS)), ("velocity", uniform_log_snr(PROCESS))):
+        ours = expected_loss(PROCESS, kind, error, weighting, density)
+        np.testing.assert_allclose(ours, expected_loss(PROCESS, kind, *SAME[0], density), rtol=1e-9)
 
 
 def test_equal_products_have_equal_losses_across_densities(x64):
@@ -68,8 +67,8 @@ def test_equal_products_have_equal_losses_across_densities(x64):
     # -d lambda / dt = 2 / (t (1 - t)); with lambda = 2 log((1 - t) / t).
     slope = lambda snr: 2 / (jax.nn.sigmoid(0.5 * snr) * jax.nn.sigmoid(-0.5 * snr))
     weight = lambda snr: (high - low) / ((end - start) * slope(snr))
-    by_time = expected_loss(PROCESS, "velocity", "velocity", unit, uniform_time(PROCESS))
-    by_snr = expected_loss(PROCESS, "velocity", "velocity", weight, uniform_log_snr(PROCESS))
+    by_time = expected_loss(PROCESS, "velocity", "velocity", unit, uniform_time(PROCESS), 400)
+    by_snr = expected_loss(PROCESS, "velocity", "velocity", weight, uniform_log_snr(PROCESS), 400)
     np.testing.assert_allclose(by_snr, by_time, rtol=1e-6)
 
 
@@ -78,23 +77,21 @@ def test_the_bound_is_the_unit_weighted_noise_error(x64, process):
     """ELBO diffusion = (lambda_high - lambda_low) / 2 times the noise error under uniform_log_snr."""
     high, low = log_snr_range(process)
     expected = 0.5 * (high - low) * expected_loss(process, "x0", "noise", unit, uniform_log_snr(process))
-    objective = elbo(process, "x0")
     z, wz = np.polynomial.hermite_e.hermegauss(20)
-    x, wx = np.polynomial.legendre.leggauss(400)
+    x, wx = np.polynomial.legendre.leggauss(40)
     t, dt = process.time_at(jnp.asarray(np.repeat(0.5 * x + 0.5, 20)), process.t_range)
-    x0 = jnp.full((8000, 1), X0)
-    xt = process.schedule.alpha(t)[:, None] * x0 + process.schedule.sigma(t)[:, None] * jnp.asarray(np.tile(z, 400))[:, None]
+    x0 = jnp.full((800, 1), X0)
+    xt = process.schedule.alpha(t)[:, None] * x0 + process.schedule.sigma(t)[:, None] * jnp.asarray(np.tile(z, 40))[:, None]
     prediction = ddjax.bind(apply, {}, process, "x0")(xt, t)
     path = process.path_kl(x0, prediction, xt, t)[:, 0] * dt
     np.testing.assert_allclose(np.outer(0.5 * wx, wz / wz.sum()).ravel() @ path, expected, rtol=1e-9)
-    assert objective is not None
 
 
 @pytest.mark.parametrize("error", ["x0", "noise", "velocity"])
 def test_draws_have_the_expected_loss(x64, error):
     """The objective as called, against the quadrature."""
     objective = gaussian(PROCESS, "velocity", error=error, weighting=min_snr(5.0))
-    exact = expected_loss(PROCESS, "velocity", error, min_snr(5.0), uniform_time(PROCESS))
+    exact = expected_loss(PROCESS, "velocity", error, min_snr(5.0), uniform_time(PROCESS), 200)
     run = jax.jit(lambda key: objective(key, apply, {}, jnp.full((4000, 1), X0))[0])
     draws = np.asarray(jax.lax.map(run, jax.random.split(jax.random.key(0), 20)))
     assert abs(draws.mean() - exact) < 4 * draws.std() / math.sqrt(20)
@@ -143,8 +140,19 @@ def test_weightings_and_densities(x64):
         np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["x0", "noise", "score", "velocity", "v", "edm"])
-@pytest.mark.parametrize("schedule", [VPLinear(), VPCosine(), EDM(), CondOT()], ids=repr)
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [
+        (VPLinear(), "noise"),
+        (VPLinear(), "velocity"),
+        (VPCosine(), "v"),
+        (VPCosine(), "x0"),
+        (EDM(), "edm"),
+        (CondOT(), "velocity"),
+        (CondOT(), "score"),
+    ],
+    ids=repr,
+)
 def test_default_losses_and_gradients_are_finite(schedule, kind):
     process = Gaussian(schedule, 0.5)
     linear = lambda params, xt, t, cond, **_: params * xt

@@ -57,9 +57,9 @@ def convert_to_all(process, prediction, xt, t):
 
 
 @every_schedule
-@pytest.mark.parametrize("data_std", [1.0, 0.3])
-def test_all_conversions_agree_with_the_definitions(x64, schedule, data_std):
+def test_all_conversions_agree_with_the_definitions(x64, schedule):
     """From (x0, noise) by the definitions of continuous.md 1.2, into each kind and back: 36 pairs."""
+    data_std = 0.3
     process, x0, noise = Gaussian(schedule, data_std), state(seed=0), state(seed=1)
     t = jnp.asarray([0.02, 0.3, 0.6, 0.9, 0.999])
     wide = t[:, None, None]

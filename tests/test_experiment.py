@@ -1,0 +1,185 @@
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ddjax import experiment as experiments
+from ddjax import solvers
+from ddjax.config import typed
+from ddjax.data import from_arrays
+from ddjax.experiment import build, load_data
+from ddjax.training import init_state, make_train_step
+
+RNG = np.random.default_rng(0)
+IMAGES = from_arrays(RNG.integers(0, 5, (16, 4, 4, 1)), np.arange(16) % 3, num_symbols=5)
+FLOATS = from_arrays(RNG.uniform(-1, 1, (16, 4, 4, 1)).astype(np.float32), np.arange(16) % 3)
+TEXT = from_arrays(RNG.integers(0, 7, (16, 6)), num_symbols=7)
+SIZES = {"width": 8, "depth": 1, "heads": 2}
+
+
+def config(process="masked", schedule="linear", kind="posterior", **sections):
+    base = {
+        "process": {"name": process, "schedule": schedule},
+        "denoiser": {"kind": kind, "options": SIZES},
+        "optimizer": {"warmup": 0},
+    }
+    return typed({**base, **sections})
+
+
+def gaussian(kind="v", schedule="vp_cosine", **sections):
+    return config("gaussian", schedule, kind, **{"objective": {"name": "gaussian"}, **sections})
+
+
+EDM = {"weighting": "unit", "density": "log_normal_sigma", "mean": -1.0}
+TRAINABLE = {
+    "masked": (config(), IMAGES),
+    "any_order": (config(objective={"name": "any_order"}), IMAGES),
+    "uniform cavity": (config("uniform", "cosine", "cavity"), IMAGES),
+    "text": (config("masked", "log_linear", denoiser={"name": "text", "options": SIZES}), TEXT),
+    "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
+    "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
+    "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),
+    "x0": (gaussian("x0", "vp_linear", objective={"name": "elbo"}), FLOATS),
+}
+
+
+QUICK = ("masked", "uniform cavity", "text", "edm")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINABLE])
+def test_a_step_is_finite_and_moves(name):
+    experiment = build(*TRAINABLE[name])
+    optimizer, data = experiment.optimizer(), TRAINABLE[name][1]
+    step = make_train_step(experiment.objective(), experiment.apply, optimizer, ema=experiment.ema())
+
+    def first_step(key, batch):
+        state = init_state(experiment.init, optimizer, key)
+        return state, *step(state, batch)
+
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+    arguments = jax.random.key(0), data[:8]
+    state, after, metrics = jax.jit(first_step).lower(*arguments).compile(quick)(*arguments)
+    assert bool(metrics["finite"])
+    assert int(after.step) == 1
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), state.params, after.params)
+    assert max(jax.tree.leaves(moved)) > 1e-5
+    assert (experiment.null is None) == (data.num_classes == 0)
+    assert experiment.sites == np.prod(data.shape)
+
+
+MINIMAL = {  # the least that each name needs beside the defaults
+    **{("process", "schedule", n): config(schedule=n) for n in ("linear", "polynomial", "cosine", "log_linear")},
+    **{("process", "schedule", n): gaussian(schedule=n) for n in ("vp_linear", "vp_cosine", "ve", "edm", "cond_ot")},
+    **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun")},
+    **{("sample", "grid", n): gaussian(sample={"grid": n}) for n in ("uniform", "cosine")},
+    ("sample", "grid", "karras"): gaussian("edm", "edm", sample={"grid": "karras"}),
+    ("sample", "grid", "uniform_log_snr"): gaussian(
+        sample={"grid": "uniform_log_snr", "grid_options": {"start": -5.0, "end": 5.0}}
+    ),
+    **{
+        ("objective", "weighting", n): gaussian(objective={"name": "gaussian", "options": {"weighting": n}})
+        for n in ("unit", "min_snr")
+    },
+    **{
+        ("objective", "density", n): gaussian(objective={"name": "gaussian", "options": {"density": n}})
+        for n in ("uniform_time", "uniform_log_snr", "log_normal_sigma")
+    },
+}
+
+
+@pytest.mark.parametrize("place", MINIMAL)
+def test_every_name_builds(place):
+    c = MINIMAL[place]
+    experiment = build(c, FLOATS if c.process.name == "gaussian" else IMAGES)
+    times = np.asarray(experiment.times(4))
+    assert times.shape == (5,)
+    assert (np.diff(times) < 0).all()
+
+
+def test_every_table_is_covered():
+    tables = {"schedule": experiments.SCHEDULES, "solver": experiments.SOLVERS, "grid": experiments.GRIDS}
+    tables |= {"weighting": experiments.WEIGHTINGS, "density": experiments.DENSITIES}
+    for name, table in tables.items():
+        assert {place[2] for place in MINIMAL if place[1] == name} == set(table)
+
+
+def test_options_arrive():
+    field = next(iter(experiments.SCHEDULES["polynomial"].__dataclass_fields__))
+    values = {"process": {"schedule": "polynomial", "schedule_options": {field: 3.0}}}
+    experiment = build(typed({**values, "denoiser": {"options": SIZES}}), IMAGES)
+    assert getattr(experiment.process.schedule, field) == 3.0
+    c = gaussian(sample={"solver": "ddim", "solver_options": {"eta": 0.5}})
+    experiment = build(c, FLOATS)
+    assert experiment.solver() == solvers.DDIM(experiment.process, eta=0.5)
+    assert experiment.solver("ddim") == solvers.DDIM(experiment.process)
+    assert experiment.process.schedule == experiments.SCHEDULES["vp_cosine"]()
+
+
+WRONG = {
+    r"config.process.name='maskd' is unknown; it is one of masked, uniform, gaussian": (config("maskd"), IMAGES),
+    r"config.process.schedule='x' is unknown; it is one of linear": (config(schedule="x"), IMAGES),
+    r"config.denoiser.kind='v': the process 'masked' takes one of posterior": (config(kind="v"), IMAGES),
+    r"'masked' corrupts tokens, but the data 'arrays' are continuous values; set config.data.tokens=True": (
+        config(),
+        FLOATS,
+    ),
+    r"'gaussian' corrupts continuous values, .* are tokens; set config.data.tokens=False": (gaussian(), IMAGES),
+    r"config.denoiser.name='dit' is for images": (config(), TEXT),
+    r"config.denoiser.name='text' is for token sequences": (config(denoiser={"name": "text"}), IMAGES),
+    r"config.denoiser.name='ditt' is unknown": (config(denoiser={"name": "ditt"}), IMAGES),
+    r"config.denoiser.options: DiT has no option 'widht'; did you mean 'width'\?": (
+        config(denoiser={"options": {**SIZES, "widht": 3}}),
+        IMAGES,
+    ),
+    r"config.denoiser.options: DiT needs width, depth, heads": (config(denoiser={"options": {}}), IMAGES),
+    r"options.dtype='float8' is unknown; it is one of float32, bfloat16": (
+        config(denoiser={"options": {**SIZES, "dtype": "float8"}}),
+        IMAGES,
+    ),
+    r"config.objective.name='x' is unknown": (config(objective={"name": "x"}), IMAGES),
+    r"config.objective.name: elbo has no option 'trange'; did you mean 't_range'": (
+        config(objective={"options": {"trange": 1}}),
+        IMAGES,
+    ),
+    r"has no option 'gama'": (
+        gaussian(objective={"name": "gaussian", "options": {"weighting": "min_snr", "gama": 1}}),
+        FLOATS,
+    ),
+    r"any_order is the masked process's bound": (
+        config("uniform", kind="cavity", objective={"name": "any_order"}),
+        IMAGES,
+    ),
+    r"rate of condition dropout": (config(objective={"condition_dropout": 2.0}), IMAGES),
+    r"config.sample.solver='rk4' is unknown; it is one of ancestral, ddim, heun": (
+        config(sample={"solver": "rk4"}),
+        IMAGES,
+    ),
+    r"config.sample.solver='ddim' is for the gaussian process": (config(sample={"solver": "ddim"}), IMAGES),
+    r"config.sample.grid='karras' is for the gaussian process": (config(sample={"grid": "karras"}), IMAGES),
+    r"config.sample.grid: uniform_log_snr needs start, end": (gaussian(sample={"grid": "uniform_log_snr"}), FLOATS),
+    r"config.sample.grid='karras' repeats times under config.process.schedule='vp_cosine'": (
+        gaussian(sample={"grid": "karras"}),
+        FLOATS,
+    ),
+    r"schedule='linear'|Gaussian schedule|takes a": (gaussian(schedule="linear"), FLOATS),
+    r"survival|Survival|takes a": (config(schedule="vp_linear"), IMAGES),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_cannot_be_built_is_named(message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build(*WRONG[message])
+    assert "\n" not in str(caught.value)
+
+
+def test_load_data(tmp_path):
+    assert load_data(tiny.config(), "test").num_symbols == 17
+    assert load_data(tiny.config(data={"tokens": False}), "test").levels is not None
+    for options, message in (
+        ({"size": 3}, "unknown option 'size'"),
+        ({"split": "test"}, "'split' is not an option"),
+        ({"valid_fraction": "x"}, r"config.data.options: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_data(tiny.config(data={"options": options}), "train")

@@ -1,0 +1,133 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import ddjax
+from ddjax import likelihood
+from ddjax.config import ConfigError, typed
+from ddjax.data import from_arrays
+from ddjax.experiment import build
+from ddjax.run import Run
+from ddjax.training import CheckpointError, load_ema
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return ddjax.load(tiny.trained())
+
+
+def test_load_gives_config_and_averaged_parameters(run):
+    assert run.config == tiny.config()
+    assert run.step == 10
+    ema, raw = (load_ema(tiny.trained() / "checkpoints", which=w)[0] for w in ("ema", "params"))
+    for a, b in zip(jax.tree.leaves(run.params), jax.tree.leaves(ema), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(raw), strict=True))
+    assert ddjax.load(tiny.trained(), step=9).step == 9
+    assert isinstance(run, ddjax.Run)
+    assert run.process == ddjax.processes.Masked(17)
+    assert run.denoise.params is run.params
+
+
+def test_a_run_can_be_moved(run, tmp_path, monkeypatch):
+    moved = tiny.copy(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    again = ddjax.load("elsewhere")
+    np.testing.assert_array_equal(again.sample(KEY, 4, cond=3), run.sample(KEY, 4, cond=3))
+    shutil.rmtree(moved / "samples")
+    (moved / "metrics.jsonl").unlink()  # neither is needed
+    assert ddjax.load(moved).step == 10
+
+
+def test_tokens_do_not_depend_on_the_batch_size(run):
+    labels = np.array([3, 1, 4, 1, 5, 9])
+    whole = run.sample(KEY, 6, cond=labels)
+    assert whole.shape == (6, 8, 8, 1)
+    assert whole.dtype == np.int32
+    assert (np.asarray(whole) < 17).all()  # no mask is left
+    np.testing.assert_array_equal(run.sample(KEY, 6, cond=labels, batch_size=4), whole)
+    np.testing.assert_array_equal(run.sample(KEY, 4, cond=labels[:4]), whole[:4])
+    assert np.any(run.sample(jax.random.key(4), 4, cond=labels[:4]) != whole[:4])
+
+
+def test_values_and_bounds_do_not_depend_on_the_batch_size():
+    data = from_arrays(np.array([0, 1, 2], np.int64)[np.arange(96).reshape(6, 4, 4, 1) % 3], tokens=False)
+    c = typed(
+        {
+            "process": {"name": "gaussian", "schedule": "vp_cosine"},
+            "denoiser": {"kind": "v", "options": {"width": 8, "depth": 1, "heads": 2}},
+            "sample": {"solver": "ddim", "steps": 3},
+            "eval": {"num_times": 2},
+        }
+    )
+    experiment = build(c, data)
+    params = jax.tree.map(lambda a: a + 0.1, jax.jit(experiment.init)(jax.random.key(0)))
+    run = Run(experiment, params, 0)
+    whole = run.sample(KEY, 5)
+    np.testing.assert_allclose(run.sample(KEY, 5, batch_size=2), whole, rtol=0, atol=2e-6)
+    x0 = data[:]["x0"][:5]
+    bound = run.nelbo(KEY, x0)
+    parts = run.nelbo(KEY, x0, batch_size=2)
+    assert bound.prior.shape == (5,)
+    for name in ("prior", "diffusion", "reconstruction"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(bound, name), rtol=1e-5, atol=1e-6)
+    direct = likelihood.nelbo(
+        KEY, run.denoise, run.process, x0, num_times=2, reconstruction=likelihood.binned(data.levels)
+    )
+    np.testing.assert_allclose(bound.bits_per_dim, direct.bits_per_dim, rtol=1e-6)
+    np.testing.assert_allclose(parts.bits_per_dim, direct.bits_per_dim, rtol=1e-5)
+
+
+def test_guidance_one_is_off_and_another_is_not(run, monkeypatch):
+    scales = []
+    guide = ddjax.guidance.classifier_free
+    spy = lambda denoise, *, null, scale: scales.append((int(null), scale)) or guide(denoise, null=null, scale=scale)
+    monkeypatch.setattr("ddjax.experiment.guidance.classifier_free", spy)
+    run.sample(KEY, 4, cond=3)
+    run.sample(KEY, 4)  # nothing to guide towards
+    assert scales == [(10, 1.0)]
+
+
+def test_wrong_requests_are_named(run):
+    with pytest.raises(ValueError, match=r"labels run from 0 to 9 \(10 means none\), got 11"):
+        run.sample(KEY, 200, cond=11)
+    with pytest.raises(ValueError, match="got -1"):
+        run.sample(KEY, 2, cond=np.array([0, -1]))
+    with pytest.raises(ValueError, match="at least one sample is needed, got 0"):
+        run.sample(KEY, 0, cond=3)
+    with pytest.raises(ValueError, match="batch_size of one are needed, got 3 and 0"):
+        run.sample(KEY, 3, batch_size=0)
+    with pytest.raises(ConfigError, match="'rk4' is unknown"):
+        run.sample(KEY, 2, solver="rk4")
+    with pytest.raises(ConfigError, match="is for the gaussian process"):
+        run.sample(KEY, 2, solver="heun")
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        run.sample(KEY, 2, steps=0)
+    with pytest.raises(ValueError, match=r"expected states of shape \(n, 8, 8, 1\), got \(2, 8, 8\)"):
+        run.nelbo(KEY, np.zeros((2, 8, 8), np.int32))
+    with pytest.raises(ValueError, match="num_times must be at least 1"):
+        run.nelbo(KEY, np.zeros((2, 8, 8, 1), np.int32), num_times=0)
+
+
+def test_folders_without_a_good_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run in .*there is no run.json.*ddjax train --workdir"):
+        ddjax.load(tmp_path)
+    folder = tiny.copy(tmp_path / "run")
+    tiny.truncate(folder, 10)
+    with pytest.warns(UserWarning, match="checkpoint 10 is damaged"):
+        assert ddjax.load(folder).step == 9
+    with pytest.raises(CheckpointError, match=r"no checkpoint 4; it has \[9, 10\]"):
+        ddjax.load(folder, step=4)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        ddjax.load(folder)
+    for text in ('{"config": ', "[]", json.dumps({"config": {}}), json.dumps({"config": {}, "data": {}})):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"run.json is damaged"):
+            ddjax.load(folder)
