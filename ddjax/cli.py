@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
         "what", nargs="?", choices=("train", "sample"), default="train", help="what to measure (default: train)"
     )
     _add_config(bench, required=False)
-    bench.add_argument("--steps", type=int, default=20, help="steps to time")
+    bench.add_argument(
+        "--steps", type=int, help="train: steps to time (default: 20); sample: solver steps (default: the config's)"
+    )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 
     export = _command(commands, "export", _export, "write the averaged parameters as safetensors")
@@ -244,7 +246,7 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError("overrides need a --config to override")
     config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
     measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
-    result = measure(config, steps=arguments.steps)
+    result = measure(config, **({} if arguments.steps is None else {"steps": arguments.steps}))
     print(bench.format_report(result))
     if arguments.out is not None:
         bench.write(result, arguments.out)

@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import runpy
 import traceback
 import typing
 from collections.abc import Mapping, Sequence
@@ -215,9 +216,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     """What `get_config()` of the file gives, as nested dicts. Errors of the file are told by their line in it."""
-    scope: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), scope)
+        scope = runpy.run_path(str(path), run_name="config")
         if "get_config" not in scope:
             raise ConfigError(f"{path} must define get_config()")
         config = scope["get_config"]()

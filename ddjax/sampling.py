@@ -73,12 +73,8 @@ def sample(
             )
     rows = jnp.arange(shape[0]) if rows is None else jnp.asarray(rows)
     if rows.shape != shape[:1]:
-        raise ValueError(
-            f"rows has shape {rows.shape}; give one row number for each of the {shape[0]} examples"
-        )
-    return _sample(
-        key, as_pytree(denoise), times, cond, init, observed, rows, process, shape, solver, trajectory
-    )
+        raise ValueError(f"rows has shape {rows.shape}; give one row number for each of the {shape[0]} examples")
+    return _sample(key, as_pytree(denoise), times, cond, init, observed, rows, process, shape, solver, trajectory)
 
 
 @functools.partial(jax.jit, static_argnames=("process", "shape", "solver", "trajectory"))
@@ -91,9 +87,7 @@ def _sample(key, denoise, times, cond, init, observed, rows, process, shape, sol
         """Put the known sites in."""
         if observed is None:
             return x
-        known = process.observe(
-            random.fold_in(observed_keys, i), observed.value, jnp.full((batch,), times[i])
-        )
+        known = process.observe(random.fold_in(observed_keys, i), observed.value, jnp.full((batch,), times[i]))
         known = jnp.where(i == times.shape[0] - 1, observed.value, known)  # the sample shows the values themselves
         return jnp.where(observed.mask, known, x).astype(x.dtype)
 

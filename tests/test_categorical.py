@@ -68,6 +68,7 @@ def test_a_coin_rarer_than_the_grid_of_uniforms():
     assert count(low, 32) > 8
 
 
+@pytest.mark.slow
 def test_the_tail_of_a_large_vocabulary():
     """256 symbols of probability 2**-25 behind a likely one, 2**19 draws: 4 expected from the tail.
 

@@ -62,7 +62,9 @@ def test_conditions_reach_the_network_row_by_row():
     process, cond = Masked(5), {"label": jnp.asarray([3, 0, 4]), "unused": jnp.zeros((3, 2))}
 
     def denoise(xt, t, cond):
-        return Prediction(jnp.where(jax.nn.one_hot(cond["label"], 5)[:, None] > 0, 0.0, -1e30) + jnp.zeros((3, 2, 5)), "posterior")
+        return Prediction(
+            jnp.where(jax.nn.one_hot(cond["label"], 5)[:, None] > 0, 0.0, -1e30) + jnp.zeros((3, 2, 5)), "posterior"
+        )
 
     out = ddjax.sample(
         jax.random.key(0), denoise, process, shape=(3, 2), solver=Ancestral(process), times=grids.uniform(3), cond=cond

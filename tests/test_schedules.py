@@ -133,9 +133,7 @@ def test_formulas_in_print(x64):
     grid = np.linspace(0, 1, 20_001)
     beta = 0.1 + grid * 19.9
     integral = np.concatenate([[0], np.cumsum(0.5 * (beta[1:] + beta[:-1]) * np.diff(grid))])
-    np.testing.assert_allclose(
-        sc.VPLinear().alpha(t), np.exp(-0.5 * np.interp(TIMES, grid, integral)), rtol=1e-6
-    )
+    np.testing.assert_allclose(sc.VPLinear().alpha(t), np.exp(-0.5 * np.interp(TIMES, grid, integral)), rtol=1e-6)
     np.testing.assert_allclose(sc.VE().sigma(t), 0.01 * 5000.0**TIMES, rtol=1e-9)
     np.testing.assert_allclose(-np.log(sc.LogLinear(1e-3).alpha(t)), -np.log1p(-(1 - 1e-3) * TIMES), rtol=1e-9)
 

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 
 
 def label_accuracy(
-    real: Float[np.ndarray, train *sites],
+    real: Float[np.ndarray, train * sites],
     real_labels: Int[np.ndarray, " train"],
-    samples: Float[np.ndarray, n *sites],
+    samples: Float[np.ndarray, n * sites],
     labels: Int[np.ndarray, " n"],
     *,
     gamma: float = 0.001,

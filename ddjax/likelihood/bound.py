@@ -50,9 +50,7 @@ def nelbo(
     if not 0 <= low < high <= 1:
         raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
     rows = Rows.all(x0.shape[0]) if rows is None else rows
-    terms = _terms(
-        key, as_pytree(denoise), x0, cond, rows.index, process, num_times, (low, high), reconstruction
-    )
+    terms = _terms(key, as_pytree(denoise), x0, cond, rows.index, process, num_times, (low, high), reconstruction)
     return Bound(*terms, t_range=(low, high), dims=sites(x0))
 
 

@@ -30,9 +30,7 @@ def with_condition_dropout(objective: Objective, rate: float, null: Any) -> Obje
             key, drop_key = jax.random.split(key)
             rows = Rows.all(x0.shape[0]) if rows is None else rows
             drop = bernoulli(random.example_keys(drop_key, rows.index), jnp.full((x0.shape[0],), rate))
-            cond = jax.tree.map(
-                lambda c, n: jnp.where(left_broadcast(drop, c), jnp.asarray(n, c.dtype), c), cond, null
-            )
+            cond = jax.tree.map(lambda c, n: jnp.where(left_broadcast(drop, c), jnp.asarray(n, c.dtype), c), cond, null)
         return objective(key, apply, params, x0, cond, weights, rows, train)
 
     return dropped

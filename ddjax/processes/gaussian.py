@@ -148,9 +148,7 @@ class Gaussian:
         if not all(map(math.isfinite, ends)):
             raise ValueError(f"the log-SNR of {self.schedule!r} is infinite at an end of t_range={t_range}: {ends}")
         high, low = self.schedule.log_snr(jnp.asarray(t_range, u.dtype))
-        t = jnp.clip(
-            self.schedule.time(high + u * (low - high)), *t_range
-        )  # rounding must not leave the range
+        t = jnp.clip(self.schedule.time(high + u * (low - high)), *t_range)  # rounding must not leave the range
         return t, (low - high) / self.schedule.log_snr_prime(t)
 
     # -- predictions -----------------------------------------------------------------------------------------
@@ -164,9 +162,7 @@ class Gaussian:
         if kind != "edm":
             return xt, t
         alpha, sigma, _ = self._coefficients(xt, t)
-        c_noise = jnp.clip(
-            -self.schedule.log_snr(t) / 8.0, -5.0, 5.0
-        )  # log(sigma / alpha) / 4, finite at the ends
+        c_noise = jnp.clip(-self.schedule.log_snr(t) / 8.0, -5.0, 5.0)  # log(sigma / alpha) / 4, finite at the ends
         return xt / jnp.sqrt(sigma**2 + (alpha * self.data_std) ** 2), c_noise
 
     def convert(self, prediction: Prediction, kind: str, xt: X, t: Time) -> Prediction:

@@ -203,11 +203,7 @@ class Mixture:
         alpha, noise, prior = self.schedule.alpha(t), self.noise(t), self._prior(t)
         others = xlogy(noise, noise) - xlogy(noise, jnp.where(noise > 0, prior, 1.0))  # (time, states)
         q, n, p = alpha + self.noise_of(x0, t), self.noise_of(x0, t), self._prior_of(x0, prior)
-        own = (
-            xlogy(q, q)
-            - xlogy(q, jnp.where(q > 0, p, 1.0))
-            - (xlogy(n, n) - xlogy(n, jnp.where(n > 0, p, 1.0)))
-        )
+        own = xlogy(q, q) - xlogy(q, jnp.where(q > 0, p, 1.0)) - (xlogy(n, n) - xlogy(n, jnp.where(n > 0, p, 1.0)))
         return own + others.sum(-1)
 
     def _prior_of(self, y: Tokens, prior: Array) -> PerSite:
@@ -281,8 +277,8 @@ class Mixture:
         states = self.num_states if prediction.kind == "ratio" else self.num_symbols
         if prediction.value.shape != (*xt.shape, states):
             raise ValueError(
-                f"a {prediction.kind} prediction for a state of shape {xt.shape} must have shape {(*xt.shape, states)}, "
-                f"got {prediction.value.shape}"
+                f"a {prediction.kind} prediction for a state of shape {xt.shape} must have shape "
+                f"{(*xt.shape, states)}, got {prediction.value.shape}"
             )
         if prediction.kind == kind:
             return prediction
@@ -320,11 +316,7 @@ def _phi(d: Array) -> Array:
     """exp(d) - 1 - d, by its series where the subtraction would cancel."""
     small = jnp.abs(d) < 0.1
     x = jnp.where(small, d, 0.0)
-    series = (
-        x
-        * x
-        * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320))))))
-    )
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320))))))
     y = jnp.where(small, 0.0, d)
     return jnp.where(small, series, jnp.expm1(y) - y)
 

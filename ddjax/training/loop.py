@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import errno
-import functools
 import json
 import math
 import signal
@@ -33,10 +32,10 @@ from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
 from ddjax.training.backend import disk_full
 from ddjax.training.checkpoint import Checkpoints
 from ddjax.training.manifest import write_atomically
-from ddjax.training.mesh import BATCH_AXES, abstract_state, compile_step, init_sharded, make_mesh, shard_batch
+from ddjax.training.mesh import BATCH_AXES, abstract_state, shard_batch
 from ddjax.training.report import Report, require_writers
-from ddjax.training.state import TrainState, init_state
-from ddjax.training.step import make_train_step
+from ddjax.training.setup import prepare
+from ddjax.training.state import TrainState
 
 IN_FLIGHT = 2  # steps dispatched ahead of the device: enough to keep it busy, few enough to bound memory
 
@@ -63,23 +62,8 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     held_out = load_data(config, config.data.eval_split) if config.train.eval_every else None
     experiment = build(config, train_data)
 
-    mesh = make_mesh(config.train.mesh)
+    mesh, state, shardings, step_fn = prepare(experiment)
     check_batch_size(config, mesh)
-    optimizer = experiment.optimizer()
-    state, shardings = init_sharded(
-        functools.partial(init_state, experiment.init, optimizer), mesh, (), jax.random.key(config.train.seed)
-    )
-    step_fn = compile_step(
-        make_train_step(
-            experiment.objective(),
-            experiment.apply,
-            optimizer,
-            accumulate=config.train.accumulate,
-            ema=experiment.ema(),
-        ),
-        shardings,
-        mesh,
-    )
     batches = datasets.batches(
         train_data,
         batch_size=config.train.batch_size,
@@ -323,7 +307,9 @@ def write_samples(data: Dataset, x0: np.ndarray, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         images = data.to_images(x0)
-        datasets.write_png(path, datasets.grid(images, scale=max(1, 64 // max(images.shape[1:3]))))
+        # Labels go round, so with a column for each class a class stands in one column.
+        columns = data.num_classes if 2 <= data.num_classes <= 16 else None
+        datasets.write_png(path, datasets.grid(images, columns, scale=max(1, 64 // max(images.shape[1:3]))))
     elif path.suffix == ".txt":
         bar = "\n" + "-" * 80 + "\n"
         write_atomically(path, bar.join(data.to_text(x0)).encode())

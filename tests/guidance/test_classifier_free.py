@@ -55,10 +55,14 @@ def test_categorical_formula():
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_impossible_symbols_give_no_nan(scale):
     logits = np.array([[0.0, -np.inf, -np.inf], [0.0, 0.0, 0.0], [0.0, -np.inf, 0.0]])
-    out = classifier_free(table_denoiser(logits), null=2, scale=scale)(jnp.full((1, 1), 3), jnp.ones(1), jnp.asarray([0]))
+    out = classifier_free(table_denoiser(logits), null=2, scale=scale)(
+        jnp.full((1, 1), 3), jnp.ones(1), jnp.asarray([0])
+    )
     np.testing.assert_allclose(jax.nn.softmax(out.value)[0, 0], [1.0, 0.0, 0.0], atol=1e-7)
     # Impossible without the condition, possible with it: finite.
-    out = classifier_free(table_denoiser(logits), null=2, scale=scale)(jnp.full((1, 1), 3), jnp.ones(1), jnp.asarray([1]))
+    out = classifier_free(table_denoiser(logits), null=2, scale=scale)(
+        jnp.full((1, 1), 3), jnp.ones(1), jnp.asarray([1])
+    )
     assert np.isfinite(np.asarray(out.value)).all()
 
 

@@ -36,7 +36,9 @@ def prior_gap(law, process):
     p = np.exp(np.asarray(law.log_p)).reshape((k,) * law.sites)
     prior = np.asarray(1.0)
     for _ in range(law.sites):
-        p = np.moveaxis(np.tensordot(p, q, axes=([0], [0])), -1, -1)  # the first clean axis goes, a noisy one comes last
+        p = np.moveaxis(
+            np.tensordot(p, q, axes=([0], [0])), -1, -1
+        )  # the first clean axis goes, a noisy one comes last
         prior = np.multiply.outer(prior, q.mean(0))
     return float(np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(prior > 0, prior, 1)), 0)))
 
@@ -212,7 +214,13 @@ def test_binned_bound_is_a_probability(x64, schedule):
         for n, v in enumerate(LEVELS):
             x0 = jnp.full((batch, 1), v)
             bound = nelbo(
-                jax.random.key(n), denoise, process, x0, num_times=32, t_range=(low, high), reconstruction=binned(LEVELS)
+                jax.random.key(n),
+                denoise,
+                process,
+                x0,
+                num_times=32,
+                t_range=(low, high),
+                reconstruction=binned(LEVELS),
             )
             draws = np.asarray(bound.total)
             totals[name, n] = draws.mean()

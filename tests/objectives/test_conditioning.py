@@ -43,7 +43,10 @@ def test_only_while_training():
 def test_split_rows_drop_the_same():
     labels = jnp.arange(40)
     whole = np.asarray(conditions_seen(0.5, 40, labels, null=-1))
-    parts = [conditions_seen(0.5, 10, labels[i : i + 10], -1, ddjax.Rows(jnp.arange(i, i + 10), 40)) for i in range(0, 40, 10)]
+    parts = [
+        conditions_seen(0.5, 10, labels[i : i + 10], -1, ddjax.Rows(jnp.arange(i, i + 10), 40))
+        for i in range(0, 40, 10)
+    ]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
     assert (whole != np.asarray(conditions_seen(0.5, 40, labels, null=-1, seed=1))).any()
 
@@ -54,7 +57,9 @@ def test_a_tree_is_dropped_whole():
     seen = conditions_seen(0.5, 100, cond, null)
     dropped = np.asarray(seen["label"]) == -1
     assert 20 < dropped.sum() < 80
-    np.testing.assert_array_equal(np.asarray(seen["text"])[dropped], np.broadcast_to([7.0, 8.0, 9.0], (dropped.sum(), 3)))
+    np.testing.assert_array_equal(
+        np.asarray(seen["text"])[dropped], np.broadcast_to([7.0, 8.0, 9.0], (dropped.sum(), 3))
+    )
     np.testing.assert_array_equal(np.asarray(seen["text"])[~dropped], 1.0)
 
 

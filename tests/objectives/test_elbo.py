@@ -93,7 +93,9 @@ def test_weights():
     objective, x0, params, key = elbo(process, "posterior"), data(6), parameters(process), lambda: jax.random.key(7)
     kept = objective(key(), apply, params, x0, weights=jnp.asarray([1.0, 1, 1, 1, 0, 0]))[0]
     other = x0.at[4:].set(2 - x0[4:])  # examples of weight 0 do not matter
-    np.testing.assert_allclose(kept, objective(key(), apply, params, other, weights=jnp.asarray([1.0] * 4 + [0.0] * 2))[0])
+    np.testing.assert_allclose(
+        kept, objective(key(), apply, params, other, weights=jnp.asarray([1.0] * 4 + [0.0] * 2))[0]
+    )
     ones = objective(key(), apply, params, x0, weights=jnp.ones(6))[0]
     np.testing.assert_allclose(ones, objective(key(), apply, params, x0)[0], rtol=1e-6)
 

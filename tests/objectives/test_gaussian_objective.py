@@ -72,7 +72,9 @@ def test_equal_products_have_equal_losses_across_densities(x64):
     np.testing.assert_allclose(by_snr, by_time, rtol=1e-6)
 
 
-@pytest.mark.parametrize("process", [PROCESS, Gaussian(VPLinear()), Gaussian(VPCosine()), Gaussian(EDM(), 0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "process", [PROCESS, Gaussian(VPLinear()), Gaussian(VPCosine()), Gaussian(EDM(), 0.5)], ids=repr
+)
 def test_the_bound_is_the_unit_weighted_noise_error(x64, process):
     """ELBO diffusion = (lambda_high - lambda_low) / 2 times the noise error under uniform_log_snr."""
     high, low = log_snr_range(process)
@@ -81,7 +83,10 @@ def test_the_bound_is_the_unit_weighted_noise_error(x64, process):
     x, wx = np.polynomial.legendre.leggauss(40)
     t, dt = process.time_at(jnp.asarray(np.repeat(0.5 * x + 0.5, 20)), process.t_range)
     x0 = jnp.full((800, 1), X0)
-    xt = process.schedule.alpha(t)[:, None] * x0 + process.schedule.sigma(t)[:, None] * jnp.asarray(np.tile(z, 40))[:, None]
+    xt = (
+        process.schedule.alpha(t)[:, None] * x0
+        + process.schedule.sigma(t)[:, None] * jnp.asarray(np.tile(z, 40))[:, None]
+    )
     prediction = ddjax.bind(apply, {}, process, "x0")(xt, t)
     path = process.path_kl(x0, prediction, xt, t)[:, 0] * dt
     np.testing.assert_allclose(np.outer(0.5 * wx, wz / wz.sum()).ravel() @ path, expected, rtol=1e-9)

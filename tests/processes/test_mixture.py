@@ -236,7 +236,9 @@ def test_path_kl_in_float32(kind, t, scale):
         x0 = np.arange(6)[:, None]
         xt = np.where(np.arange(6)[:, None] % 2, process.num_states - 1, x0 + 1)
         t = np.full(6, t, np.float32)
-        exact = path_kl(process, x0, Prediction(jnp.asarray(logits, jnp.float64), "cavity"), xt, jnp.asarray(t, jnp.float64))
+        exact = path_kl(
+            process, x0, Prediction(jnp.asarray(logits, jnp.float64), "cavity"), xt, jnp.asarray(t, jnp.float64)
+        )
     single = path_kl(process, x0, Prediction(logits, "cavity"), xt, jnp.asarray(t))
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, exact, rtol=1e-3)
@@ -305,7 +307,10 @@ def test_any_shape_of_state_and_times_per_site(x64, kind):
     x0 = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 2, 2, 1)))
     xt = jnp.asarray(np.random.default_rng(1).integers(0, process.num_states, (2, 2, 2, 1)))
     value = random_logits((2, 2, 2, 1, 3))
-    s, t = jnp.asarray(np.linspace(0.1, 0.4, 8)).reshape(2, 2, 2, 1), jnp.asarray(np.linspace(0.5, 0.9, 8)).reshape(2, 2, 2, 1)
+    s, t = (
+        jnp.asarray(np.linspace(0.1, 0.4, 8)).reshape(2, 2, 2, 1),
+        jnp.asarray(np.linspace(0.5, 0.9, 8)).reshape(2, 2, 2, 1),
+    )
 
     @jax.jit
     def every(x0, xt, value, s, t):

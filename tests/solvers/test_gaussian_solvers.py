@@ -160,9 +160,7 @@ def test_the_last_step_calls_the_network_once():
         return Prediction(0.5 * xt, "x0")
 
     process = Gaussian(CondOT())
-    out = ddjax.sample(
-        jax.random.key(0), denoise, process, shape=(1, 2), solver=Heun(process), times=grids.uniform(4)
-    )
+    out = ddjax.sample(jax.random.key(0), denoise, process, shape=(1, 2), solver=Heun(process), times=grids.uniform(4))
     jax.block_until_ready(out.x0)
     jax.effects_barrier()
     assert len(calls) == int(out.nfe[0]) == 7
