@@ -40,7 +40,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["trained", "sampled"])
+@pytest.mark.parametrize("name", ["trained", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_result_is_whole(name, request):
     result = request.getfixturevalue(name)
     assert result.keys() == KEYS[result["benchmark"]]
@@ -158,14 +158,14 @@ def test_the_cache_does_not_hide_compilation(tmp_path):
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     hits = []
-    listener = lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None  # noqa: E731
+    listener = lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
     jax.monitoring.register_event_listener(listener)
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     reset_cache()
     try:
-        fresh = lambda: jax.jit(lambda x: jax.numpy.sin(x) * 17)  # noqa: E731
+        fresh = lambda: jax.jit(lambda x: jax.numpy.sin(x) * 17)
         fresh().lower(1.0).compile()
         assert any(tmp_path.iterdir())
         bench._compile(fresh(), 1.0)

@@ -150,6 +150,7 @@ def test_a_workdir_of_another_config(capsys, tmp_path, run):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_train_quiet_and_again(capsys, tmp_path):
     config, workdir = tiny.write(tmp_path / "c.py"), tmp_path / "run"
     assert ok(capsys, "train", "--config", config, "--workdir", workdir, "--quiet") == ""

@@ -23,7 +23,7 @@ def test_matmul():
 
 def test_batched_einsum():
     """Batch axes count once, and a full contraction has an empty output shape."""
-    scores = lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k)  # noqa: E731
+    scores = lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k)
     assert flops.count(scores, shape(2, 3, 5, 7), shape(2, 11, 5, 7)) == 2 * (2 * 3 * 11 * 5 * 7)
     assert flops.count(jnp.vdot, shape(13), shape(13)) == 2 * 13
 
@@ -65,7 +65,7 @@ def test_gradient_of_a_convolution_is_three_convolutions(name):
     """Also with strides, whose gradient is full of zeros, and with groups."""
     options = CONVOLUTIONS[name]
     args = shape(2, 9, 8, 4), shape(3, 2, 4 // options.get("feature_group_count", 1), 6)
-    loss = lambda x, k: jnp.sum(convolution(options)(x, k) ** 2)  # noqa: E731
+    loss = lambda x, k: jnp.sum(convolution(options)(x, k) ** 2)
     assert flops.count(jax.value_and_grad(loss, (0, 1)), *args) == 3 * flops.count(loss, *args)
 
 
@@ -96,7 +96,7 @@ def test_gradient_is_three_times_the_forward_pass():
 
 def test_remat_counts_what_is_computed_again():
     block = jax.checkpoint(lambda w, x: jnp.tanh(x @ w[0]) @ w[1])
-    loss = lambda w, x: (block(w, x) ** 2).sum()  # noqa: E731
+    loss = lambda w, x: (block(w, x) ** 2).sum()
     args = shape(2, 6, 6), INPUT
     assert flops.count(loss, *args) == 2 * PRODUCT
     # Three times two products, and again the first of them: nothing needs the second's value.
@@ -138,9 +138,9 @@ def test_shard_map_counts_all_shards():
 
 
 def test_loops():
-    turns = lambda x: jax.lax.fori_loop(0, 3, lambda _, x: x @ x, x)  # noqa: E731
+    turns = lambda x: jax.lax.fori_loop(0, 3, lambda _, x: x @ x, x)
     assert flops.count(turns, shape(6, 6)) == 3 * 2 * 6**3
-    unknown = lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x)  # noqa: E731
+    unknown = lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x)
     with pytest.warns(RuntimeWarning, match="one turn"):
         assert flops.count(unknown, shape(6, 6)) == 2 * 6**3
 

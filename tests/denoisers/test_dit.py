@@ -178,7 +178,7 @@ def test_remat_and_scan_have_the_same_gradients_and_remat_recomputes(net, jit):
             grad = jit(jax.grad(loss))(params)
             grads[scan, remat] = grad if scan else stack_blocks(grad)
     for other in ((False, True), (True, True)):
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
         jax.tree.map(close, grads[False, False], grads[other])
     assert products[False, True] > products[False, False]
     assert products[True, True] > products[True, False]

@@ -179,7 +179,7 @@ def test_dropout_acts_only_in_training_and_by_key(dropping):
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_does_not_depend_on_the_batch_split(scan, build):
     run, params = build(maker(dropout=0.3, scan=scan))
-    keys = lambda: example_keys(jax.random.key(4), 5)  # noqa: E731
+    keys = lambda: example_keys(jax.random.key(4), 5)
     whole = run(params, XT, T, rng=keys(), train=True)
     part = run(params, XT[2:], T[2:], rng=keys()[2:], train=True)
     np.testing.assert_allclose(part, whole[2:], rtol=1e-4, atol=1e-5)
@@ -265,7 +265,7 @@ def test_from_linen_dropout(jit):
     init, apply = from_linen(Linen(), xt, t, None)
     params = jit(init)(jax.random.key(1))
     run = jit(apply, static_argnames="train")
-    keys = lambda: example_keys(jax.random.key(2), 6)  # noqa: E731
+    keys = lambda: example_keys(jax.random.key(2), 6)
     whole = run(params, xt, t, rng=keys(), train=True)
     np.testing.assert_allclose(run(params, xt[2:], t[2:], rng=keys()[2:], train=True), whole[2:], atol=1e-6)
     repeated = run(params, np.stack([xt[0]] * 6), np.full(6, 0.5, np.float32), rng=keys(), train=True)

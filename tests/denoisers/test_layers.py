@@ -125,7 +125,7 @@ def test_linear_sums_in_its_output_dtype():
 
 def test_dropout_keeps_the_mean_and_depends_on_each_examples_key_alone():
     x = jnp.ones((4, 50, 100))
-    keys = lambda: random.example_keys(jax.random.key(0), 4)  # noqa: E731
+    keys = lambda: random.example_keys(jax.random.key(0), 4)
     y = np.asarray(layers.dropout(x, 0.25, keys()))
     np.testing.assert_allclose(y.mean((1, 2)), 1, atol=4 * np.sqrt(1 / 3 / 5000))
     np.testing.assert_allclose((y == 0).mean(), 0.25, atol=0.02)

@@ -1,6 +1,7 @@
 """Masked and uniform corruption against brute force: products of small-step kernels, Bayes' rule, limits of KLs."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def kernel(process, s, t, steps=50):
     """Q_{t|s} as the product of small steps, each of which loses a symbol with probability 1 - alpha_b / alpha_a."""
     q, times = np.eye(process.num_states), np.linspace(s, t, steps + 1)
     alpha = np.asarray(process.schedule.alpha(jnp.asarray(times)))
-    for a, b in zip(alpha[:-1], alpha[1:], strict=True):
+    for a, b in itertools.pairwise(alpha):
         lost = 1 - b / a
         q = q @ ((1 - lost) * np.eye(process.num_states) + lost * noise_law(process)[None])
     return q
@@ -242,6 +243,20 @@ def test_path_kl_in_float32(kind, t, scale):
     single = path_kl(process, x0, Prediction(logits, "cavity"), xt, jnp.asarray(t))
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, exact, rtol=1e-3)
+
+
+def test_path_kl_of_a_large_vocabulary_near_data():
+    """Noise of 2e-8 a symbol against a survival of 1: 1 + change / true rounds to 0, whose logarithm was infinite."""
+    symbols, t = 50_257, np.full(1, 1e-3, np.float32)
+    logits = jnp.zeros((1, 1, symbols)).at[..., 7].set(-25.0).at[..., 3].set(20.0)
+    x0, xt = np.full((1, 1), 7), np.full((1, 1), 5)
+    with jax.enable_x64(True):
+        double = Prediction(jnp.asarray(logits, jnp.float64), "cavity")
+        exact = path_kl(Uniform(symbols), x0, double, xt, jnp.asarray(t, jnp.float64))
+    single = jax.value_and_grad(lambda z: path_kl(Uniform(symbols), x0, Prediction(z, "cavity"), xt, t).sum())
+    value, gradient = single(logits)
+    np.testing.assert_allclose(value, exact[0, 0], rtol=1e-3)
+    assert np.isfinite(np.asarray(gradient)).all()
 
 
 @both

@@ -1,6 +1,7 @@
 """Gaussian solvers: order of convergence on a known mixture, exact special cases, both ends, determinism."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def test_heun_under_edm_is_karras_algorithm_1(x64):
     init = 80.0 * np.random.default_rng(0).normal(size=(3, 2))
     denoiser = jax.jit(lambda x, sigma: MIXTURE.x0(x, 1.0, sigma))
     x, sigmas = init, np.asarray(80.0 * times)
-    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for a, b in itertools.pairwise(sigmas):
         d = (x - np.asarray(denoiser(x, a))) / a
         euler = x + (b - a) * d
         x = euler if b == 0 else x + (b - a) * 0.5 * (d + (euler - np.asarray(denoiser(euler, b))) / b)

@@ -190,8 +190,8 @@ def test_load_ema(tmp_path):
 def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path):
     # The state is donated and overwritten while the save still writes: what is stored must be the copy.
     optimizer = training.adamw(1e-2, 100)
-    start = lambda key: {"w": jax.random.normal(key, (512, 512))}  # noqa: E731
-    apply = lambda params, xt, t, cond: xt @ params["w"][: toy.SITES, : toy.SITES]  # noqa: E731
+    start = lambda key: {"w": jax.random.normal(key, (512, 512))}
+    apply = lambda params, xt, t, cond: xt @ params["w"][: toy.SITES, : toy.SITES]
     step = jax.jit(training.make_train_step(toy.objective, apply, optimizer), donate_argnums=0)
     state = training.init_state(start, optimizer, jax.random.key(0))
     state, _ = step(state, toy.batch())
@@ -267,7 +267,7 @@ def test_a_full_disk(tmp_path):
     ).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        big = lambda step: make(step)._replace(ema={"w": jax.random.normal(jax.random.key(step), (300_000,))})  # noqa: E731
+        big = lambda step: make(step)._replace(ema={"w": jax.random.normal(jax.random.key(step), (300_000,))})
         checkpoints = Checkpoints(tmp_path, keep=3)
         checkpoints.save(1, big(1))
         checkpoints.wait()

@@ -13,7 +13,7 @@ import tiny
 
 import ddjax
 from ddjax.config import ConfigError
-from ddjax.training import CheckpointError, loop
+from ddjax.training import CheckpointError, loop, setup
 from ddjax.training.loop import NonFiniteLoss, train
 
 
@@ -105,6 +105,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     tiny.assert_same_run(run, tiny.trained())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_more_steps_and_other_changeable_keys(tmp_path):
     run = tiny.copy(tmp_path / "run")
     more = {"train": {"steps": 12, "log_every": 2, "mesh": {"data": 2, "fsdp": -1}}}
@@ -144,7 +145,7 @@ def test_a_claim_that_was_killed_does_not_block_the_folder(tmp_path):
 
 
 def test_a_number_that_is_none_stops_with_step_batch_and_last_good(tmp_path, monkeypatch):
-    compiled = loop.compile_step
+    compiled = setup.compile_step
 
     def poisoned(*args):
         step_fn = compiled(*args)
@@ -158,7 +159,7 @@ def test_a_number_that_is_none_stops_with_step_batch_and_last_good(tmp_path, mon
 
         return step
 
-    monkeypatch.setattr(loop, "compile_step", poisoned)
+    monkeypatch.setattr(setup, "compile_step", poisoned)
     with pytest.raises(NonFiniteLoss) as caught:
         train(tiny.config(), tmp_path / "run", show=False)
     text = str(caught.value)

@@ -84,7 +84,7 @@ def test_accumulation_moves_no_rows_between_devices():
 
 def test_rules_first_match_wins_and_small_arrays_are_whole():
     mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     state = {
         "params": {"block": {"qkv": shape(64, 64), "out": shape(63, 64)}, "bias": shape(64)},
         "opt_state": ({"qkv": shape(64)},),

@@ -35,7 +35,7 @@ def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=
     error = apply(params, x0 + t[:, None] * noise, t, cond) - x0
     loss = (error**2).mean(axis=-1)
     weights = jnp.ones_like(loss) if weights is None else weights
-    mean = lambda v: (weights * v).sum() / weights.sum()  # noqa: E731
+    mean = lambda v: (weights * v).sum() / weights.sum()
     return mean(loss), {"time": mean(t), "noise": mean(noise[:, 0])}
 
 
@@ -55,7 +55,7 @@ def state(optimizer=None, dtype=jnp.float32, seed=0):
 
 def leaves(tree):
     """Every leaf as numpy, keys as their words."""
-    is_key = lambda a: jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
+    is_key = lambda a: jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
     return [np.asarray(jax.random.key_data(a) if is_key(a) else a) for a in jax.tree.leaves(tree)]
 
 
