@@ -136,6 +136,7 @@ class Run:
                     jnp.asarray(x0[rows]),
                     None if cond is None else jnp.asarray(np.asarray(cond)[rows]),
                     num_times=self.config.eval.num_times if num_times is None else num_times,
+                    t_range=self.experiment.t_range,
                     reconstruction=self.experiment.reconstruction(),
                     rows=Rows(jnp.asarray(rows), len(rows)),
                 )

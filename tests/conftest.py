@@ -33,3 +33,48 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set DDJAX_DATA)")
     return folder
+
+
+# Variants of one test cost seconds each to compile. Of these families the first few are in the fast set, the others run
+# with the slow one; every formula keeps a fast test.
+FAST_VARIANTS = {
+    "test_a_coin_rarer_than_the_grid_of_uniforms": 0,
+    "test_a_disk_full_of_metrics": 0,
+    "test_a_step_is_finite_and_moves": 1,
+    "test_a_wrong_denoiser_pays_the_chain_of_kls": 1,
+    "test_accumulation_is_the_one_big_batch": 2,
+    "test_binned_bound_is_a_probability": 1,
+    "test_default_losses_and_gradients_are_finite": 2,
+    "test_draws_follow_the_law": 1,
+    "test_dropout_does_not_depend_on_the_batch_split": 1,
+    "test_eight_devices_are_one": 2,
+    "test_eight_devices_are_one_in_float32": 1,
+    "test_evaluate_is_the_mean_of_the_bound": 0,
+    "test_evaluations_double": 1,
+    "test_every_parameter_gets_a_gradient": 2,
+    "test_exact_denoiser_gives_the_entropy_for_every_size": 2,
+    "test_exact_denoiser_gives_the_entropy_under_every_schedule": 4,
+    "test_exact_predictions_convert_into_each_other": 9,
+    "test_expected_loss_is_the_diffusion_term_per_site": 2,
+    "test_gaussian_bound_is_minus_log_density": 1,
+    "test_gradients_are_finite": 1,
+    "test_monte_carlo_agrees_with_the_exact_bound": 1,
+    "test_numbers_agree": 0,
+    "test_remat_and_scan_have_the_same_gradients_and_remat_recomputes": 0,
+    "test_result_is_whole": 0,
+    "test_sample_has_the_propagated_law": 2,
+    "test_the_range_moves_nats_between_terms_alone": 1,
+    "test_trajectory_and_init": 1,
+    "test_what_was_cut_off_at_a_checkpoint_is_made_up_for": 0,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow what lies beyond the fast variants of its family."""
+    seen = {}
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        seen[item.path, name] = count = seen.get((item.path, name), 0) + 1
+        if count > FAST_VARIANTS.get(name, count):
+            item.add_marker(pytest.mark.slow)
