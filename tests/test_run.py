@@ -77,8 +77,18 @@ def test_values_and_bounds_do_not_depend_on_the_batch_size():
     assert bound.prior.shape == (5,)
     for name in ("prior", "diffusion", "reconstruction"):
         np.testing.assert_allclose(getattr(parts, name), getattr(bound, name), rtol=1e-5, atol=1e-6)
+    # Levels -1, 0, 1: the bound begins where the noise level is an eighth of their spacing.
+    low, high = experiment.t_range
+    schedule = run.process.schedule
+    np.testing.assert_allclose(schedule.sigma(low) / schedule.alpha(low), 1 / 8, rtol=1e-5)
     direct = likelihood.nelbo(
-        KEY, run.denoise, run.process, x0, num_times=2, reconstruction=likelihood.binned(data.levels)
+        KEY,
+        run.denoise,
+        run.process,
+        x0,
+        num_times=2,
+        t_range=(low, high),
+        reconstruction=likelihood.binned(data.levels),
     )
     np.testing.assert_allclose(bound.bits_per_dim, direct.bits_per_dim, rtol=1e-6)
     np.testing.assert_allclose(parts.bits_per_dim, direct.bits_per_dim, rtol=1e-5)
