@@ -36,7 +36,7 @@ def shared_data():
 
 
 # Variants of one test cost seconds each to compile. Of these families the first few are in the fast set, the others run
-# with the slow one; every formula keeps a fast test.
+# with the slow one: a change to a formula should be tried against both sets.
 FAST_VARIANTS = {
     "test_a_coin_rarer_than_the_grid_of_uniforms": 0,
     "test_a_disk_full_of_metrics": 0,
