@@ -83,9 +83,9 @@ def make_train_step(
     ema: `Ema`, or a function from the number of earlier updates to the decay.
 
     The batch is a dict: "x0" `(batch, *sites)`, optionally "cond" (a pytree, leading axis batch) and
-    "weights" `(batch,)`. Metrics: what the objective reports and "loss", each averaged over the batch as the
-    loss is; "grad_norm", before any clipping; "finite", whether loss and norm are. A step that is not finite
-    is applied as any other: what to do about it is the caller's.
+    "weights" `(batch,)` or `(batch, *sites)`. Metrics: what the objective reports and "loss", each averaged
+    over the batch as the loss is; "grad_norm", before any clipping; "finite", whether loss and norm are. A step
+    that is not finite is applied as any other: what to do about it is the caller's.
 
     Raises ValueError on a malformed batch or one that `accumulate` does not divide, when traced.
     """
@@ -118,7 +118,7 @@ def make_train_step(
         else:
             # Each microbatch returns a mean over its own weights; the batch's mean weighs it by their sum.
             weights = weights.astype(jnp.result_type(float))
-            shares = weights.sum(axis=1) / weights.sum()
+            shares = weights.reshape(accumulate, -1).sum(axis=1) / weights.sum()
 
         def share_of(part, rows, share):
             grads, metrics = gradient(params, jax.random.clone(key), part, Rows(rows, size))

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ddjax
@@ -15,6 +16,7 @@ from ddjax.objectives.base import weighted_mean
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian, Masked, Uniform
 from ddjax.schedules import CondOT, Cosine, Polynomial
+from ddjax.training import init_state, make_train_step
 
 LAW = Categorical(2, 3)
 
@@ -134,3 +136,22 @@ def test_metrics_and_errors():
     np.testing.assert_array_equal(metrics["loss"], loss)
     with pytest.raises(ValueError, match="does not understand"):
         elbo(process, "posterior")(jax.random.key(0), linear, jnp.asarray(0.5), jnp.ones((4, 2)))
+
+
+def test_accumulation_with_weights_per_site(x64):
+    """Microbatches count by the weights of their sites."""
+    process, x0 = Masked(3), data(8)
+    weights = jnp.asarray(np.random.default_rng(0).uniform(0, 2, x0.shape)).at[:4, 0].set(0.0)
+    optimizer = optax.sgd(1.0)
+
+    def moved(accumulate):
+        network = lambda *arguments, **options: apply(*arguments, **options).astype(float)
+        step = make_train_step(elbo(process, "posterior"), network, optimizer, accumulate=accumulate)
+        state = init_state(lambda key: {"w": parameters(process).astype(float)}, optimizer, jax.random.key(0))
+        return jax.jit(step)(state, {"x0": x0, "weights": weights})[0].params["w"]
+
+    def apply(params, xt, t, cond, *, rng=None, train=False):
+        return params["w"][xt]
+
+    np.testing.assert_allclose(moved(2), moved(1), atol=1e-12)
+    assert float(jnp.abs(moved(1) - parameters(process)).max()) > 1e-3
