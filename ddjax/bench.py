@@ -24,9 +24,9 @@ import numpy as np
 
 from ddjax import data as datasets
 from ddjax import flops, random
-from ddjax.config import Config, to_dict
+from ddjax.config import Config, ProcessConfig, to_dict
 from ddjax.data.dataset import Dataset
-from ddjax.experiment import Experiment, build
+from ddjax.experiment import Experiment, build, load_data
 from ddjax.predictions import bind
 from ddjax.sampling import sample
 from ddjax.training.manifest import write_atomically
@@ -113,11 +113,12 @@ def bench_sample(
     steps = config.sample.steps if steps is None else steps
     _check(num=num, steps=steps, repeats=repeats, warmup=warmup)
     data, experiment = _load(config)
-    process, solver, times = experiment.process, experiment.solver(), experiment.times(steps)
+    times = experiment.times(steps)
     shape = (num, *data.shape)
     cond = jnp.arange(num, dtype=jnp.int32) % data.num_classes if data.num_classes else None
     init_key, prior_key, draw_key = jax.random.split(jax.random.key(config.sample.seed), 3)
-    params = jax.jit(experiment.init)(init_key)
+    experiment, params = experiment.trained(jax.jit(experiment.init)(init_key))
+    process, solver = experiment.process, experiment.solver()
     denoise = experiment.guided(bind(experiment.apply, params, process, experiment.kind), config.sample.guidance, cond)
 
     @jax.jit
@@ -159,6 +160,124 @@ def bench_sample(
         **_rates(operations, seconds["median"], devices),
         "memory": _memory(program),
     }
+
+
+# What `bench_objectives` compares, each a change of the config: (process, kind, objective and its options). Kernels and
+# chains hold matrices of symbols x symbols, so they are asked for by name.
+OBJECTIVES = {
+    "masked elbo": ("masked", "posterior", "elbo"),
+    "masked any_order": ("masked", "posterior", "any_order"),
+    "masked cross_entropy": ("masked", "posterior", "cross_entropy"),
+    "masked generalised_kl": ("masked", "posterior", "generalised_kl"),
+    "masked score_entropy": ("masked", "ratio", "score_entropy"),
+    "uniform elbo": ("uniform", "cavity", "elbo"),
+    "uniform cross_entropy": ("uniform", "posterior", "cross_entropy"),
+    "uniform generalised_kl": ("uniform", "posterior", "generalised_kl"),
+    "uniform score_entropy": ("uniform", "ratio", "score_entropy"),
+    "uniform d3pm_hybrid": ("uniform", "cavity", "d3pm_hybrid", {"steps": 1000}),
+    "uniform ddpd": ("uniform", "cavity", "ddpd"),
+    "marginal elbo": ("marginal", "cavity", "elbo"),
+    "hybrid elbo": ("hybrid", "cavity", "elbo"),
+    "hybrid elbo, clipped": ("hybrid", "cavity", "elbo", {"weighting": "clipped"}),
+    "spindle elbo": ("spindle", "posterior", "elbo"),
+    "symbol_polynomial genmd4": ("symbol_polynomial", "posterior", "genmd4"),
+}
+BY_NAME = {
+    "thinning elbo": ("thinning", "deaths", "elbo"),
+    "kernel elbo": ("kernel", "cavity", "elbo", {}, {"generator": "gaussian"}),
+    "discretized_gaussian elbo": ("discretized_gaussian", "cavity", "elbo", {}, {"steps": 100}),
+}
+
+
+def bench_objectives(
+    config: Config, *, names: Sequence[str] = (), vocabulary: int | None = None, rounds: int = 10, warmup: int = 2
+) -> dict[str, Any]:
+    """Measure the training step of several processes and objectives, with the network of `config`, against the first.
+
+    names: of `OBJECTIVES` and `BY_NAME`; default: all of the former. vocabulary: train on sequences of that many
+        symbols with Zipf's frequencies, of the length of config's data, in place of them; default: config's data.
+    rounds: each times one step of each, in turn, so that all see the same neighbours on a shared machine; what is
+        reported are ratios within a round.
+    Raises ValueError for a name or number that cannot be used.
+    """
+    _check(rounds=rounds, warmup=warmup)
+    names = tuple(names) or tuple(OBJECTIVES)
+    cases = OBJECTIVES | BY_NAME
+    for name in names:
+        if name not in cases:
+            raise ValueError(f"unknown objective {name!r}; it is one of {', '.join(cases)}")
+    data = load_data(config, "train")
+    size = config.train.batch_size
+    if vocabulary is not None:
+        zipf = 1.0 / np.arange(1, vocabulary + 1)
+        tokens = np.random.default_rng(0).choice(vocabulary, (size, *data.shape), p=zipf / zipf.sum())
+        data = datasets.from_arrays(tokens.astype(np.int32), num_symbols=vocabulary)
+    steps = {name: _Stepper(_changed(config, *cases[name]), data) for name in names}
+    seconds = np.array([[stepper() for stepper in steps.values()] for _ in range(warmup + rounds)])[warmup:]
+    ratios = np.percentile(seconds / seconds[:, :1], [10, 50, 90], axis=0).T
+    first = steps[names[0]]
+    return {
+        "benchmark": "objectives",
+        **_about(first.experiment, first.parameters, jax.devices()),
+        "batch_size": size,
+        "num_symbols": data.num_symbols,
+        "rounds": rounds,
+        "warmup": warmup,
+        "step_s": float(np.median(seconds[:, 0])),  # of the first
+        "objectives": {
+            name: {
+                **dict(zip(("p10", "median", "p90"), map(float, row), strict=True)),
+                "memory": steps[name].memory,
+                "memory_ratio": steps[name].memory / first.memory,
+            }
+            for name, row in zip(names, ratios, strict=True)
+        },
+    }
+
+
+class _Stepper:
+    """A compiled training step with its state; each call makes one and returns its seconds."""
+
+    def __init__(self, config: Config, data: Dataset):
+        self.experiment = build(config, data)
+        setup = prepare(self.experiment)
+        self.state = setup.state
+        self.parameters = _parameters(self.state.params)
+        self.batch = shard_batch(_rows(data, config.train.batch_size), setup.mesh)
+        self.step, _ = _compile(setup.step, self.state, self.batch)
+        self.memory = _memory(self.step)["executable"]["total"]
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - start
+
+
+def _changed(config: Config, process: str, kind: str, objective: str, options=None, of_process=None) -> Config:
+    return dataclasses.replace(
+        config,
+        process=ProcessConfig(name=process, options=of_process or {}),
+        denoiser=dataclasses.replace(config.denoiser, kind=kind),
+        objective=dataclasses.replace(config.objective, name=objective, options=options or {}),
+    )
+
+
+def format_objectives(result: Mapping[str, Any]) -> str:
+    """The result of `bench_objectives` as a table to read."""
+    rows = result["objectives"]
+    wide = max(map(len, rows))
+    lines = [
+        f"a training step of {result['batch_size']} x {result['sites']} sites, {result['num_symbols']:,} symbols, "
+        f"{result['parameters']:,} parameters; {next(iter(rows))}: {_ms(result['step_s'])}",
+        f"{'':<{wide}}   time (p10 - p90)        memory",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<{wide}}  x{row['median']:.3f} ({row['p10']:.3f} - {row['p90']:.3f})  "
+            f"x{row['memory_ratio']:.2f}, {_si(row['memory'])}B"
+        )
+    return "\n".join(lines)
 
 
 def format_report(result: Mapping[str, Any]) -> str:
@@ -217,7 +336,7 @@ def _check(**counts: int) -> None:
 
 
 def _load(config: Config) -> tuple[Dataset, Experiment]:
-    data = datasets.load(config.data.name, "train", tokens=config.data.tokens, **config.data.options)
+    data = load_data(config, "train")
     return data, build(config, data)
 
 

@@ -93,11 +93,24 @@ def parser() -> argparse.ArgumentParser:
         commands, "bench", _bench, "measure step time, throughput, FLOP/s, compile time and memory", epilog=OVERRIDES
     )
     bench.add_argument(
-        "what", nargs="?", choices=("train", "sample"), default="train", help="what to measure (default: train)"
+        "what",
+        nargs="?",
+        choices=("train", "sample", "objectives"),
+        default="train",
+        help="what to measure (default: train); objectives: a training step of each process and objective, against the "
+        "masked bound",
     )
     _add_config(bench, required=False)
     bench.add_argument(
-        "--steps", type=int, help="train: steps to time (default: 20); sample: solver steps (default: the config's)"
+        "--steps",
+        type=int,
+        help="train, objectives: steps to time (default: 20, 10); sample: solver steps (default: the config's)",
+    )
+    bench.add_argument(
+        "--vocabulary", type=int, help="objectives: this many symbols with Zipf's frequencies, not the config's data"
+    )
+    bench.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="objectives: one of them (may be repeated)"
     )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 
@@ -245,9 +258,16 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.config is None and overrides:
         raise ValueError("overrides need a --config to override")
     config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
-    measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
-    result = measure(config, **({} if arguments.steps is None else {"steps": arguments.steps}))
-    print(bench.format_report(result))
+    if arguments.what == "objectives":
+        rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
+        result = bench.bench_objectives(config, names=arguments.only, vocabulary=arguments.vocabulary, **rounds)
+        print(bench.format_objectives(result))
+    else:
+        if arguments.only or arguments.vocabulary is not None:
+            raise ValueError("--only and --vocabulary are for ddjax bench objectives")
+        measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
+        result = measure(config, **({} if arguments.steps is None else {"steps": arguments.steps}))
+        print(bench.format_report(result))
     if arguments.out is not None:
         bench.write(result, arguments.out)
     return 0

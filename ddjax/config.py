@@ -47,11 +47,13 @@ class DataConfig:
 class ProcessConfig:
     """The forward corruption."""
 
-    name: str = "masked"  # masked, uniform, marginal, hybrid, discretized_gaussian, thinning, gaussian
+    # masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning, gaussian
+    name: str = "masked"
     schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
     schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # gaussian only: standard deviation of the data
-    options: dict = dataclasses.field(default_factory=dict)  # of the process: probabilities, uniform_share, steps
+    # of the process: smoothing, probabilities, uniform_share, generator and its own, absorb, strength, power, steps
+    options: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,12 @@ class DenoiserConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    name: str = "elbo"  # elbo, gaussian
+    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, gaussian
+    name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
-    options: dict = dataclasses.field(
-        default_factory=dict
-    )  # elbo: t_range; gaussian: error, weighting, density and their arguments
+    # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
+    # d3pm_hybrid: steps, ce_weight; gaussian: error, weighting, density and their arguments
+    options: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

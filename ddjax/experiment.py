@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array
 
 from ddjax import data as datasets
-from ddjax import denoisers, grids, guidance, likelihood, objectives, processes, schedules, solvers
+from ddjax import denoisers, grids, guidance, likelihood, objectives, processes, schedules, solvers, symbol_schedules
 from ddjax.config import Config, ConfigError, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
@@ -35,11 +35,52 @@ SCHEDULES = {
     "edm": schedules.EDM,
     "cond_ot": schedules.CondOT,
 }
+GENERATORS = {
+    "uniform": processes.generators.uniform,
+    "birth_death": processes.generators.birth_death,
+    "banded": processes.generators.banded,
+    "gaussian": processes.generators.gaussian,
+}
+
+
+def _marginal(
+    num_symbols: int,
+    counts: np.ndarray,
+    schedule: Any,
+    smoothing: float = 1.0,
+    probabilities: Sequence[float] | None = None,
+) -> processes.Marginal:
+    """`Marginal`; where no probabilities are given, with the frequencies of the training data."""
+    p = counts + smoothing if probabilities is None else np.asarray(probabilities)
+    return processes.Marginal(num_symbols, schedule, probabilities=p / p.sum())
+
+
+def _kernel(num_symbols: int, schedule: Any, generator: str, absorb: float = 0.0, **options: Any) -> processes.Kernel:
+    """`Kernel` with one of `GENERATORS`; the options are its own."""
+    rates = _make(GENERATORS, generator, None, "config.process.options.generator", num_symbols, **options)
+    return processes.Kernel(num_symbols, rates, schedule, absorb=absorb)
+
+
+def _spindle(num_symbols: int, counts: np.ndarray, strength: float = 0.3) -> processes.StateMasked:
+    """`StateMasked` with DiffusionBERT's schedule for the frequencies of the training data."""
+    return processes.StateMasked(num_symbols, symbol_schedules.Spindle.from_frequencies(counts, strength))
+
+
+def _symbol_polynomial(num_symbols: int, power: float = 1.0, eps: float = 0.0) -> processes.StateMasked:
+    """`StateMasked` with the same power for each symbol: where the objective `genmd4` begins to learn them."""
+    return processes.StateMasked(num_symbols, symbol_schedules.SymbolPolynomial((power,) * num_symbols, eps=eps))
+
+
+# Of the arguments, num_symbols, schedule and counts (of the symbols of the training data) are given where they are
+# taken; the others are config.process.options.
 PROCESSES = {
     "masked": processes.Masked,
     "uniform": processes.Uniform,
-    "marginal": processes.Marginal,
+    "marginal": _marginal,
     "hybrid": processes.Hybrid,
+    "kernel": _kernel,
+    "spindle": _spindle,
+    "symbol_polynomial": _symbol_polynomial,
     "discretized_gaussian": processes.chain.discretized_gaussian,
     "thinning": processes.Thinning,
     "gaussian": processes.Gaussian,
@@ -49,12 +90,19 @@ OBJECTIVES = {
     "elbo": objectives.elbo,
     "any_order": objectives.any_order,
     "cross_entropy": objectives.cross_entropy,
+    "ddpd": objectives.ddpd,
+    "genmd4": objectives.genmd4,
     "d3pm_hybrid": objectives.d3pm_hybrid,
     "generalised_kl": objectives.generalised_kl,
     "score_entropy": objectives.score_entropy,
     "gaussian": objectives.gaussian,
 }
-WEIGHTINGS = {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr}
+WEIGHTINGS = {
+    "elbo": {"clipped": objectives.clipped, "dynamic": objectives.dynamic},
+    "gaussian": {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr},
+}
+LEARN_PROCESS = ("genmd4",)
+EXTRA_HEADS = {"ddpd": 1}  # outputs beside the network's own: DDPD's planner
 DENSITIES = {
     "uniform_time": objectives.uniform_time,
     "uniform_log_snr": objectives.uniform_log_snr,
@@ -99,23 +147,37 @@ class Experiment:
     def objective(self) -> Objective:
         """The training objective, with condition dropout for labelled data."""
         c = self.config.objective
-        options = dict(c.options)
-        if c.name == "gaussian":
-            if "weighting" in options:
-                options["weighting"] = _make(
-                    WEIGHTINGS, options["weighting"], options, "config.objective.options.weighting"
-                )
-            if "density" in options:
-                make = functools.partial(
-                    _make, DENSITIES, options["density"], options, "config.objective.options.density"
-                )
-                options["density"] = make(self.process)
+        options, key = dict(c.options), "config.objective.options"
+        if "weighting" in options and c.name in WEIGHTINGS:
+            options["weighting"] = _make(WEIGHTINGS[c.name], options["weighting"], options, f"{key}.weighting")
+        if "density" in options and c.name == "gaussian":
+            options["density"] = _make(DENSITIES, options["density"], options, f"{key}.density", self.process)
+        if "steps" in options:
+            options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
         objective = _make(OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options)
         return (
             objectives.with_condition_dropout(objective, c.condition_dropout, self.null)
             if self.null is not None
             else objective
         )
+
+    @property
+    def learns_process(self) -> bool:
+        """Whether the process has parameters that train with the network."""
+        return self.config.objective.name in LEARN_PROCESS
+
+    def trained(self, params: Params) -> tuple[Experiment, Params]:
+        """What samples and scores when training is done, and the network's parameters, from those that were trained.
+
+        Parameters of the process go into the process; a planner's head is cut off.
+        """
+        experiment = self
+        if self.learns_process:
+            process = self.process.with_parameters(np.asarray(params["process"]))
+            experiment, params = dataclasses.replace(experiment, process=process), params["network"]
+        if heads := EXTRA_HEADS.get(self.config.objective.name, 0):
+            experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
+        return experiment, params
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW over `train.steps` steps."""
@@ -203,19 +265,42 @@ def build(config: Config, data: Dataset) -> Experiment:
 
     Raises ConfigError naming the key whose value cannot be used.
     """
-    process = _process(config, data)
+    process, data = _process(config, data)
     if config.denoiser.kind not in process.kinds:
         raise ConfigError(
             f"config.denoiser.kind={config.denoiser.kind!r}: the process {config.process.name!r} takes one of "
             f"{', '.join(process.kinds)}"
         )
     init, apply = _network(config, data, process)
+    if config.objective.name in LEARN_PROCESS:
+        if not hasattr(process, "with_parameters"):
+            raise ConfigError(
+                f"config.objective.name={config.objective.name!r} learns the process, but "
+                f"config.process.name={config.process.name!r} has nothing to learn"
+            )
+        init = functools.partial(_with_process, init, process)
     experiment = Experiment(config, data, process, init, apply)
     experiment.objective(), experiment.solver(), experiment.times()  # a wrong name is an error now, not after training
     return experiment
 
 
-def _process(config: Config, data: Dataset) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _FirstHeads:
+    """A network without its last outputs."""
+
+    apply: Apply
+    dropped: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        return self.apply(*args, **kwargs)[..., : -self.dropped]
+
+
+def _with_process(init: Callable[[Array], Params], process: Any, key: Array) -> Params:
+    return {"network": init(key), "process": process.parameters}
+
+
+def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
+    """The process, and the data with what had to be found out about them."""
     c = config.process
     schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **c.schedule_options)
     categorical = c.name != "gaussian"
@@ -226,11 +311,17 @@ def _process(config: Config, data: Dataset) -> Any:
             f"set config.data.tokens={categorical}"
         )
     options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
-    if "schedule" in inspect.signature(_pick(PROCESSES, c.name, "config.process.name")).parameters:
+    taken = inspect.signature(_pick(PROCESSES, c.name, "config.process.name")).parameters
+    if "counts" in taken:
+        data = datasets.count_symbols(data)
+        options["counts"] = data.counts
+    if "schedule" in taken:
         options["schedule"] = schedule
     elif c.schedule != ProcessConfig.schedule:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")
-    return _make(PROCESSES, c.name, None, "config.process.options", **options, **c.options)
+    if clash := options.keys() & c.options.keys():
+        raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
+    return _make(PROCESSES, c.name, None, "config.process.options", **options, **c.options), data
 
 
 def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
@@ -241,6 +332,7 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
     if data.num_symbols is not None:
         numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
+        numbers += EXTRA_HEADS.get(config.objective.name, 0)
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     options |= {"num_classes": data.num_classes}
     if c.name == "text":
@@ -294,13 +386,15 @@ def _check_options(make: Callable, options: Mapping[str, Any], key: str, given: 
     # Of a class, its __init__: NNX's metaclass hides the signature of the call.
     parameters = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
     taken = [p for name, p in parameters.items() if name not in ("self", "rngs")][given:]
-    names = [p.name for p in taken]
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in taken)  # to something that checks them itself
+    taken = [p for p in taken if p.kind is not p.VAR_KEYWORD]
+    names, name = [p.name for p in taken], make.__name__.lstrip("_")
     for option in options:
-        if option not in names:
+        if option not in names and not passes_on:
             near = difflib.get_close_matches(option, names, n=1)
             hint = (
                 f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}" if names else "it takes none"
             )
-            raise ConfigError(f"{key}: {make.__name__} has no option {option!r}; {hint}")
+            raise ConfigError(f"{key}: {name} has no option {option!r}; {hint}")
     if missing := [p.name for p in taken if p.default is p.empty and p.name not in options]:
-        raise ConfigError(f"{key}: {make.__name__} needs {', '.join(missing)}")
+        raise ConfigError(f"{key}: {name} needs {', '.join(missing)}")

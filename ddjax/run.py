@@ -31,8 +31,8 @@ CHECKPOINTS = "checkpoints"
 class Run:
     """A network with its parameters, and everything needed to use it."""
 
-    experiment: Experiment
-    params: Params  # the moving average
+    experiment: Experiment  # as it samples: `Experiment.trained`
+    params: Params  # the network's, the moving average
     step: int  # of training
 
     @property
@@ -168,7 +168,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> Run:
     config, data = read_description(workdir)
     experiment = build(config, data)
     params, extras = load_ema(workdir / CHECKPOINTS, step)
-    return Run(experiment, jax.tree.map(jnp.asarray, params), int(extras["step"]))
+    return Run(*experiment.trained(jax.tree.map(jnp.asarray, params)), int(extras["step"]))
 
 
 def read_description(workdir: str | Path) -> tuple[Config, Dataset]:

@@ -106,6 +106,18 @@ class SymbolPolynomial(PerSymbol):
         return np.shape(self.powers)[0]
 
     @property
+    def parameters(self) -> Float[Array, " symbols"]:
+        """What learning changes: powers = softplus(parameters)."""
+        powers = np.asarray(self.powers)
+        return jnp.asarray(powers + np.log(-np.expm1(-powers)), float)
+
+    def with_parameters(self, parameters: Float[Array, " symbols"]) -> SymbolPolynomial:
+        """The schedule with these. NumPy's become constants, and the schedule compares by value."""
+        if isinstance(parameters, jax.Array):
+            return dataclasses.replace(self, powers=jax.nn.softplus(parameters))
+        return dataclasses.replace(self, powers=np.logaddexp(0.0, np.asarray(parameters, np.float64)))
+
+    @property
     def first(self):
         """The polynomial of the smallest power. Needs powers that are known."""
         return Polynomial(float(np.min(np.asarray(self.powers))))

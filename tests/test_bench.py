@@ -9,6 +9,7 @@ import pytest
 
 from ddjax import bench, flops
 from ddjax.config import ConfigError, default, typed
+from ddjax.experiment import build, load_data
 
 
 def tiny(depth=1, **denoiser):
@@ -185,5 +186,29 @@ def test_bad_arguments_are_named():
         bench.bench_train(config, steps=0)
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         bench.bench_sample(config, repeats=0)
+    with pytest.raises(ValueError, match="unknown objective 'x'; it is one of masked elbo"):
+        bench.bench_objectives(config, names=("x",))
     with pytest.raises(ConfigError, match="schedule"):
         bench.bench_train(dataclasses.replace(config, process=dataclasses.replace(config.process, schedule="none")))
+
+
+def test_objectives_are_compared_round_by_round(monkeypatch):
+    names = ("masked elbo", "symbol_polynomial genmd4")
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 10.0, 30.0, 100.0, 250.0])  # a warm-up round, then three on slower machines
+    monkeypatch.setattr(bench._Stepper, "__call__", lambda self: next(seconds))
+    result = bench.bench_objectives(typed(tiny()), names=names, vocabulary=5, rounds=3, warmup=1)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["num_symbols"], result["step_s"]) == (5, 10.0)
+    first, second = (result["objectives"][name] for name in names)
+    assert (first["median"], first["memory_ratio"]) == (1.0, 1.0)
+    assert second["median"] == 2.5
+    assert second["memory_ratio"] == pytest.approx(second["memory"] / first["memory"])
+    report = bench.format_objectives(result)
+    assert "5 symbols" in report
+    assert "x2.500 (" in report
+
+
+@pytest.mark.parametrize("name", bench.OBJECTIVES | bench.BY_NAME)
+def test_every_objective_of_the_bench_builds(name):
+    config = typed(tiny())
+    build(bench._changed(config, *(bench.OBJECTIVES | bench.BY_NAME)[name]), load_data(config, "train"))

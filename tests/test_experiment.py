@@ -44,6 +44,22 @@ TRAINABLE = {
         IMAGES,
     ),
     "chain": (config({"name": "discretized_gaussian", "options": {"steps": 4}}, kind="cavity"), IMAGES),
+    "marginal": (config("marginal", kind="cavity"), IMAGES),
+    "kernel": (
+        config(
+            {"name": "kernel", "options": {"generator": "gaussian", "reach": 0.3, "absorb": 0.1}},
+            kind="cavity",
+        ),
+        IMAGES,
+    ),
+    "spindle": (config({"name": "spindle", "options": {"strength": 0.2}}), IMAGES),
+    "genmd4": (config({"name": "symbol_polynomial"}, objective={"name": "genmd4"}), IMAGES),
+    "ddpd": (config("uniform", kind="cavity", objective={"name": "ddpd"}), IMAGES),
+    "clipped": (
+        config("hybrid", kind="cavity", objective={"options": {"weighting": "clipped", "w_max": 3.0}}),
+        IMAGES,
+    ),
+    "d3pm": (config("uniform", kind="cavity", objective={"name": "d3pm_hybrid", "options": {"steps": 5}}), IMAGES),
     "text": (config("masked", "log_linear", denoiser={"name": "text", "options": SIZES}), TEXT),
     "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
@@ -52,7 +68,7 @@ TRAINABLE = {
 }
 
 
-QUICK = ("masked", "uniform cavity", "text", "edm")
+QUICK = ("masked", "text", "edm", "genmd4", "kernel")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINABLE])
@@ -107,7 +123,7 @@ def test_every_name_builds(place):
 
 def test_every_table_is_covered():
     tables = {"schedule": experiments.SCHEDULES, "solver": experiments.SOLVERS, "grid": experiments.GRIDS}
-    tables |= {"weighting": experiments.WEIGHTINGS, "density": experiments.DENSITIES}
+    tables |= {"weighting": experiments.WEIGHTINGS["gaussian"], "density": experiments.DENSITIES}
     for name, table in tables.items():
         assert {place[2] for place in MINIMAL if place[1] == name} == set(table)
 
@@ -120,6 +136,10 @@ def test_options_arrive():
     marginal = {"name": "marginal", "options": {"probabilities": [0.1, 0.2, 0.3, 0.2, 0.2]}}
     process = build(config(process=marginal), IMAGES).process
     np.testing.assert_allclose(process.probabilities.values, marginal["options"]["probabilities"])
+    counted = build(config(process={"name": "marginal", "options": {"smoothing": 2.0}}), IMAGES)
+    counts = np.bincount(IMAGES[:]["x0"].ravel(), minlength=5)
+    np.testing.assert_array_equal(counted.data.counts, counts)
+    np.testing.assert_allclose(counted.process.probabilities.values, (counts + 2) / (counts + 2).sum())
     c = gaussian(sample={"solver": "ddim", "solver_options": {"eta": 0.5}})
     experiment = build(c, FLOATS)
     assert experiment.solver() == solvers.DDIM(experiment.process, eta=0.5)
@@ -127,9 +147,42 @@ def test_options_arrive():
     assert experiment.process.schedule == experiments.SCHEDULES["vp_cosine"]()
 
 
+def test_what_was_learned_about_the_process_is_in_the_process():
+    experiment = build(TRAINABLE["genmd4"][0], IMAGES)
+    params = experiment.init(jax.random.key(0))
+    trained, network = experiment.trained({**params, "process": params["process"] + np.arange(5.0)})
+    assert jax.tree.structure(network) == jax.tree.structure(params["network"])
+    powers = np.log1p(np.exp(np.log(np.e - 1) + np.arange(5.0)))
+    np.testing.assert_allclose(trained.process.schedule.powers, powers, rtol=1e-6)
+    np.testing.assert_allclose(experiment.process.schedule.powers, np.ones(5))
+
+
+def test_the_planners_head_is_not_the_denoisers():
+    experiment = build(TRAINABLE["ddpd"][0], IMAGES)
+    params = experiment.init(jax.random.key(0))
+    trained, same = experiment.trained(params)
+    arguments = same, IMAGES[:2]["x0"], np.full(2, 0.5, np.float32), None
+    both, one = experiment.apply(*arguments), trained.apply(*arguments)
+    assert both.shape == (2, 4, 4, 1, 6)
+    np.testing.assert_array_equal(one, both[..., :5])
+    assert hash(trained.apply) == hash(experiment.trained(params)[0].apply)
+
+
 WRONG = {
     r"config.process.name='maskd' is unknown; it is one of masked, uniform": (config("maskd"), IMAGES),
-    r"config.process.options: Marginal needs probabilities": (config("marginal"), IMAGES),
+    r"config.process.options: kernel needs generator": (config("kernel"), IMAGES),
+    r"config.process.options.generator: gaussian has no option 'width'; it takes reach, target": (
+        config({"name": "kernel", "options": {"generator": "gaussian", "width": 2}}),
+        IMAGES,
+    ),
+    r"config.process.options: 'counts' is not an option: it comes from the data": (
+        config({"name": "spindle", "options": {"counts": [1, 2]}}),
+        IMAGES,
+    ),
+    r"config.objective.name='genmd4' .* config.process.name='masked' has nothing to learn": (
+        config(objective={"name": "genmd4"}),
+        IMAGES,
+    ),
     r"config.process.options: 'hybrid': uniform_share lies in": (
         config(process={"name": "hybrid", "options": {"uniform_share": 2.0}}),
         IMAGES,

@@ -9,7 +9,7 @@ Importing this imports neither Grain nor any optional package.
 
 from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
-from ddjax.data.dataset import Dataset, Source
+from ddjax.data.dataset import Dataset, Source, count_symbols
 from ddjax.data.pipeline import Batches, batches, epoch
 from ddjax.data.png import grid, write_png
 from ddjax.data.registry import load
@@ -24,6 +24,7 @@ __all__ = [
     "Subwords",
     "batches",
     "bigram_entropy",
+    "count_symbols",
     "epoch",
     "from_arrays",
     "grid",

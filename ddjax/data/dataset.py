@@ -52,6 +52,7 @@ class Dataset:
             site can take (every x0 is one of them exactly); a binned decoder turns them back into a
             likelihood. None otherwise.
         vocabulary: for text, what turns tokens back into text. None otherwise.
+        counts: for tokens, how often each symbol occurs, once somebody has counted (`count_symbols`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Dataset:
     num_classes: int = 0
     levels: np.ndarray | None = dataclasses.field(default=None, repr=False)
     vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False)
+    counts: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -117,6 +119,23 @@ class Dataset:
         if x0.shape[1:] != self.shape:
             raise ValueError(f"{self.name}: expected states (n, *{self.shape}), got {x0.shape}")
         return x0
+
+
+def count_symbols(dataset: Dataset) -> Dataset:
+    """The data set with its `counts`, int64 `(num_symbols,)`; all its items are read, once.
+
+    Raises:
+        ValueError: the data are not tokens.
+    """
+    if dataset.counts is not None:
+        return dataset
+    if dataset.num_symbols is None:
+        raise ValueError(f"{dataset.name}: continuous values have no symbols to count")
+    counts = np.zeros(dataset.num_symbols, np.int64)
+    for start in range(0, len(dataset), 4096):
+        x0 = dataset[slice(start, start + 4096)]["x0"]
+        counts += np.bincount(x0.ravel(), minlength=dataset.num_symbols)
+    return dataclasses.replace(dataset, counts=counts)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

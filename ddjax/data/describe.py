@@ -37,6 +37,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "num_classes": dataset.num_classes,
         "levels": None if dataset.levels is None else [float(v) for v in dataset.levels],
         "vocabulary": vocabulary,
+        "counts": None if dataset.counts is None else dataset.counts.tolist(),
     }
 
 
@@ -60,4 +61,5 @@ def from_description(description: dict[str, Any]) -> Dataset:
         num_classes=description["num_classes"],
         levels=None if levels is None else np.asarray(levels, np.float32),
         vocabulary=vocabulary,
+        counts=None if description["counts"] is None else np.asarray(description["counts"], np.int64),
     )

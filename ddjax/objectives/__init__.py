@@ -16,7 +16,7 @@ from ddjax.objectives.gaussian import (
     uniform_time,
     unit,
 )
-from ddjax.objectives.genmd4 import genmd4, genmd4_params, genmd4_process
+from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
     "gaussian",
     "generalised_kl",
     "genmd4",
-    "genmd4_params",
-    "genmd4_process",
     "log_normal_sigma",
     "min_snr",
     "planner",

@@ -9,11 +9,8 @@ the expected loss has a part that goes through the draw. It is estimated with tw
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from ddjax import random
@@ -22,7 +19,7 @@ from ddjax.predictions import bind, check_kind
 from ddjax.processes import StateMasked
 from ddjax.processes.mixture import PerSite, Tokens
 from ddjax.symbol_schedules import SymbolPolynomial
-from ddjax.types import Params, Rows, Time, left_broadcast, per_example, sites
+from ddjax.types import Rows, Time, left_broadcast, per_example, sites
 
 
 def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[float, float] | None = None) -> Objective:
@@ -32,13 +29,14 @@ def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[floa
     form at the low end (`closed_form_reconstruction`), and so is its gradient of the bound's. Metrics: "diffusion",
     the term that `elbo` estimates, and the least and greatest exponent.
 
-    process: `StateMasked` with a `SymbolPolynomial`, whose powers are where learning starts (`genmd4_params`) and whose
-        coordinate times are drawn in; neither time nor range moves with the learned powers.
+    process: `StateMasked` with a `SymbolPolynomial`, whose powers are where learning starts and whose coordinate
+        times are drawn in; neither time nor range moves with the learned powers.
     kind: what the network predicts, `"posterior"` in the paper. A cavity does not change with the schedule.
     t_range: times to integrate; default `process.t_range`, (1e-3, 1) for powers of 1.
 
-    params is `{"network": ..., "schedule": ...}`. Train with no weight decay on "schedule". Sample and evaluate
-    with `genmd4_process(process, params)`. Raises ValueError for another process, schedule or kind.
+    params is `{"network": ..., "process": process.parameters}`. Train with no weight decay on "process". Sample and
+    evaluate with `process.with_parameters(np.asarray(params["process"]))`.
+    Raises ValueError for another process, schedule or kind.
     """
     if not (isinstance(process, StateMasked) and isinstance(process.schedule, SymbolPolynomial)):
         raise ValueError(f"genmd4 learns the powers of a StateMasked with a SymbolPolynomial, got {process!r}")
@@ -49,7 +47,7 @@ def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[floa
         rows = Rows.all(x0.shape[0]) if rows is None else rows
         time_key, noise_key, network_key = jax.random.split(key, 3)
         t, scale = process.time_at(random.stratified(time_key, rows), ends)
-        learned = _with_powers(process, jax.nn.softplus(params["schedule"]))
+        learned = process.with_parameters(params["process"])
         marginal = learned.marginal(x0, t)
         known = site_weights(weights, x0)
         unknown, weight = (True, 1.0) if known is None else (known > 0, known)
@@ -105,19 +103,4 @@ def closed_form_reconstruction(process: StateMasked, x0: Tokens, t: Time) -> Per
     return process.schedule.sigma(t, x0) * nats
 
 
-def genmd4_params(process: StateMasked, network: Params) -> dict[str, Params]:
-    """The parameters that `genmd4` trains, from the network's: the process's own powers to start with."""
-    powers = np.asarray(process.schedule.powers)
-    return {"network": network, "schedule": jnp.asarray(powers + np.log(-np.expm1(-powers)), float)}
-
-
-def genmd4_process(process: StateMasked, params: dict[str, Params]) -> StateMasked:
-    """The process with the powers that were learned, a constant: for samplers and bounds. Not within `jax.jit`."""
-    return _with_powers(process, np.logaddexp(0.0, np.asarray(params["schedule"], np.float64)))
-
-
-def _with_powers(process: StateMasked, powers: Array | np.ndarray) -> StateMasked:
-    return dataclasses.replace(process, schedule=dataclasses.replace(process.schedule, powers=powers))
-
-
-__all__ = ["closed_form_reconstruction", "genmd4", "genmd4_params", "genmd4_process", "leave_one_out"]
+__all__ = ["closed_form_reconstruction", "genmd4", "leave_one_out"]

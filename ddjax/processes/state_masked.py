@@ -124,6 +124,15 @@ class StateMasked:
         return self.num_symbols
 
     @property
+    def parameters(self) -> Array:
+        """What a schedule that can be learned (`SymbolPolynomial`) is learned by."""
+        return self.schedule.parameters
+
+    def with_parameters(self, parameters: Array) -> StateMasked:
+        """The process whose schedule has these parameters."""
+        return dataclasses.replace(self, schedule=self.schedule.with_parameters(parameters))
+
+    @property
     def _symbols(self) -> Array:
         return jnp.arange(self.num_symbols)
 

@@ -72,7 +72,7 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
         process_count=jax.process_count(),
         prefetch=config.train.prefetch,
     )
-    claim(workdir, config, train_data)  # nothing is written before all of the config has been understood
+    claim(workdir, config, experiment.data)  # nothing is written before all of the config has been understood
 
     with (
         stop_signals() as stop,
@@ -230,7 +230,7 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None) -> dict[
     Raises ValueError where the data are not of the kind that the run was trained on.
     """
     held_out = load_data(config, config.data.eval_split) if held_out is None else held_out
-    mine, theirs = ({k: v for k, v in describe(d).items() if k != "name"} for d in (run.data, held_out))
+    mine, theirs = ({k: v for k, v in describe(d).items() if k not in ("name", "counts")} for d in (run.data, held_out))
     if differ := [key for key in mine if mine[key] != theirs[key]]:
         raise ValueError(f"{held_out.name!r} is not what this run was trained on: they differ in {', '.join(differ)}")
     count = min(len(held_out), config.eval.max_examples or len(held_out))
@@ -347,7 +347,7 @@ def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> 
     """The averaged parameters, whole, on one device of this process: every process evaluates by itself."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     whole = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=everywhere)(state.ema)
-    return Run(experiment, jax.tree.map(lambda a: a.addressable_data(0), whole), int(state.step))
+    return Run(*experiment.trained(jax.tree.map(lambda a: a.addressable_data(0), whole)), int(state.step))
 
 
 def _preempted(checkpoints: Checkpoints, step: int) -> bool:

@@ -61,3 +61,14 @@ def test_neither_image_nor_text():
         again.to_images(np.zeros((4, 3)))
     with pytest.raises(ValueError, match="not text"):
         again.to_text(np.zeros((4, 3)))
+
+
+def test_counts_of_symbols_go_along():
+    data = ddjax.data.load("digits", "train")
+    counted = ddjax.data.count_symbols(data)
+    np.testing.assert_array_equal(counted.counts, [(data[:]["x0"] == v).sum() for v in range(17)])
+    again = round_trip(counted)
+    np.testing.assert_array_equal(again.counts, counted.counts)
+    assert ddjax.data.count_symbols(again) is again  # with no items to read
+    with pytest.raises(ValueError, match="no symbols to count"):
+        ddjax.data.count_symbols(ddjax.data.load("digits", "train", tokens=False))

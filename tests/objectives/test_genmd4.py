@@ -12,7 +12,7 @@ import pytest
 import ddjax
 from ddjax import random
 from ddjax.fixtures import Categorical, exact_nelbo
-from ddjax.objectives import genmd4, genmd4_params, genmd4_process
+from ddjax.objectives import genmd4
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked, StateMasked, state_masked
 from ddjax.schedules import Linear
@@ -32,7 +32,7 @@ def apply(params, xt, t, cond, *, rng=None, train=False):
 def parameters(powers=(0.7, 1.3, 2.0), dtype=float):
     network = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), dtype)
     process = StateMasked(3, SymbolPolynomial(powers, eps=EPS))
-    return genmd4_params(process, network)
+    return {"network": network, "process": process.parameters}
 
 
 # Every x0 of the law, and every pair of noisy states that it can become: 9 * 16 rows.
@@ -66,7 +66,7 @@ def exact_bound(params, kind, t, dt, known=None, drawn_by=None):
     Eq. 12: -sum_v (w_v / t) [(log mu_x + 1) e_x - mu]_v at masked sites. `known` sites stay clean and cost nothing.
     drawn_by: other parameters for the probabilities of z; what plain autodiff through fixed draws would follow.
     """
-    powers = jnp.log1p(jnp.exp(params["schedule"]))
+    powers = jnp.log1p(jnp.exp(params["process"]))
     costs = np.ones(2) if known is None else 1.0 - np.asarray(known)
     x0, z = (jnp.asarray(v[::4]) for v in (X0, Z1))  # each pair of x0 and z1 comes 4 times in a row
     mu = jax.nn.softmax(apply(params["network"], z, t, None))
@@ -76,7 +76,7 @@ def exact_bound(params, kind, t, dt, known=None, drawn_by=None):
     one_hot = jax.nn.one_hot(x0, 3)
     terms = (jnp.log(mu) + 1) * one_hot - mu
     path = jnp.where(z == MASK, -(powers / t * terms).sum(-1), 0.0)
-    q = chances(powers if drawn_by is None else jax.nn.softplus(drawn_by["schedule"]), t, x0, z)
+    q = chances(powers if drawn_by is None else jax.nn.softplus(drawn_by["process"]), t, x0, z)
     if known is not None:
         q = jnp.where(np.asarray(known) > 0, z == x0, q)
     weights = jnp.exp(LAW.log_prob(x0)) * q.prod(-1)
@@ -98,7 +98,7 @@ def enumerated(monkeypatch):
         monkeypatch.setattr(state_masked.Survived, "sample", lambda self, keys: next(draws))
         monkeypatch.setattr(random, "stratified", lambda key, rows: jnp.full(len(X0), u))
         t, _ = START.time_at(u, RANGE)
-        powers = jax.lax.stop_gradient(jax.nn.softplus(params["schedule"]))
+        powers = jax.lax.stop_gradient(jax.nn.softplus(params["process"]))
         weights = jnp.exp(LAW.log_prob(jnp.asarray(X0)))
         for z in (Z1, Z2):
             weights = weights * chances(powers, t, jnp.asarray(X0), jnp.asarray(z)).prod(-1)
@@ -120,12 +120,12 @@ def test_the_gradient_is_unbiased(x64, enumerated, kind, known):
     exact = jax.jit(jax.value_and_grad(lambda p: exact_bound(p, kind, t, dt, known)[0]))
     (value, gradient), (expected, expected_gradient) = ours(params), exact(params)
     np.testing.assert_allclose(value, expected, atol=1e-12)
-    for name in ("network", "schedule"):
+    for name in ("network", "process"):
         assert np.abs(expected_gradient[name]).max() > 0.01
         np.testing.assert_allclose(gradient[name], expected_gradient[name], atol=1e-10)
     if known is None:
         naive = jax.jit(jax.grad(lambda p: exact_bound(p, kind, t, dt, drawn_by=params)[0]))(params)
-        assert np.abs(naive["schedule"] - expected_gradient["schedule"]).max() > 0.05
+        assert np.abs(naive["process"] - expected_gradient["process"]).max() > 0.05
 
 
 def test_the_value_is_the_bounds_diffusion_term(x64, enumerated):
@@ -139,7 +139,7 @@ def test_the_value_is_the_bounds_diffusion_term(x64, enumerated):
         return jnp.stack([loss, metrics["diffusion"]])
 
     loss, diffusion = 0.5 * weights @ np.asarray(jax.lax.map(at, jnp.asarray(0.5 * nodes + 0.5)))
-    process = genmd4_process(START, params)
+    process = START.with_parameters(np.asarray(params["process"]))
     denoise = lambda xt, t, cond: Prediction(apply(params["network"], xt, t, cond), "posterior")
     exact = exact_nelbo(LAW, denoise, process, t_range=RANGE, order=24)
     np.testing.assert_allclose(diffusion, float(exact.diffusion[0]) / 2, rtol=1e-8)
@@ -160,7 +160,7 @@ def test_drawn_losses_average_to_the_exact_one():
         x0 = LAW.sample(random.example_keys(jax.random.fold_in(jax.random.key(1), i), batch))
         key = jax.random.fold_in(jax.random.key(0), i)
         (loss, _), gradient = jax.value_and_grad(lambda p: objective(key, apply, p, x0), has_aux=True)(params)
-        return jnp.append(gradient["schedule"], loss)
+        return jnp.append(gradient["process"], loss)
 
     draws = np.asarray(jax.lax.map(run, jnp.arange(repeats)))
     with jax.enable_x64(True):
@@ -169,7 +169,7 @@ def test_drawn_losses_average_to_the_exact_one():
         times, dts = START.time_at(jnp.asarray(0.5 * nodes + 0.5), RANGE)
         total = lambda p: 0.5 * weights @ jax.vmap(lambda t, dt: exact_bound(p, "posterior", t, dt)[0])(times, dts)
         value, gradient = jax.jit(jax.value_and_grad(total))(wide)
-    exact = np.append(gradient["schedule"], value)
+    exact = np.append(gradient["process"], value)
     assert (np.abs(draws.mean(0) - exact) < 4 * draws.std(0) / math.sqrt(repeats)).all()
     assert draws.std(0)[-1] / math.sqrt(repeats) < 0.01 * float(value)
 
@@ -208,9 +208,9 @@ def test_a_training_step_moves_the_powers():
     for name in params:
         assert np.isfinite(np.asarray(after.params[name])).all()
         assert np.abs(after.params[name] - params[name]).max() > 1e-4
-    process = genmd4_process(START, after.params)
-    assert hash(process) == hash(genmd4_process(START, after.params))
-    powers = np.log1p(np.exp(np.asarray(after.params["schedule"], np.float64)))
+    process = START.with_parameters(np.asarray(after.params["process"]))
+    assert hash(process) == hash(START.with_parameters(np.asarray(after.params["process"])))
+    powers = np.log1p(np.exp(np.asarray(after.params["process"], np.float64)))
     np.testing.assert_allclose(np.asarray(process.schedule.powers), powers, rtol=1e-6)
 
 
@@ -238,9 +238,8 @@ def test_the_network_gets_train_and_its_own_keys_only_while_training():
 def test_powers_start_where_the_process_is_and_errors():
     powers = (1e-3, 1.0, 80.0)
     process = StateMasked(3, SymbolPolynomial(powers))
-    params = genmd4_params(process, {"w": 1.0})
-    assert params["network"] == {"w": 1.0}
-    np.testing.assert_allclose(np.asarray(genmd4_process(process, params).schedule.powers), powers, rtol=1e-5)
+    again = process.with_parameters(np.asarray(process.parameters))
+    np.testing.assert_allclose(np.asarray(again.schedule.powers), powers, rtol=1e-5)
     for bad in (Masked(3, Linear()), StateMasked(3, Spindle((0.1, 0.0, -0.1)))):
         with pytest.raises(ValueError, match="SymbolPolynomial"):
             genmd4(bad)
