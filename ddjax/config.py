@@ -47,11 +47,13 @@ class DataConfig:
 class ProcessConfig:
     """The forward corruption."""
 
-    name: str = "masked"  # masked, uniform, marginal, hybrid, discretized_gaussian, thinning, gaussian
+    name: str = "masked"  # masked, uniform, marginal, hybrid, discretized_gaussian, thinning, glauber, gaussian
     schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
     schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # gaussian only: standard deviation of the data
-    options: dict = dataclasses.field(default_factory=dict)  # of the process: probabilities, uniform_share, steps
+    options: dict = dataclasses.field(
+        default_factory=dict
+    )  # of the process: probabilities, uniform_share, steps, rounds
 
 
 @dataclasses.dataclass(frozen=True)

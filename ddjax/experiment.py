@@ -42,6 +42,7 @@ PROCESSES = {
     "hybrid": processes.Hybrid,
     "discretized_gaussian": processes.chain.discretized_gaussian,
     "thinning": processes.Thinning,
+    "glauber": processes.staggered.glauber,
     "gaussian": processes.Gaussian,
 }
 DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
@@ -52,6 +53,7 @@ OBJECTIVES = {
     "d3pm_hybrid": objectives.d3pm_hybrid,
     "generalised_kl": objectives.generalised_kl,
     "score_entropy": objectives.score_entropy,
+    "glauber": objectives.glauber,
     "gaussian": objectives.gaussian,
 }
 WEIGHTINGS = {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr}
@@ -226,7 +228,10 @@ def _process(config: Config, data: Dataset) -> Any:
             f"set config.data.tokens={categorical}"
         )
     options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
-    if "schedule" in inspect.signature(_pick(PROCESSES, c.name, "config.process.name")).parameters:
+    taken = inspect.signature(_pick(PROCESSES, c.name, "config.process.name")).parameters
+    if "shape" in taken:
+        options["shape"] = data.shape
+    if "schedule" in taken:
         options["schedule"] = schedule
     elif c.schedule != ProcessConfig.schedule:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")

@@ -17,6 +17,7 @@ from ddjax.objectives.gaussian import (
     unit,
 )
 from ddjax.objectives.genmd4 import genmd4, genmd4_params, genmd4_process
+from ddjax.objectives.glauber import glauber
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "genmd4",
     "genmd4_params",
     "genmd4_process",
+    "glauber",
     "log_normal_sigma",
     "min_snr",
     "planner",
