@@ -51,9 +51,7 @@ class ProcessConfig:
     schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
     schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # gaussian only: standard deviation of the data
-    options: dict = dataclasses.field(
-        default_factory=dict
-    )  # of the process: probabilities, uniform_share, steps, rounds
+    options: dict = dataclasses.field(default_factory=dict)  # of the process: probabilities, uniform_share, rounds
 
 
 @dataclasses.dataclass(frozen=True)

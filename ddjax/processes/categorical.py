@@ -125,6 +125,7 @@ class CategoricalProcess:
 
         Where only site i moves between s and t (`Staggered` with `Sweeps`), drawing it from here takes the law at t to
         that at s exactly: a step of Glauber dynamics (Varma et al. 2024). `reverse` does so too, but looks at x_t^i.
+        There is no cavity in a posterior that is sure of the symbol shown (`Masked`): predict the cavity itself.
         """
         return Categorical(log_or_floor(self._blur(self._cavity(prediction, xt, t), xt, jnp.asarray(s))))
 

@@ -217,13 +217,14 @@ def test_sites_of_weight_zero_are_shown_clean_and_cost_nothing():
         seen = []
 
         def apply(params, xt, t, cond, **_):
-            seen.append(xt)
+            seen.extend((xt, t))
             return params[xt]
 
-        return glauber(process)(jax.random.key(3), apply, params, x0, weights=weights)[0], seen[0]
+        return glauber(process)(jax.random.key(3), apply, params, x0, weights=weights)[0], *seen
 
     loss = lambda x0, weights: float(run(x0, weights)[0])
-    kept, seen = loss(x0, weights), run(x0, weights)[1]
+    kept, (_, seen, t) = loss(x0, weights), run(x0, weights)
+    np.testing.assert_array_equal(np.unique(t), process.clock.times[::-1][1:])  # the noisy ends of all steps
     np.testing.assert_array_equal(seen[:, 2], x0[:, 2])
     assert (seen != x0).any()
     assert kept == loss(x0.at[:, 2].set((x0[:, 2] + 1) % 3), weights) > 0
@@ -243,5 +244,5 @@ def test_processes_from_which_nothing_can_be_learned_are_refused():
             glauber(Staggered(inner, sweeps))
     with pytest.raises(ValueError, match="does not understand"):
         glauber(PROCESSES[0], "deaths")
-    with pytest.raises(ValueError, match="must have shape"):
+    with pytest.raises(ValueError, match=r"for a state of shape \(2, 2\) must have shape \(2, 2, 3\)"):
         glauber(PROCESSES[0])(jax.random.key(0), lambda *_, **__: jnp.zeros((2, 2, 4)), {}, jnp.zeros((2, 2), int))
