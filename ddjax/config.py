@@ -47,12 +47,13 @@ class DataConfig:
 class ProcessConfig:
     """The forward corruption."""
 
-    # masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning, gaussian
+    # masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning,
+    # glauber, gaussian
     name: str = "masked"
     schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
     schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # gaussian only: standard deviation of the data
-    # of the process: smoothing, probabilities, uniform_share, generator and its own, absorb, strength, power, steps
+    # of the process: smoothing, probabilities, uniform_share, generator and its own, absorb, strength, power, ...
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -71,7 +72,7 @@ class DenoiserConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, gaussian
+    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, gaussian
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;

@@ -83,6 +83,7 @@ PROCESSES = {
     "symbol_polynomial": _symbol_polynomial,
     "discretized_gaussian": processes.chain.discretized_gaussian,
     "thinning": processes.Thinning,
+    "glauber": processes.staggered.glauber,
     "gaussian": processes.Gaussian,
 }
 DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
@@ -95,6 +96,7 @@ OBJECTIVES = {
     "d3pm_hybrid": objectives.d3pm_hybrid,
     "generalised_kl": objectives.generalised_kl,
     "score_entropy": objectives.score_entropy,
+    "glauber": objectives.glauber,
     "gaussian": objectives.gaussian,
 }
 WEIGHTINGS = {
@@ -315,6 +317,8 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     if "counts" in taken:
         data = datasets.count_symbols(data)
         options["counts"] = data.counts
+    if "shape" in taken:
+        options["shape"] = data.shape
     if "schedule" in taken:
         options["schedule"] = schedule
     elif c.schedule != ProcessConfig.schedule:

@@ -56,10 +56,8 @@ class BoundDenoiser:
         """Predict at state `xt`, time `t`."""
         x_in, t_in = self.process.network_inputs(xt, t, self.kind)
         options = {"train": True, "rng": self.rng} if self.train else {}
-        value = self.apply(self.params, x_in, t_in, cond, **options)
-        if hasattr(self.process, "network_outputs"):  # few parameterisations need it
-            value = self.process.network_outputs(value, xt, t, self.kind)
-        return Prediction(value, self.kind)
+        output = self.apply(self.params, x_in, t_in, cond, **options)
+        return Prediction(self.process.network_outputs(output, xt, t, self.kind), self.kind)
 
 
 def bind(

@@ -61,6 +61,14 @@ TRAINABLE = {
     ),
     "d3pm": (config("uniform", kind="cavity", objective={"name": "d3pm_hybrid", "options": {"steps": 5}}), IMAGES),
     "text": (config("masked", "log_linear", denoiser={"name": "text", "options": SIZES}), TEXT),
+    "glauber": (
+        config(
+            kind="cavity",
+            process={"name": "glauber", "schedule": "log_linear", "options": {"rounds": 2}},
+            objective={"name": "glauber"},
+        ),
+        IMAGES,
+    ),
     "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
     "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),
@@ -221,6 +229,10 @@ WRONG = {
     ),
     r"any_order is the masked process's bound": (
         config("uniform", kind="cavity", objective={"name": "any_order"}),
+        IMAGES,
+    ),
+    r"config.objective.name: 'glauber': glauber tells noise from signal": (
+        config("glauber", kind="cavity", objective={"name": "glauber"}),
         IMAGES,
     ),
     r"rate of condition dropout": (config(objective={"condition_dropout": 2.0}), IMAGES),

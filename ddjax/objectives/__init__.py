@@ -17,6 +17,7 @@ from ddjax.objectives.gaussian import (
     unit,
 )
 from ddjax.objectives.genmd4 import genmd4
+from ddjax.objectives.glauber import glauber
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "gaussian",
     "generalised_kl",
     "genmd4",
+    "glauber",
     "log_normal_sigma",
     "min_snr",
     "planner",

@@ -1,7 +1,8 @@
 """Forward corruption processes: marginal, bridge, rate, prior, schedule, and what follows from them."""
 
-from ddjax.processes import chain, generators
+from ddjax.processes import chain, generators, staggered
 from ddjax.processes.chain import Chain
+from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
 from ddjax.processes.kernel import Kernel
@@ -25,8 +26,11 @@ __all__ = [
     "Normal",
     "Staggered",
     "StateMasked",
+    "Sweeps",
     "Thinning",
     "Uniform",
+    "Windows",
     "chain",
     "generators",
+    "staggered",
 ]

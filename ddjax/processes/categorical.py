@@ -120,6 +120,15 @@ class CategoricalProcess:
         s, t = jnp.asarray(s), jnp.asarray(t)
         return Categorical(log_or_floor(self._into(xt, s, t)) + log_or_floor(self._blur(cavity, xt, s)))
 
+    def heat_bath(self, prediction: Prediction, xt: Tokens, s: Time, t: Time) -> Categorical:
+        """The law of x_s^i given the other sites of x_t, sum_k cavity(k) q_s(. | k), for any s in [0, t].
+
+        Where only site i moves between s and t (`Staggered` with `Sweeps`), drawing it from here takes the law at t to
+        that at s exactly: a step of Glauber dynamics (Varma et al. 2024). `reverse` does so too, but looks at x_t^i.
+        There is no cavity in a posterior that is sure of the symbol shown (`Masked`): predict the cavity itself.
+        """
+        return Categorical(log_or_floor(self._blur(self._cavity(prediction, xt, t), xt, jnp.asarray(s))))
+
     def prior(self, shape: Sequence[int], t: float = 1.0) -> Categorical:
         """The marginal at t of data uniform over symbols: noise_1 itself where nothing survives to t = 1."""
         t = jnp.asarray(t, float)
@@ -184,6 +193,10 @@ class CategoricalProcess:
     def network_inputs(self, xt: Tokens, t: Time, kind: str) -> tuple[Array, Array]:
         """What the network is fed: (x_t, t)."""
         return xt, jnp.asarray(t)
+
+    def network_outputs(self, output: Array, xt: Tokens, t: Time, kind: str) -> Array:
+        """The prediction's value in what a network gives back: the output itself."""
+        return output
 
     def convert(self, prediction: Prediction, kind: str, xt: Tokens, t: Time) -> Prediction:
         """The same statement as another kind, as log-probabilities. Raises ValueError for an unknown kind.

@@ -165,6 +165,10 @@ class Gaussian:
         c_noise = jnp.clip(-self.schedule.log_snr(t) / 8.0, -5.0, 5.0)  # log(sigma / alpha) / 4, finite at the ends
         return xt / jnp.sqrt(sigma**2 + (alpha * self.data_std) ** 2), c_noise
 
+    def network_outputs(self, output: Array, xt: X, t: Time, kind: str) -> Array:
+        """The prediction's value in what a network gives back: the output itself."""
+        return output
+
     def convert(self, prediction: Prediction, kind: str, xt: X, t: Time) -> Prediction:
         """The same statement as another kind, by way of (x0, noise). Raises ValueError for an unknown kind.
 

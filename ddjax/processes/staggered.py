@@ -1,22 +1,22 @@
-"""A clock for each site: any process, run by every site in its own part of [0, 1].
+"""A clock for each site: any process, run by every site in its own time (`processes.clocks`).
 
-    t_i = clip((t - start_i) / (stop_i - start_i), 0, 1)
-
-Windows that follow one another make an autoregressive model, overlapping ones a rolling one (Ruhe et al. 2024; Chen et
-al. 2024, "Diffusion forcing"), equal ones the process itself. All share one bound and one reverse process.
+Autoregressive, rolling and one-site-at-a-time models are this with one clock or another. All share one bound and one
+reverse process.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ddjax.frozen import Frozen
-from ddjax.types import Distribution, Keys, State, left_broadcast
+from ddjax.processes.clocks import Clock, Sweeps
+from ddjax.processes.uniform import Uniform
+from ddjax.schedules import LogLinear, Survival
+from ddjax.types import Distribution, Keys, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,31 +38,14 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Staggered:
-    """`process` with a window [start, stop] of the clock for each site.
+    """`process` with a clock for each site: `Staggered(Masked(3), Windows(start=[0.0, 0.5], stop=[0.5, 1.0]))`.
 
-    start, stop: shaped like one example (or broadcasting to it), 0 <= start < stop <= 1. A site is clean until its
-        start and pure noise after its stop.
-    The network is told the common time t. Raises ValueError for windows that are empty or leave [0, 1].
+    clock: `Windows`, `Sweeps`, or anything with the methods of `clocks.Clock`.
+    The network is told the common time t.
     """
 
     process: Any
-    start: Frozen
-    stop: Frozen
-
-    def __post_init__(self):
-        start, stop = (np.asarray(v, np.float64) for v in (self.start, self.stop))
-        if not ((start >= 0).all() and (stop <= 1).all() and (start < stop).all()):
-            raise ValueError(f"each site needs 0 <= start < stop <= 1, got start {start}, stop {stop}")
-        object.__setattr__(self, "start", Frozen(start))
-        object.__setattr__(self, "stop", Frozen(stop))
-
-    def _local(self, t: Array, x: Array) -> Array:
-        """Each site's own time, `(batch, *sites)`."""
-        t = left_broadcast(jnp.asarray(t), x)
-        start, stop = (jnp.asarray(v.values, t.dtype) for v in (self.start, self.stop))
-        # Before any rounding of the quotient: the ends are exact.
-        own = jnp.where(t >= stop, 1.0, jnp.where(t <= start, 0.0, (t - start) / (stop - start)))
-        return jnp.broadcast_to(own, x.shape).astype(t.dtype)
+    clock: Clock
 
     @property
     def state(self):
@@ -86,11 +69,11 @@ class Staggered:
 
     def marginal(self, x0, t):
         """q(x_t | x_0), each site at its own time."""
-        return self.process.marginal(x0, self._local(t, x0))
+        return self.process.marginal(x0, self.clock.local(t, x0))
 
     def _steps(self, xt: Array, s: Array, t: Array) -> tuple[Array, Array, Array]:
         """Which sites move between t and s, and their own times; for the others, times at which nothing is 0 / 0."""
-        s, t = self._local(s, xt), self._local(t, xt)
+        s, t = self.clock.local(s, xt), self.clock.local(t, xt)
         moves = s < t
         return moves, jnp.where(moves, s, 0.25), jnp.where(moves, t, 0.75)
 
@@ -104,22 +87,25 @@ class Staggered:
         moves, s, t = self._steps(xt, s, t)
         return Moved(moves, xt, self.process.reverse(prediction, xt, s, t))
 
+    def heat_bath(self, prediction, xt, s, t):
+        """The law of each x_s^i given the other sites of x_t (`CategoricalProcess.heat_bath`)."""
+        moves, s, t = self._steps(xt, s, t)
+        return Moved(moves, xt, self.process.heat_bath(prediction, xt, s, t))
+
     def prior(self, shape, t=1.0):
-        """What sampling starts from: sites whose window is over are pure noise."""
+        """What sampling starts from: each site as noisy as its own time says."""
         example = jnp.zeros((1, *shape[1:]))
-        return self.process.prior(shape, self._local(jnp.asarray(t, float), example)[0])
+        return self.process.prior(shape, self.clock.local(jnp.asarray(t, float), example)[0])
 
     def prior_kl(self, x0, t):
         """KL(q(x_t | x_0) || prior at t), nats per site."""
-        return self.process.prior_kl(x0, self._local(t, x0))
+        return self.process.prior_kl(x0, self.clock.local(t, x0))
 
     def path_kl(self, x0, prediction, xt, t):
-        """The process's integrand in each site's own time, over dt; nothing outside its window."""
-        t = left_broadcast(jnp.asarray(t), xt)
-        start, stop = (jnp.asarray(v.values, t.dtype) for v in (self.start, self.stop))
-        inside = jnp.broadcast_to((t > start) & (t < stop), xt.shape)
-        own = jnp.where(inside, self._local(t, xt), 0.5)  # a time at which the integrand is finite
-        return jnp.where(inside, self.process.path_kl(x0, prediction, xt, own) / (stop - start), 0.0)
+        """The process's integrand in each site's own time, over dt; nothing where a site rests."""
+        slope = self.clock.slope(t, xt)
+        own = jnp.where(slope > 0, self.clock.local(t, xt), 0.5)  # a time at which the integrand is finite
+        return jnp.where(slope > 0, slope * self.process.path_kl(x0, prediction, xt, own), 0.0)
 
     def step_kl(self, x0, prediction, xt, s, t):
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of one step of a chain, nats per site."""
@@ -128,13 +114,13 @@ class Staggered:
 
     def reconstruction(self, x0, prediction, xt, t):
         """-log p(x_0^i | x_t), nats per site."""
-        return self.process.reconstruction(x0, prediction, xt, self._local(t, xt))
+        return self.process.reconstruction(x0, prediction, xt, self.clock.local(t, xt))
 
     @property
     def t_range(self):
         """From where the first site to leave the data has lost as little as the process's own range begins with."""
         low, _ = self.process.t_range
-        return float(np.min(self.start.values + low * (self.stop.values - self.start.values))), 1.0
+        return self.clock.reached(low), 1.0
 
     def time_at(self, u, t_range):
         """Times uniform in t, and dt/du."""
@@ -144,12 +130,24 @@ class Staggered:
 
     def observe(self, keys, x0, t):
         """What an observed site shows at time t."""
-        return self.process.observe(keys, x0, self._local(t, x0))
+        return self.process.observe(keys, x0, self.clock.local(t, x0))
 
     def network_inputs(self, xt, t, kind):
         """The process's input for the state; the common time."""
-        return self.process.network_inputs(xt, self._local(t, xt), kind)[0], jnp.asarray(t)
+        return self.process.network_inputs(xt, self.clock.local(t, xt), kind)[0], jnp.asarray(t)
+
+    def network_outputs(self, output, xt, t, kind):
+        """The prediction's value in a network's output, each site at its own time."""
+        return self.process.network_outputs(output, xt, self.clock.local(t, xt), kind)
 
     def convert(self, prediction, kind, xt, t):
         """The same statement as another kind."""
-        return self.process.convert(prediction, kind, xt, self._local(t, xt))
+        return self.process.convert(prediction, kind, xt, self.clock.local(t, xt))
+
+
+def glauber(num_symbols: int, shape: Sequence[int], schedule: Survival = LogLinear(0.1), rounds: int = 1) -> Staggered:
+    """GGM's process: uniform noise on one site at a time, in `rounds` cyclic sweeps over examples of this shape.
+
+    Its objective, `objectives.glauber`, needs a schedule that ends above 0; the bound does not.
+    """
+    return Staggered(Uniform(num_symbols, schedule), Sweeps.cyclic(shape, rounds))

@@ -237,6 +237,10 @@ class StateMasked:
         """What the network is fed: (x_t, t)."""
         return xt, jnp.asarray(t)
 
+    def network_outputs(self, output: Array, xt: Tokens, t: Time, kind: str) -> Array:
+        """The prediction's value in what a network gives back: the output itself."""
+        return output
+
     def convert(self, prediction: Prediction, kind: str, xt: Tokens, t: Time) -> Prediction:
         """The same statement as another kind, as log-probabilities. Raises ValueError for an unknown kind.
 

@@ -11,20 +11,20 @@ from ddjax.fixtures import Categorical, exact_nelbo
 from ddjax.likelihood import nelbo
 from ddjax.objectives import elbo
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian, Masked, Staggered, Uniform
+from ddjax.processes import Gaussian, Masked, Staggered, Thinning, Uniform, Windows
 from ddjax.schedules import CondOT, Cosine
 from ddjax.solvers import Ancestral
 
-OVERLAPPING = {"start": [0.0, 0.1], "stop": [0.5, 1.0]}
-IN_TURN = {"start": [0.5, 0.0], "stop": [1.0, 0.5]}
+OVERLAPPING = Windows(start=[0.0, 0.1], stop=[0.5, 1.0])
+IN_TURN = Windows(start=[0.5, 0.0], stop=[1.0, 0.5])
 inner = pytest.mark.parametrize("process", [Masked(3), Uniform(3, Cosine())], ids=lambda p: type(p).__name__)
 
 
 @inner
 def test_nelbo_is_the_entropy(x64, process):
     """The edges of the windows are edges of the quadrature's pieces; under uniform noise each start is a logarithm."""
-    windows = OVERLAPPING if isinstance(process, Masked) else {"start": [0.0, 0.0], "stop": [0.5, 1.0]}
-    law, process = Categorical(2, 3), Staggered(process, **windows)
+    windows = OVERLAPPING if isinstance(process, Masked) else Windows(start=0.0, stop=[0.5, 1.0])
+    law, process = Categorical(2, 3), Staggered(process, windows)
     bound = exact_nelbo(law, law.denoise(process, "cavity"), process, t_range=(0.0, 1.0), order=32)
     np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-6)
 
@@ -33,7 +33,7 @@ def test_nelbo_is_the_entropy(x64, process):
 def test_one_site_after_the_other_is_autoregression(x64, process):
     """Two steps, each of one whole window: exact, where two steps of the plain process are not."""
     law, times = Categorical(2, 3), grids.uniform(2)
-    in_turn = Staggered(process, **IN_TURN)
+    in_turn = Staggered(process, IN_TURN)
     bound = exact_nelbo(law, law.denoise(in_turn, "cavity"), in_turn, times=times)
     np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-9)
     assert float(exact_nelbo(law, law.denoise(process), process, times=times).total[0]) > law.entropy + 1e-3
@@ -41,7 +41,7 @@ def test_one_site_after_the_other_is_autoregression(x64, process):
 
 def test_two_exact_steps_draw_the_law():
     law, batch = Categorical(2, 3), 20_000
-    process = Staggered(Masked(3), **IN_TURN)
+    process = Staggered(Masked(3), IN_TURN)
     with jax.debug_key_reuse(False):
         out = ddjax.sample(
             jax.random.key(0),
@@ -57,7 +57,7 @@ def test_two_exact_steps_draw_the_law():
 
 @inner
 def test_equal_windows_are_the_process(x64, process):
-    whole = Staggered(process, start=0.0, stop=1.0)
+    whole = Staggered(process, Windows(start=0.0, stop=1.0))
     x0, xt = jnp.asarray([[0, 1, 2]]), jnp.asarray([[process.num_states - 1, 1, process.num_states - 1]])
     prediction = Prediction(jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 3))), "cavity")
     s, t = jnp.asarray([0.3]), jnp.asarray([0.6])
@@ -71,7 +71,7 @@ def test_equal_windows_are_the_process(x64, process):
 
 
 def test_bound_and_gradient_are_finite_at_every_time():
-    process = Staggered(Masked(3), start=[0.0, 0.5, 0.7], stop=[0.4, 0.9, 1.0])
+    process = Staggered(Masked(3), Windows(start=[0.0, 0.5, 0.7], stop=[0.4, 0.9, 1.0]))
     x0 = jnp.asarray(np.random.default_rng(0).integers(0, 3, (64, 3)))
     apply = lambda params, xt, t, cond, **_: params[xt]
     params = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
@@ -87,7 +87,7 @@ def test_bound_and_gradient_are_finite_at_every_time():
 
 def test_gaussian_states():
     """A site is clean before its window and noise after it; samplers pass through."""
-    process = Staggered(Gaussian(CondOT()), start=[0.0, 0.6], stop=[0.4, 1.0])
+    process = Staggered(Gaussian(CondOT()), Windows(start=[0.0, 0.6], stop=[0.4, 1.0]))
     x0 = jnp.ones((2, 2))
     xt = process.marginal(x0, jnp.asarray([0.5, 0.5])).sample(random.example_keys(jax.random.key(0), 2))
     np.testing.assert_array_equal(xt[:, 1], 1.0)
@@ -106,4 +106,12 @@ def test_gaussian_states():
 @pytest.mark.parametrize(("start", "stop"), [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), ([0.0, 0.9], [1.0, 0.8])])
 def test_bad_windows_are_refused(start, stop):
     with pytest.raises(ValueError, match="each site needs 0 <= start < stop <= 1"):
-        Staggered(Masked(3), start=start, stop=stop)
+        Windows(start=start, stop=stop)
+
+
+def test_a_networks_output_is_read_at_each_sites_own_time():
+    """Thinning's deaths are sigma(t_i) softplus(output): none at a site that is still clean."""
+    process = Staggered(Thinning(4), Windows(start=[0.0, 0.6], stop=[0.5, 1.0]))
+    denoise = ddjax.bind(lambda params, xt, t, cond: jnp.zeros((*xt.shape, 1)), {}, process, "deaths")
+    prediction = denoise(jnp.zeros((1, 2), int), jnp.asarray([0.25]))
+    np.testing.assert_allclose(prediction.value, [[0.5 * np.log(2.0), 0.0]], rtol=1e-6)
