@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Key
 from ddjax import random
 from ddjax.likelihood.bound import mean_and_error
 from ddjax.processes import Masked
-from ddjax.processes.mixture import gather
 from ddjax.pytrees import as_pytree
 from ddjax.types import Bound, Rows, State, left_broadcast, per_example, sites
 
@@ -67,7 +66,7 @@ def _estimate(key, denoise, x0, cond, rows, known, process, num_draws):
         masked = (rank.reshape(x0.shape) < left_broadcast(k, x0)) & ~known
         xt = jnp.where(masked, process.mask, x0)
         t = process.schedule.time_of_sigma(k / jnp.maximum(unknown, 1))
-        log_p = jax.nn.log_softmax(process.convert(denoise(xt, t, cond), "cavity", xt, t).value)
-        return unknown / k * per_example(jnp.where(masked, -gather(log_p, x0), 0.0))
+        nats = process.masked_nats(x0, denoise(xt, t, cond), xt, t)
+        return unknown / k * per_example(jnp.where(masked, nats, 0.0))
 
     return mean_and_error(one_draw, num_draws, batch, dtype)

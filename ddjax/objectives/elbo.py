@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from ddjax.grids import chain_grid
 from ddjax.objectives.base import Objective, at_times, noised, on_grid
 from ddjax.processes import Masked
-from ddjax.processes.mixture import gather
 from ddjax.types import State, Time, left_broadcast, sites
 
 # (process, x0, xt, t) -> factor of the bound's integrand at each site
@@ -80,10 +79,9 @@ def any_order(process: Masked, kind: str = "posterior") -> Objective:
         xt = jnp.where(order < left_broadcast(k, x0), process.mask, x0)
         t, scale = process.schedule.time_of_sigma(k / count), left_broadcast(count / k, x0)
 
-        def cross_entropy(prediction):
-            log_p = jax.nn.log_softmax(process.convert(prediction, "cavity", xt, t).value)
-            return jnp.where(xt == process.mask, -scale * gather(log_p, x0), 0.0)
+        def nats(prediction):
+            return jnp.where(xt == process.mask, scale * process.masked_nats(x0, prediction, xt, t), 0.0)
 
-        return xt, t, cross_entropy
+        return xt, t, nats
 
     return noised(process, kind, draw)

@@ -258,6 +258,12 @@ def gather(values: PerState, x: Tokens) -> PerSite:
     return jnp.take_along_axis(values, x[..., None], axis=-1)[..., 0]
 
 
+def cross_entropy(logits: PerState, x: Tokens) -> PerSite:
+    """-log softmax(logits)(x), nats per site. A sum of one term in place of a gather, whose gradient is a scatter."""
+    own = jnp.where(jnp.arange(logits.shape[-1]) == x[..., None], logits, 0.0).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - own
+
+
 def kl_terms(log_p: Array, log_q: Array) -> Array:
     """The terms p log(p / q) of a KL, 0 where p is."""
     return jnp.where(log_p > -1e20, jnp.exp(log_p) * (log_p - log_q), 0.0)
@@ -270,6 +276,26 @@ def check_survival(process: object, schedule: object) -> None:
             f"{type(process).__name__} needs a survival schedule (Linear, Polynomial, Cosine, LogLinear), "
             f"got {schedule!r}"
         )
+
+
+@jax.custom_jvp
+def psi(d: Array) -> Array:
+    """D - log(1 + d), not negative, by a series where the subtraction would cancel; infinite at -1.
+
+    psi(model / true - 1) true are the terms of KL(true || model), none of which is negative.
+    """
+    # log(1 + d) = 2 artanh(h), h = d / (2 + d), and d - 2 h = d h
+    small = jnp.abs(d) < 0.2
+    h = jnp.where(small, d, 0.0) / (2.0 + jnp.where(small, d, 0.0))
+    q = h * h
+    series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15)))))
+    return jnp.where(small, d * h - 2.0 * h * q * series, d - jnp.log1p(d))
+
+
+@psi.defjvp
+def _(primals, tangents):
+    (d,), (change,) = primals, tangents
+    return psi(d), d / (1.0 + d) * change
 
 
 def phi(d: Array) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ddjax import random
 from ddjax.categorical import bernoulli, categorical, log_or_floor
 from ddjax.predictions import Prediction
+from ddjax.processes.categorical import check_prediction, cross_entropy
 from ddjax.processes.mixture import Mixture, PerSite, PerState, Tokens, gather
 from ddjax.types import Keys, Time, left_broadcast
 
@@ -72,24 +73,32 @@ class Masked(Mixture):
 
     def reverse(self, prediction: Prediction, xt: Tokens, s: Time, t: Time) -> Reveal:
         """Reveal each mask with probability (alpha_s - alpha_t) / (1 - alpha_t)."""
+        return Reveal(self.mask, xt, self._revealed(xt, s, t), self.convert(prediction, "cavity", xt, t).value)
+
+    def _revealed(self, xt: Tokens, s: Time, t: Time) -> PerSite:
         s, t = (left_broadcast(jnp.asarray(v), xt) for v in (s, t))
         sigma_t = self.schedule.sigma(t)
         lost = sigma_t > 0  # at t = 0 there are no masks
         p = jnp.where(lost, (sigma_t - self.schedule.sigma(s)) / jnp.where(lost, sigma_t, 1.0), 0.0)
-        p = jnp.broadcast_to(p, xt.shape)
-        return Reveal(self.mask, xt, p, self.convert(prediction, "cavity", xt, t).value)
+        return jnp.broadcast_to(p, xt.shape)
 
     def path_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
         """-alpha' / (1 - alpha) times the cross-entropy at masked sites (Shi et al. 2024, eq. 5), nats per site."""
-        log_p = jax.nn.log_softmax(self.convert(prediction, "cavity", xt, t).value)
-        t = left_broadcast(jnp.asarray(t), xt)
-        weight = self.schedule.sigma_prime(t) / self.schedule.sigma(t)
-        return jnp.where(xt == self.mask, -weight * gather(log_p, x0), 0.0)
+        at = left_broadcast(jnp.asarray(t), xt)
+        weight = self.schedule.sigma_prime(at) / self.schedule.sigma(at)
+        return jnp.where(xt == self.mask, weight * self.masked_nats(x0, prediction, xt, t), 0.0)
 
     def step_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, s: Time, t: Time) -> PerSite:
         """(alpha_s - alpha_t) / (1 - alpha_t) times the cross-entropy at masks (Shi et al. 2024, eq. 6)."""
-        step = self.reverse(prediction, xt, s, t)
-        return jnp.where(xt == self.mask, -step.p * gather(jax.nn.log_softmax(step.logits), x0), 0.0)
+        p = self._revealed(xt, s, t)
+        return jnp.where(xt == self.mask, p * self.masked_nats(x0, prediction, xt, t), 0.0)
+
+    def masked_nats(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
+        """-log p(x_0^i | x_t), nats per site, right at masked sites, where posterior and cavity are one."""
+        if prediction.kind != "posterior":
+            prediction = self.convert(prediction, "cavity", xt, t)
+        check_prediction(prediction, "posterior", xt, self)
+        return cross_entropy(prediction.value, x0)
 
     def observe(self, keys: Keys, x0: Tokens, t: Time) -> Tokens:
         """An observed site shows its symbol at all times: the reverse process conditioned on it, exactly."""

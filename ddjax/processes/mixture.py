@@ -37,7 +37,10 @@ from ddjax.processes.categorical import (
     Tokens,
     check_prediction,
     check_survival,
+    cross_entropy,
     gather,
+    phi,
+    psi,
 )
 from ddjax.schedules import Linear, Survival
 from ddjax.types import Keys, Time, left_broadcast
@@ -149,23 +152,89 @@ class Mixture(CategoricalProcess):
 
     def _blur(self, law: PerState, xt: Tokens, t: Time) -> PerState:
         """alpha_t law + noise_t."""
-        return self._surviving(law, xt, t) + self.noise(left_broadcast(t, xt))
+        law = jnp.pad(law, [(0, 0)] * (law.ndim - 1) + [(0, self.num_states - law.shape[-1])])
+        return self.schedule.alpha(left_broadcast(t, xt, 1)) * law + self.noise(left_broadcast(t, xt))
 
     def _unblur(self, law: PerState, xt: Tokens, t: Time) -> PerState:
         return (law - self.noise(left_broadcast(t, xt)))[..., : self.num_symbols]
-
-    def _change(self, law: PerState, clean: PerState, xt: Tokens, t: Time) -> PerState:
-        return self._surviving(law - clean, xt, t)
-
-    def _surviving(self, law: PerState, xt: Tokens, t: Time) -> PerState:
-        law = jnp.pad(law, [(0, 0)] * (law.ndim - 1) + [(0, self.num_states - law.shape[-1])])
-        return self.schedule.alpha(left_broadcast(t, xt, 1)) * law
 
     def _prior(self, t: Array) -> Float[Array, "*time states"]:
         data = jnp.where(jnp.arange(self.num_states) < self.num_symbols, 1.0 / self.num_symbols, 0.0)
         return self.schedule.alpha(t)[..., None] * data.astype(t.dtype) + self.noise(t)
 
     # -- the bound --------------------------------------------------------------------------------------------
+
+    def path_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
+        """The bound's integrand over t, nats per site, from two divergences of marginals (von Rütte et al. 2025).
+
+            R_t(z) / q_t(z | x_0) [KL(q_t(. | x_0) || q_t(. | model)) + phi(-log r)],
+            r = q_t(z | model) / q_t(z | x_0),    z = x_t,    phi(d) = exp(d) - 1 - d
+
+        The same as the sum over jumps (`CategoricalProcess.path_kl`), since all of them into z have one rate. No term
+        is negative, so it keeps its precision where alpha -> 0 and both marginals tend to the noise.
+        """
+        t = left_broadcast(jnp.asarray(t), xt)
+        kl, log_r, here, _ = self._divergence(x0, prediction, xt, t, t)
+        here = jnp.where(here > 0, here, 1.0)  # an impossible x_t
+        return self.rate_into(xt, t) / here * (kl + phi(-log_r))
+
+    def step_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, s: Time, t: Time) -> PerSite:
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of one step of a chain, nats per site (Austin et al. 2021, eq. 1).
+
+        q(x_s | x_t, x_0) is q_s(. | x_0) with its entry at z = x_t made heavier. So the KL is that of the marginals at
+        s and of a coin, "has not moved since s", whose odds are w : 1 - w and for the model w r : 1 - w:
+
+            (1 - w) KL(q_s(. | x_0) || q_s(. | model)) + log(1 - w + w r) - w log r
+
+        At s = 0 it is -log p(x_0 | x_t), D3PM's reconstruction.
+        """
+        s, t = (left_broadcast(jnp.asarray(v), xt) for v in (s, t))
+        kl, log_r, here, change = self._divergence(x0, prediction, xt, s, t)
+        survival, moved = self.survival(s, t), self.kernel_noise_of(xt, s, t)
+        both = survival * here + moved
+        both = jnp.where(both > 0, both, 1.0)
+        w, rest = survival * here / both, moved / both
+        # log(1 - w + w r) - w log r is the same for (1 - w, 1 / r); where r is near 1 its two parts nearly cancel.
+        few, near = w < 0.5, (jnp.abs(log_r) < 1.0) & (here > 0)
+        gained = survival * change / both  # w (r - 1), also where x_t is impossible at s and r infinite
+        d = jnp.where(near, jnp.where(few, log_r, -log_r), 0.0)
+        excess = jnp.where(few, gained, rest * jnp.expm1(d))
+        close = jnp.where(few, w, rest) * phi(d) - psi(jnp.where(near, excess, 0.0))
+        apart = jnp.logaddexp(log_or_floor(rest), log_or_floor(w) + log_r)
+        far = jnp.where(few, jnp.log1p(jnp.where(few, gained, 0.0)), apart) - w * log_r
+        coin = jnp.where(near, close, far)
+        return rest * kl + coin
+
+    def _divergence(
+        self, x0: Tokens, prediction: Prediction, xt: Tokens, s: Time, t: Time
+    ) -> tuple[PerSite, PerSite, PerSite, PerSite]:
+        """KL(q || p) of q = q_s(. | x_0) and p = q_s(. | cavity), log p(x_t) / q(x_t), q(x_t), p(x_t) - q(x_t).
+
+        prediction: at x_t, t. The marginals differ by what the cavity gives to other symbols than x_0.
+        Where q(x_t) is 0 the logarithm is given as 0.
+        """
+        logits = self.convert(prediction, "cavity", xt, t).value
+        symbols = jnp.arange(self.num_symbols)
+        others = jnp.where(symbols == x0[..., None], 0.0, jax.nn.softmax(logits))
+        alpha, noise = self.schedule.alpha(s), self.noise(s)[..., : self.num_symbols]
+        gained = alpha[..., None] * others
+        possible = noise > 0
+        relative = gained / jnp.where(possible, noise, 1.0)
+        kl = jnp.where(possible, noise * psi(relative), gained).sum(-1)
+
+        # The entry at x_0 loses what the others gain. Far from 1 the ratio needs the network's logarithm.
+        own_noise = self.noise_of(x0, s)
+        true, taken = alpha + own_noise, -alpha * others.sum(-1)
+        lost = taken / jnp.where(true > 0, true, 1.0)
+        close = lost > -0.5
+        log_model = jnp.logaddexp(log_or_floor(alpha) - cross_entropy(logits, x0), log_or_floor(own_noise))
+        log_own = jnp.where(close, jnp.log1p(jnp.where(close, lost, 0.0)), log_model - log_or_floor(true))
+        kl += true * jnp.where(close, psi(jnp.where(close, lost, 0.0)), lost - log_own)
+
+        shown, noise = xt < self.num_symbols, self.noise_of(xt, s)
+        given = jnp.where(shown, alpha * gather(others, jnp.where(shown, xt, 0)), 0.0)
+        log_other = jnp.log1p(jnp.where(noise > 0, given / jnp.where(noise > 0, noise, 1.0), 0.0))
+        return kl, *(jnp.where(xt == x0, a, b) for a, b in ((log_own, log_other), (true, noise), (taken, given)))
 
     def prior_kl(self, x0: Tokens, t: Time) -> PerSite:
         """KL(q(x_t | x_0) || prior at t), nats per site. The two differ in the surviving mass alone."""
