@@ -52,6 +52,7 @@ OBJECTIVES = {
     "d3pm_hybrid": objectives.d3pm_hybrid,
     "generalised_kl": objectives.generalised_kl,
     "score_entropy": objectives.score_entropy,
+    "duo": objectives.duo,
     "gaussian": objectives.gaussian,
 }
 WEIGHTINGS = {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr}
