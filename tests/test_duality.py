@@ -45,6 +45,8 @@ def test_closed_forms_of_two_and_three_symbols(x64):
     """Two: erf(r / 2). Three: an orthant of a bivariate normal of correlation 1/2, by Owen's T."""
     np.testing.assert_allclose(special.expit(log_odds(RATIOS, 2)), special.erf(RATIOS / 2), rtol=1e-11)
     np.testing.assert_allclose(special.expit(-log_odds(RATIOS, 2)), special.erfc(RATIOS / 2), rtol=1e-10)
+    far = np.array([20.0, 39.0, 41.0, 300.0])
+    np.testing.assert_allclose(log_odds(far, 2), far**2 / 4 - np.log(special.erfcx(far / 2)), rtol=1e-14)
     h = RATIOS / np.sqrt(2)
     p = special.ndtr(h) - 2 * special.owens_t(h, np.sqrt(1 / 3))
     np.testing.assert_allclose(special.expit(log_odds(RATIOS, 3)), (3 * p - 1) / 2, atol=1e-14)
@@ -118,7 +120,7 @@ def test_the_table_holds_between_its_points(x64):
 
 
 @pytest.mark.parametrize("gaussian", [sc.CondOT(), sc.VPCosine(), sc.VPCosine(0.0), sc.VPLinear(), sc.EDM()], ids=repr)
-def test_both_ends_in_float32(gaussian):
+def test_both_ends_of_the_shadow_in_float32(gaussian):
     """No NaN, and the slope of alpha is its limit; sigma is 0 long before the data, where the log-SNR still counts."""
     schedule = Duality(gaussian, 27)
     t = jnp.asarray([0.0, 1e-6, 0.5, 1.0 - 1e-6, 1.0], jnp.float32)
