@@ -173,8 +173,7 @@ class Duality(schedules.Survival):
         g, snr = self.gaussian, self.gaussian.log_snr(t)
         odds, slope = _odds_and_slope(snr, self.num_symbols)
         # T' = alpha sigma 2 y' / r, with alpha / r taken together: it is finite at r = 0.
-        near = 0.25 * jnp.exp(snr) + _remainder(snr, self.num_symbols)[0] - jax.nn.softplus(odds)
-        log_alpha_over_r = jnp.where(odds < 0, near, -jax.nn.softplus(-odds) - 0.5 * snr)
+        log_alpha_over_r = 0.25 * jnp.exp(snr) + _remainder(snr, self.num_symbols)[0] - jax.nn.softplus(odds)
         lost, slope = jax.nn.sigmoid(-odds), 2.0 * slope * jnp.exp(log_alpha_over_r)
         r_prime = (g.alpha_prime(t) * g.sigma(t) - g.alpha(t) * g.sigma_prime(t)) / g.sigma(t) ** 2
         return jnp.where(lost > 0, -lost * slope * r_prime, 0.0)
