@@ -72,7 +72,7 @@ class DenoiserConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, gaussian
+    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo, gaussian
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;

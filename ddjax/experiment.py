@@ -97,6 +97,7 @@ OBJECTIVES = {
     "generalised_kl": objectives.generalised_kl,
     "score_entropy": objectives.score_entropy,
     "glauber": objectives.glauber,
+    "duo": objectives.duo,
     "gaussian": objectives.gaussian,
 }
 WEIGHTINGS = {

@@ -46,6 +46,13 @@ class Distribution(Protocol):
         """Log-probability (density for Gaussian states) of each site, nats."""
 
 
+class SoftTokens(NamedTuple):
+    """A law over the symbols of each site, by its few largest probabilities (they need not sum to 1)."""
+
+    ids: Int[Array, "batch *sites top"]
+    weights: Float[Array, "batch *sites top"]
+
+
 class Sample(NamedTuple):
     """What `ddjax.sample` returns."""
 

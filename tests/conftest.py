@@ -56,6 +56,7 @@ FAST_VARIANTS = {
     "test_ancestral_reaches_the_law": 0,
     "test_any_shape_of_state_and_times_per_site": 0,
     "test_binned_bound_is_a_probability": 1,
+    "test_both_ends_of_the_shadow_in_float32": 2,
     "test_blackout_learns_and_samples": 0,
     "test_closed_forms_for_any_parameters": 3,
     "test_ddim_with_eta_one_is_ancestral": 2,
@@ -73,6 +74,7 @@ FAST_VARIANTS = {
     "test_exact_denoiser_gives_the_entropy_for_every_size": 1,
     "test_exact_denoiser_gives_the_entropy_under_every_schedule": 2,
     "test_exact_predictions_convert_into_each_other": 4,
+    "test_expected_loss_is_the_bound_over_the_window": 1,
     "test_expected_loss_is_the_diffusion_term_per_site": 1,
     "test_gaussian_bound_is_minus_log_density": 1,
     "test_gaussian_formula_at_every_kind": 2,
@@ -113,6 +115,7 @@ FAST_VARIANTS = {
     "test_transitions_bridge_and_reverse_are_products": 2,
     "test_uniform_and_masked_are_kernels": 1,
     "test_what_was_cut_off_at_a_checkpoint_is_made_up_for": 0,
+    "test_without_temperature_it_is_the_bound_on_every_path": 1,
     "test_without_uniform_noise_it_is_masked": 0,
 }
 

@@ -69,6 +69,14 @@ TRAINABLE = {
         ),
         IMAGES,
     ),
+    "duo": (
+        config(
+            "uniform",
+            kind="cavity",
+            objective={"name": "duo", "options": {"tau": 0.1, "log_snr": [-2.0, 3.0], "top": 2}},
+        ),
+        IMAGES,
+    ),
     "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
     "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddjax import schedules as sc
+from ddjax.duality import Duality
 
 SURVIVAL = [sc.Linear(), sc.LogLinear(1e-3), sc.Polynomial(), sc.Polynomial(2.0), sc.Polynomial(0.5), sc.Cosine()]
+SURVIVAL += [Duality(sc.VE(0.1, 100.0), 27)]
 GAUSSIAN = [sc.VPLinear(), sc.VPCosine(), sc.VPCosine(0.0), sc.VE(), sc.EDM(), sc.CondOT()]
 METHODS = ("alpha", "sigma", "alpha_prime", "sigma_prime", "log_snr", "log_snr_prime")
 every = pytest.mark.parametrize("schedule", SURVIVAL + GAUSSIAN, ids=repr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -12,6 +13,7 @@ from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed, sincos_2d
 from ddjax.denoisers.taps import tap
+from ddjax.types import SoftTokens
 
 
 class DiT(nnx.Module):
@@ -97,7 +99,7 @@ class DiT(nnx.Module):
 
     def __call__(
         self,
-        xt: Float[Array, "batch H W C"] | Int[Array, "batch H W C"],
+        xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
         cond: Int[Array, " batch"] | None = None,
         *,
@@ -107,7 +109,8 @@ class DiT(nnx.Module):
         """Run the network.
 
         Args:
-            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN.
+            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
+                embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1].
             cond: labels in `[0, num_classes]`; None is the null label.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
@@ -119,11 +122,12 @@ class DiT(nnx.Module):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        check_state(xt, (("height", "width", "channels"), self.shape), self.symbols_in)
-        batch = xt.shape[0]
+        state = hard_state(xt, 4, self.symbols_in)
+        check_state(state, (("height", "width", "channels"), self.shape), self.symbols_in)
+        batch = state.shape[0]
         keys = dropout_keys(self.dropout, batch, rng, train)
         c = tap("condition", self.condition(batch, t, cond))
-        x = _patches(xt, self.patch)  # (batch, rows, columns, patch, patch, channels)
+        x = jax.tree.map(lambda v: _patches(v, self.patch), xt)  # (batch, rows, columns, patch, patch, channels, ...)
         if self.tokens is not None:
             x = self.tokens(x)
         x = x.reshape(batch, x.shape[1] * x.shape[2], -1)
@@ -136,6 +140,25 @@ class DiT(nnx.Module):
         last = (self.out_channels,) if self.symbols_out is None else (channels, self.symbols_out)
         y = y.reshape(y.shape[0], rows, columns, p, p, *last)
         return jnp.swapaxes(y, 2, 3).reshape(y.shape[0], height, wide, *last)
+
+
+def hard_state(xt: Array | SoftTokens, axes: int, symbols_in: int | None) -> Array:
+    """The shape and dtype of the tokens that soft ones stand for; another state as it is.
+
+    Raises ValueError for soft tokens that do not fit the network's table.
+    """
+    if isinstance(xt, SoftTokens):
+        if xt.ids.shape != xt.weights.shape or not jnp.issubdtype(xt.weights.dtype, jnp.floating):
+            raise ValueError(
+                f"soft tokens have ids of shape {xt.ids.shape} and {xt.weights.dtype} weights of shape "
+                f"{xt.weights.shape}: expected one float weight for each id"
+            )
+        return jax.ShapeDtypeStruct(xt.ids.shape[:-1], xt.ids.dtype)
+    if symbols_in is None or xt.ndim != axes + 1 or not jnp.issubdtype(xt.dtype, jnp.floating):
+        return xt
+    if xt.shape[-1] != symbols_in:
+        raise ValueError(f"soft tokens have shape {xt.shape}; the last axis must hold symbols_in={symbols_in} numbers")
+    return jax.ShapeDtypeStruct(xt.shape[:-1], jnp.int32)
 
 
 def check_state(xt: Array, expected: tuple[tuple[str, ...], tuple[int, ...]], symbols_in: int | None) -> None:
@@ -159,8 +182,8 @@ def check_state(xt: Array, expected: tuple[tuple[str, ...], tuple[int, ...]], sy
 
 
 def _patches(x: Array, p: int) -> Array:
-    batch, height, width, channels = x.shape
-    return jnp.swapaxes(x.reshape(batch, height // p, p, width // p, p, channels), 2, 3)
+    batch, height, width, *rest = x.shape
+    return jnp.swapaxes(x.reshape(batch, height // p, p, width // p, p, *rest), 2, 3)
 
 
 def _check_config(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax.denoisers.dit import check_state
+from ddjax.denoisers.dit import check_state, hard_state
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
 from ddjax.denoisers.taps import tap
+from ddjax.types import SoftTokens
 
 
 class TextTransformer(nnx.Module):
@@ -84,7 +86,7 @@ class TextTransformer(nnx.Module):
 
     def __call__(
         self,
-        xt: Int[Array, "batch length"],
+        xt: Int[Array, "batch length"] | Float[Array, "batch length symbols_in"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
         cond: Int[Array, " batch"] | None = None,
         *,
@@ -94,7 +96,8 @@ class TextTransformer(nnx.Module):
         """Run the network.
 
         Args:
-            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN.
+            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
+                embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1].
             cond: labels in `[0, num_classes]`; None is the null label.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
@@ -106,11 +109,13 @@ class TextTransformer(nnx.Module):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        length = min(xt.shape[1], self.length) if xt.ndim == 2 else self.length
-        check_state(xt, (("length",), (length,)), self.symbols_in)
-        batch = xt.shape[0]
+        state = hard_state(xt, 2, self.symbols_in)
+        length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
+        check_state(state, (("length",), (length,)), self.symbols_in)
+        batch = state.shape[0]
         keys = dropout_keys(self.dropout, batch, rng, train)
         c = tap("condition", self.condition(batch, t, cond))
-        h = self.tokens(xt[..., None])[:, :, 0].astype(self.dtype)
+        one_channel = jax.tree.map(lambda v: jnp.expand_dims(v, 2), xt)
+        h = self.tokens(one_channel)[:, :, 0].astype(self.dtype)
         h = tap("embed", h if self.embed is None else self.embed(h))
         return self.final(self.stack(h, c, keys), c)

@@ -7,6 +7,7 @@ is the weighted mean over examples of nats per site (docs/design.md, section 2).
 
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
 from ddjax.objectives.conditioning import with_condition_dropout
+from ddjax.objectives.duo import duo
 from ddjax.objectives.elbo import any_order, elbo
 from ddjax.objectives.gaussian import (
     gaussian,
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "d3pm_hybrid",
     "ddpd",
+    "duo",
     "dynamic",
     "elbo",
     "gaussian",

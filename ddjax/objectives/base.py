@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Key
 from ddjax import random
 from ddjax.grids import step_at
 from ddjax.predictions import Prediction, bind
-from ddjax.types import Apply, Keys, Params, Rows, State, Time, left_broadcast, per_example, sites
+from ddjax.types import Apply, Keys, Params, Rows, SoftTokens, State, Time, left_broadcast, per_example, sites
 
 # prediction -> error at each site, weighted as the integral over times asks
 SiteErrors = Callable[[Prediction], Array]
 # (uniforms on [0, 1), keys, x0) -> (xt, t, errors)
-Draw = Callable[[Array, Keys, State], tuple[State, Time, SiteErrors]]
+Draw = Callable[[Array, Keys, State], tuple[State | SoftTokens, Time, SiteErrors]]
 
 
 class Objective(Protocol):
@@ -55,7 +55,7 @@ def noised(process: Any, kind: str, draw: Draw) -> Objective:
         xt, t, errors = draw(u, random.example_keys(noise_key, rows.index), x0)
         known = site_weights(weights, x0)
         if known is not None:
-            xt = jnp.where(known > 0, xt, x0)
+            xt = _shown_clean(known <= 0, xt, x0)
         rng = random.example_keys(network_key, rows.index) if train else None
         denoise = bind(apply, params, process, kind, rng=rng, train=train)
         error = errors(denoise(xt, t, cond))
@@ -99,6 +99,17 @@ def on_grid(process: Any, times: Float[Array, " steps+1"]) -> Draw:
         return xt, t, lambda prediction: steps * process.step_kl(x0, prediction, xt, s, t)
 
     return draw
+
+
+def _shown_clean(where: Array, xt: State | SoftTokens, x0: State) -> State | SoftTokens:
+    """The network's input with the clean symbols at some sites; soft tokens become certain there."""
+    if isinstance(xt, SoftTokens):
+        first = jnp.arange(xt.ids.shape[-1]) == 0
+        where = where[..., None]
+        return SoftTokens(jnp.where(where, x0[..., None], xt.ids), jnp.where(where, first, xt.weights))
+    if xt.ndim > x0.ndim:
+        return jnp.where(where[..., None], jax.nn.one_hot(x0, xt.shape[-1], dtype=xt.dtype), xt)
+    return jnp.where(where, x0, xt)
 
 
 def site_weights(weights: Array | None, x0: State) -> Array | None:

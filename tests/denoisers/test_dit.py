@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ddjax.denoisers import DiT, functional_init, stack_blocks, unstack_blocks
+from ddjax.types import SoftTokens
 
 SMALL = {"shape": (4, 6, 2), "patch": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 DISCRETE = {**SMALL, "symbols_in": 6, "symbols_out": 5}
@@ -266,3 +267,17 @@ def test_call_errors_of_other_networks(build):
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match="needs a GPU and the default backend is 'cpu'"):
             run(params, *inputs(discrete=False))
+
+
+def test_soft_tokens_of_an_image_are_expected_embeddings(net):
+    """Each channel from its own table: certain ones are the tokens themselves, and a few stand for all."""
+    run, params = net
+    xt, t, cond = inputs()
+    hard = run(params, xt, t, cond)
+    np.testing.assert_allclose(run(params, np.eye(6, dtype=np.float32)[xt], t, cond), hard, atol=1e-5)
+    p = np.random.default_rng(0).dirichlet(np.ones(6), xt.shape).astype(np.float32)
+    order = np.argsort(p)
+    few = SoftTokens(order, np.take_along_axis(p, order, -1))
+    expected = run(params, p, t, cond)
+    assert largest(expected, hard) > 0.01
+    np.testing.assert_allclose(run(params, few, t, cond), expected, atol=1e-5)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ddjax.denoisers import TextTransformer, functional_init, stack_blocks
+from ddjax.types import SoftTokens
 
 SMALL = {"length": 7, "symbols_in": 6, "symbols_out": 5, "width": 16, "depth": 2, "heads": 2}
 XT = np.random.default_rng(1).integers(0, 6, (5, 7), np.int32)
@@ -112,3 +113,39 @@ def test_call_errors(xt, message, net):
     run, params = net
     with pytest.raises(ValueError, match=message):
         run(params, xt, 0.5)
+
+
+def test_soft_tokens_are_expected_embeddings(x64):
+    """Certain ones are the tokens themselves; of others the embedding is the mean, and a few stand for all."""
+    init, apply = functional_init(maker(embed_width=4, depth=1, dtype=jnp.float64))
+    params = jax.tree.map(lambda p: p.astype(float), init(jax.random.key(0)))
+    params = jax.tree.map(lambda p: p + 0.1 * np.random.default_rng(p.size).normal(size=p.shape), params)
+    run = jax.jit(apply)
+    t, hard = T.astype(float), run(params, XT, T.astype(float))
+    assert largest(hard) > 0.01
+    certain = np.eye(6)[XT]
+    np.testing.assert_allclose(run(params, certain, t), hard, atol=1e-12)
+    one = SoftTokens(np.stack([XT, (XT + 1) % 6], -1), np.broadcast_to([1.0, 0.0], (5, 7, 2)))
+    np.testing.assert_allclose(run(params, one, t), hard, atol=1e-12)
+    p = np.random.default_rng(0).dirichlet(np.ones(6), (5, 7))
+    order = np.argsort(p)
+    few = SoftTokens(order, np.take_along_axis(p, order, -1))
+    np.testing.assert_allclose(run(params, few, t), run(params, p, t), atol=1e-12)
+    swapped = {**params, "tokens": {"table": np.asarray(params["tokens"]["table"]).mean(0, keepdims=True).repeat(6, 0)}}
+    np.testing.assert_allclose(run(params, np.full((5, 7, 6), 1 / 6), t), run(swapped, XT, t), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("soft", "message"),
+    [
+        (np.ones((5, 7, 5)), "symbols_in=6"),
+        (SoftTokens(np.zeros((5, 7, 2), np.int32), np.ones((5, 7, 3))), "one float weight for each id"),
+        (SoftTokens(np.zeros((5, 7, 2), np.int32), np.ones((5, 7, 2), np.int32)), "one float weight for each id"),
+        (SoftTokens(np.zeros((5, 8, 2), np.int32), np.ones((5, 8, 2))), "built for"),
+        (np.ones((5, 8, 6)), "built for"),
+    ],
+)
+def test_soft_tokens_that_do_not_fit(soft, message):
+    init, apply = functional_init(maker())
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda key: apply(init(key), soft, T), jax.random.key(0))

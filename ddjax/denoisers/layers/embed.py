@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ddjax.denoisers.layers.basic import Linear
+from ddjax.types import SoftTokens
 
 # t in [0, 1] becomes the step number of a 1000-step diffusion, which the frequencies were made for.
 TIME_SCALE = 1000.0
@@ -56,10 +57,24 @@ class TokenEmbed(nnx.Module):
         self.symbols = symbols
         self.channels = channels
 
-    def __call__(self, ids: Int[Array, "*batch channels"]) -> Float[Array, "*batch channels features"]:
-        """Embed; the last axis is the channel. A token outside `[0, symbols)` gives NaN."""
-        ids = ids.astype(jnp.int32)  # uint8 pixels would overflow below
+    def __call__(
+        self, tokens: Int[Array, "*batch channels"] | Float[Array, "*batch channels symbols"] | SoftTokens
+    ) -> Float[Array, "*batch channels features"]:
+        """Embed tokens, or soft ones by their expectation: probabilities over the symbols, or a few of them.
+
+        A token outside `[0, symbols)` gives NaN.
+        """
         offsets = self.symbols * jnp.arange(self.channels, dtype=jnp.int32)
+        if isinstance(tokens, SoftTokens):
+            rows = self._rows(tokens.ids, offsets[:, None])
+            return jnp.einsum("...k,...kf->...f", tokens.weights.astype(rows.dtype), rows)
+        if jnp.issubdtype(tokens.dtype, jnp.floating):
+            tables = self.table[...].reshape(self.channels, self.symbols, -1)
+            return jnp.einsum("...ck,ckf->...cf", tokens.astype(tables.dtype), tables)
+        return self._rows(tokens, offsets)
+
+    def _rows(self, ids: Array, offsets: Array) -> Array:
+        ids = ids.astype(jnp.int32)  # uint8 pixels would overflow below
         beyond = self.channels * self.symbols
         # Outside its own table a token would read the next channel's: send it beyond all of them.
         return lookup(self.table[...], jnp.where((ids >= 0) & (ids < self.symbols), ids + offsets, beyond))
