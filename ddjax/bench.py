@@ -113,7 +113,7 @@ def bench_sample(
     steps = config.sample.steps if steps is None else steps
     _check(num=num, steps=steps, repeats=repeats, warmup=warmup)
     data, experiment = _load(config)
-    process, solver, times = experiment.process, experiment.solver(), experiment.times(steps)
+    process, solver, times = experiment.sampling_process, experiment.solver(), experiment.times(steps)
     shape = (num, *data.shape)
     cond = jnp.arange(num, dtype=jnp.int32) % data.num_classes if data.num_classes else None
     init_key, prior_key, draw_key = jax.random.split(jax.random.key(config.sample.seed), 3)

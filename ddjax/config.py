@@ -62,18 +62,18 @@ class DenoiserConfig:
     kind: str = "posterior"  # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm
     options: dict = dataclasses.field(
         default_factory=dict
-    )  # constructor arguments: width, depth, heads, dropout, time, dtype, scan, remat, ...
+    )  # constructor arguments: width, depth, heads, dropout, time, block (text), dtype, scan, remat, ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """What is minimised."""
 
-    name: str = "elbo"  # elbo, gaussian
+    name: str = "elbo"  # elbo, gaussian; of categorical states also any_order, cross_entropy, block_elbo, ...
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     options: dict = dataclasses.field(
         default_factory=dict
-    )  # elbo: t_range; gaussian: error, weighting, density and their arguments
+    )  # elbo: t_range; block_elbo: clip; gaussian: error, weighting, density and their arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class SampleConfig:
     num: int = 64
     solver: str = "ancestral"  # ancestral, ddim, heun
     solver_options: dict = dataclasses.field(default_factory=dict)
-    steps: int = 64
+    steps: int = 64  # of all blocks together, where the network has blocks
     grid: str = "uniform"  # uniform, cosine, karras, uniform_log_snr
     grid_options: dict = dataclasses.field(default_factory=dict)
     guidance: float = 1.0  # classifier-free scale; 1 is off

@@ -8,7 +8,7 @@ from ddjax.processes.kernel import Kernel
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
-from ddjax.processes.staggered import Staggered
+from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
 from ddjax.processes.thinning import Thinning
 from ddjax.processes.uniform import Uniform
@@ -29,4 +29,5 @@ __all__ = [
     "Uniform",
     "chain",
     "generators",
+    "in_blocks",
 ]

@@ -42,12 +42,14 @@ class Staggered:
 
     start, stop: shaped like one example (or broadcasting to it), 0 <= start < stop <= 1. A site is clean until its
         start and pure noise after its stop.
-    The network is told the common time t. Raises ValueError for windows that are empty or leave [0, 1].
+    own_time: tell the network each site's own time, `(batch, *sites)`, in the place of the common one.
+    Raises ValueError for windows that are empty or leave [0, 1].
     """
 
     process: Any
     start: Frozen
     stop: Frozen
+    own_time: bool = False
 
     def __post_init__(self):
         start, stop = (np.asarray(v, np.float64) for v in (self.start, self.stop))
@@ -147,9 +149,22 @@ class Staggered:
         return self.process.observe(keys, x0, self._local(t, x0))
 
     def network_inputs(self, xt, t, kind):
-        """The process's input for the state; the common time."""
-        return self.process.network_inputs(xt, self._local(t, xt), kind)[0], jnp.asarray(t)
+        """The process's input for the state; the common time, or each site's own."""
+        own = self._local(t, xt)
+        return self.process.network_inputs(xt, own, kind)[0], own if self.own_time else jnp.asarray(t)
 
     def convert(self, prediction, kind, xt, t):
         """The same statement as another kind."""
         return self.process.convert(prediction, kind, xt, self._local(t, xt))
+
+
+def in_blocks(process: Any, length: int, block: int) -> Staggered:
+    """Sequences of `length` sites, one block of `block` of them (the last may be shorter) after the other.
+
+    The generative process of Arriola et al. 2025 (BD3-LM), for a network that is told each site's own time.
+    """
+    if length < 1 or block < 1:
+        raise ValueError(f"blocks need at least one site, got length={length} and block={block}")
+    blocks = -(-length // block)
+    turn = np.arange(length) // block
+    return Staggered(process, 1 - (turn + 1) / blocks, 1 - turn / blocks, own_time=True)
