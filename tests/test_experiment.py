@@ -30,6 +30,11 @@ def gaussian(kind="v", schedule="vp_cosine", **sections):
     return config("gaussian", schedule, kind, **{"objective": {"name": "gaussian"}, **sections})
 
 
+def blocks(process="masked", kind="posterior", **sections):
+    denoiser = {"name": "text", "kind": kind, "options": SIZES | {"block": 2}}
+    return config(process, **{"denoiser": denoiser, **sections})
+
+
 EDM = {"weighting": "unit", "density": "log_normal_sigma", "mean": -1.0}
 TRAINABLE = {
     "masked": (config(), IMAGES),
@@ -45,6 +50,10 @@ TRAINABLE = {
     ),
     "chain": (config({"name": "discretized_gaussian", "options": {"steps": 4}}, kind="cavity"), IMAGES),
     "text": (config("masked", "log_linear", denoiser={"name": "text", "options": SIZES}), TEXT),
+    "blocks": (
+        blocks(objective={"name": "block_elbo", "options": {"clip": [0.1, 0.9]}}, sample={"steps": 6}),
+        TEXT,
+    ),
     "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
     "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),
@@ -170,6 +179,20 @@ WRONG = {
         config("uniform", kind="cavity", objective={"name": "any_order"}),
         IMAGES,
     ),
+    r"config.objective.name='block_elbo' is for networks in blocks": (
+        config(objective={"name": "block_elbo"}),
+        IMAGES,
+    ),
+    r"config.sample.steps=4 must be a multiple of the 3 blocks": (blocks(sample={"steps": 4}), TEXT),
+    r"config.sample.grid='uniform': needs at least one part and a grid from 1 to 0": (
+        blocks(sample={"steps": 6, "grid_options": {"end": 0.1}}),
+        TEXT,
+    ),
+    r"goes with processes in continuous time, not with 'discretized_gaussian'": (
+        blocks({"name": "discretized_gaussian", "options": {"steps": 4}}, "cavity", sample={"steps": 6}),
+        TEXT,
+    ),
+    r"DiT has no option 'block'": (config(denoiser={"options": SIZES | {"block": 2}}), IMAGES),
     r"rate of condition dropout": (config(objective={"condition_dropout": 2.0}), IMAGES),
     r"config.sample.solver='rk4' is unknown; it is one of ancestral, ddim, heun": (
         config(sample={"solver": "rk4"}),

@@ -11,7 +11,7 @@ from ddjax.fixtures import Categorical, exact_nelbo
 from ddjax.likelihood import nelbo
 from ddjax.objectives import elbo
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian, Masked, Staggered, Uniform
+from ddjax.processes import Gaussian, Masked, Staggered, Uniform, in_blocks
 from ddjax.schedules import CondOT, Cosine
 from ddjax.solvers import Ancestral
 
@@ -107,3 +107,22 @@ def test_gaussian_states():
 def test_bad_windows_are_refused(start, stop):
     with pytest.raises(ValueError, match="each site needs 0 <= start < stop <= 1"):
         Staggered(Masked(3), start=start, stop=stop)
+
+
+def test_blocks_of_one_site_are_autoregression(x64):
+    """One step a block: the chain's bound is the entropy. Each site's own time is told."""
+    law, process = Categorical(3, 2), in_blocks(Masked(2), 3, 1)
+    bound = exact_nelbo(law, law.denoise(process), process, times=grids.in_turn(grids.uniform(1), 3))
+    np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-9)
+    xt = jnp.asarray([[0, 1, 2], [0, 1, 2]])
+    _, own = process.network_inputs(xt, jnp.asarray([0.5, 1.0]), "posterior")
+    np.testing.assert_allclose(own, [[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]], atol=1e-12)
+
+
+def test_a_last_block_may_be_shorter():
+    process = in_blocks(Masked(2), 5, 2)
+    np.testing.assert_allclose(process.start.values, np.array([2, 2, 1, 1, 0]) / 3)
+    np.testing.assert_allclose(process.stop.values, np.array([3, 3, 2, 2, 1]) / 3)
+    for length, block in ((0, 1), (4, 0)):
+        with pytest.raises(ValueError, match="blocks need at least one site"):
+            in_blocks(Masked(2), length, block)
