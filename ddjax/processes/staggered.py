@@ -161,7 +161,8 @@ class Staggered:
 def in_blocks(process: Any, length: int, block: int) -> Staggered:
     """Sequences of `length` sites, one block of `block` of them (the last may be shorter) after the other.
 
-    The generative process of Arriola et al. 2025 (BD3-LM), for a network that is told each site's own time.
+    The generative process of Arriola et al. 2025 (BD3-LM), for a network that is told each site's own time. Such a
+    network sees no block after the one it denoises: sites that are given (in-painting) count from their own block on.
     """
     if length < 1 or block < 1:
         raise ValueError(f"blocks need at least one site, got length={length} and block={block}")
