@@ -118,7 +118,7 @@ def bench_sample(
     cond = jnp.arange(num, dtype=jnp.int32) % data.num_classes if data.num_classes else None
     init_key, prior_key, draw_key = jax.random.split(jax.random.key(config.sample.seed), 3)
     experiment, params = experiment.trained(jax.jit(experiment.init)(init_key))
-    process, solver = experiment.process, experiment.solver()
+    process, solver = experiment.sampling_process, experiment.solver()
     denoise = experiment.guided(bind(experiment.apply, params, process, experiment.kind), config.sample.guidance, cond)
 
     @jax.jit

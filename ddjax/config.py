@@ -65,18 +65,20 @@ class DenoiserConfig:
     kind: str = "posterior"  # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm
     options: dict = dataclasses.field(
         default_factory=dict
-    )  # constructor arguments: width, depth, heads, dropout, time, dtype, scan, remat, ...
+    )  # constructor arguments: width, depth, heads, dropout, time, block (text), dtype, scan, remat, ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """What is minimised."""
 
-    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo, gaussian
+    # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
+    # block_elbo, gaussian
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
-    # d3pm_hybrid: steps, ce_weight; gaussian: error, weighting, density and their arguments
+    # d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top; gaussian: error, weighting, density and
+    # their arguments
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -120,7 +122,7 @@ class SampleConfig:
     num: int = 64
     solver: str = "ancestral"  # ancestral, ddim, heun
     solver_options: dict = dataclasses.field(default_factory=dict)
-    steps: int = 64
+    steps: int = 64  # of all blocks together, where the network has blocks
     grid: str = "uniform"  # uniform, cosine, karras, uniform_log_snr
     grid_options: dict = dataclasses.field(default_factory=dict)
     guidance: float = 1.0  # classifier-free scale; 1 is off

@@ -90,6 +90,7 @@ DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
 OBJECTIVES = {
     "elbo": objectives.elbo,
     "any_order": objectives.any_order,
+    "block_elbo": objectives.block_elbo,
     "cross_entropy": objectives.cross_entropy,
     "ddpd": objectives.ddpd,
     "genmd4": objectives.genmd4,
@@ -147,8 +148,27 @@ class Experiment:
         """Sites of one example: what bits per dimension divide by."""
         return int(functools.reduce(lambda a, b: a * b, self.data.shape, 1))
 
+    @property
+    def block(self) -> int | None:
+        """Sites in a block of a network that goes block by block (texts); None for the others."""
+        return self.config.denoiser.options.get("block")
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are drawn one after the other."""
+        return 1 if self.block is None else -(-self.sites // self.block)
+
+    @property
+    def sampling_process(self) -> Any:
+        """What samples are drawn from: the process, block by block where the network goes so."""
+        return self.process if self.block is None else processes.in_blocks(self.process, self.sites, self.block)
+
+    def shown(self, x0: Array, cond: Any) -> Any:
+        """The condition under which the network is trained and scored on x0."""
+        return cond if self.block is None else objectives.with_clean(x0, cond)
+
     def objective(self) -> Objective:
-        """The training objective, with condition dropout for labelled data."""
+        """The training objective, with condition dropout for labelled data, teacher forced for blocks."""
         c = self.config.objective
         options, key = dict(c.options), "config.objective.options"
         if "weighting" in options and c.name in WEIGHTINGS:
@@ -157,7 +177,15 @@ class Experiment:
             options["density"] = _make(DENSITIES, options["density"], options, f"{key}.density", self.process)
         if "steps" in options:
             options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
+        if c.name == "block_elbo":
+            if self.block is None:
+                raise ConfigError(
+                    "config.objective.name='block_elbo' is for networks in blocks: set config.denoiser.options.block"
+                )
+            options["block"] = self.block
         objective = _make(OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options)
+        if self.block is not None and c.name != "block_elbo":  # which does so itself
+            objective = objectives.teacher_forced(objective)
         return (
             objectives.with_condition_dropout(objective, c.condition_dropout, self.null)
             if self.null is not None
@@ -219,10 +247,10 @@ class Experiment:
                 f"config.sample.solver={name or c.solver!r} is for the gaussian process, "
                 f"not for {self.config.process.name!r}"
             )
-        return _make(SOLVERS, name or c.solver, None, "config.sample.solver", self.process, **options)
+        return _make(SOLVERS, name or c.solver, None, "config.sample.solver", self.sampling_process, **options)
 
     def times(self, steps: int | None = None) -> Array:
-        """The sampler's grid."""
+        """The sampler's grid; where the network goes block by block, that of all blocks, each with as many steps."""
         c = self.config.sample
         if c.grid == "karras" and self.process.state != "gaussian":
             raise ConfigError(
@@ -230,6 +258,11 @@ class Experiment:
             )
         first = (self.process.schedule,) if c.grid in ("karras", "uniform_log_snr") else ()
         count = c.steps if steps is None else steps
+        if count % self.blocks:
+            raise ConfigError(
+                f"config.sample.steps={count} must be a multiple of the {self.blocks} blocks, one after the other"
+            )
+        count //= self.blocks
         times = _make(GRIDS, c.grid, None, "config.sample.grid", *first, steps=count, **c.grid_options)
         if not (np.diff(np.asarray(times)) < 0).all():
             raise ConfigError(
@@ -237,7 +270,10 @@ class Experiment:
                 f"config.process.schedule={self.config.process.schedule!r}: it leaves the schedule's noise levels; "
                 "see config.sample.grid_options"
             )
-        return times
+        try:
+            return times if self.block is None else grids.in_turn(times, self.blocks)
+        except ValueError as error:
+            raise ConfigError(f"config.sample.grid={c.grid!r}: {error}") from error
 
     def guided(self, denoise: Denoise, scale: float, cond: Any) -> Denoise:
         """`denoise` under classifier-free guidance, where there is a condition to guide towards."""
@@ -283,6 +319,10 @@ def build(config: Config, data: Dataset) -> Experiment:
             )
         init = functools.partial(_with_process, init, process)
     experiment = Experiment(config, data, process, init, apply)
+    if experiment.block is not None and hasattr(process, "times"):
+        raise ConfigError(
+            f"config.denoiser.options.block goes with processes in continuous time, not with {config.process.name!r}"
+        )
     experiment.objective(), experiment.solver(), experiment.times()  # a wrong name is an error now, not after training
     return experiment
 

@@ -58,6 +58,21 @@ def uniform(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
     return jnp.linspace(start, end, steps + 1)
 
 
+def in_turn(times: Grid, parts: int) -> Grid:
+    """The grid, which must run from 1 to 0, once in each of `parts` equal parts of the clock (`processes.in_blocks`).
+
+    Raises ValueError where it does not: a step would then straddle two parts.
+    """
+    values = np.asarray(check_grid(times), np.float64)
+    if parts < 1 or values[0] != 1 or values[-1] != 0:
+        raise ValueError(f"needs at least one part and a grid from 1 to 0, got {parts} and {values[0]} to {values[-1]}")
+    # The ends of the parts are computed as `in_blocks` does, and must come out as the same numbers.
+    start = 1 - (np.arange(parts)[:, None] + 1) / parts
+    stop = 1 - np.arange(parts)[:, None] / parts
+    inside = np.where(values[:-1] == 1, stop, start + values[:-1] * (stop - start))
+    return jnp.asarray(np.append(inside.ravel(), 0.0), times.dtype)
+
+
 def cosine(steps: int) -> Grid:
     """t_i = cos(pi/2 i / steps): short first steps, while few sites are known (MD4, Shi et al. 2024, appendix)."""
     _check(steps)

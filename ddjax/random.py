@@ -53,3 +53,14 @@ def stratified(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Arra
     part = jnp.mod(rows.index + jax.random.randint(shift_key, (), 0, rows.total), rows.total)
     u = (part.astype(dtype) + jax.random.uniform(u_key, (), dtype)) / rows.total
     return jnp.minimum(u, 1.0 - jnp.finfo(dtype).epsneg)  # rounding must not reach 1
+
+
+def latin(key: Key[Array, ""], rows: Rows, num: int, dtype=jnp.float32) -> Float[Array, "batch num"]:
+    """`num` low-discrepancy uniforms for each row: `stratified` over all `num * total` of them.
+
+    Those of one row are spread evenly over [0, 1), and so are those of one column, where the rows are many: a column
+    moves on by one of `num` parts from row to row.
+    """
+    part = jnp.mod(rows.index[:, None] + jnp.arange(num), num)
+    places = Rows((part * rows.total + rows.index[:, None]).ravel(), num * rows.total)
+    return stratified(key, places, dtype).reshape(-1, num)

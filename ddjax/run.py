@@ -88,7 +88,8 @@ class Run:
                     f"got {wrong[0]}"
                 )
         scale = self.config.sample.guidance if guidance is None else guidance
-        denoise = experiment.guided(self.denoise, float(scale), cond)
+        denoise = bind(experiment.apply, self.params, experiment.sampling_process, experiment.kind)
+        denoise = experiment.guided(denoise, float(scale), cond)
         step = experiment.solver(solver) if solver is None or isinstance(solver, str) else solver
         times = experiment.times(steps)
         parts = []
@@ -97,7 +98,7 @@ class Run:
             drawn = sample(
                 key,
                 denoise,
-                self.process,
+                experiment.sampling_process,
                 shape=(len(rows), *self.data.shape),
                 solver=step,
                 times=times,
@@ -134,7 +135,9 @@ class Run:
                     self.denoise,
                     self.process,
                     jnp.asarray(x0[rows]),
-                    None if cond is None else jnp.asarray(np.asarray(cond)[rows]),
+                    self.experiment.shown(
+                        jnp.asarray(x0[rows]), None if cond is None else jnp.asarray(np.asarray(cond)[rows])
+                    ),
                     num_times=self.config.eval.num_times if num_times is None else num_times,
                     t_range=self.experiment.t_range,
                     reconstruction=self.experiment.reconstruction(),

@@ -20,6 +20,9 @@ def small_data(name: str, folder: pathlib.Path) -> data.Dataset:
     if name == "text8":
         (folder / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
         return text.text(folder / "corpus.txt", "train", length=256, vocabulary="text8")
+    if name == "shakespeare_bd3lm":
+        (folder / "corpus.txt").write_text("If music be the food of love, play on.\n" * 400)
+        return text.text(folder / "corpus.txt", "train", length=256, vocabulary="characters")
     if name == "cifar10":
         np.save(folder / "images.npy", rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8))
         return arrays.npy(folder / "images.npy", "train", tokens=True)
@@ -65,14 +68,18 @@ def test_blackout_learns_and_samples(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["text8", "cifar10"])
+@pytest.mark.parametrize("name", ["text8", "cifar10", "shakespeare_bd3lm"])
 def test_full_size_config_runs_on_the_shared_data(name, shared_data, tmp_path):
     """The published configs run here, cut down in width and steps, on the stand-ins for their data."""
-    path = {"text8": "novels/novels_valid.txt.xz", "cifar10": "cifar10/cifar10_jpeg.npz"}[name]
+    path = {
+        "text8": "novels/novels_valid.txt.xz",
+        "cifar10": "cifar10/cifar10_jpeg.npz",
+        "shakespeare_bd3lm": "tinyshakespeare/input.txt",
+    }[name]
     size = ["width=32", "depth=1", "heads=2"] + (["mlp_width=64"] if name == "text8" else [])
     overrides = [f"--config.denoiser.options.{option}" for option in size]
     overrides += [f"--config.data.name={shared_data / path}", "--config.train.steps=2", "--config.train.batch_size=8"]
     overrides += ["--config.eval.max_examples=4", "--config.eval.num_times=1", "--config.sample.num=2"]
-    overrides += ["--config.sample.steps=2"]
+    overrides += [f"--config.sample.steps={16 if name == 'shakespeare_bd3lm' else 2}"]
     run = train(config.load(CONFIGS[0].with_name(f"{name}.py"), overrides), tmp_path / "run", show=False)
     assert run.step == 2

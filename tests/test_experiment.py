@@ -30,6 +30,11 @@ def gaussian(kind="v", schedule="vp_cosine", **sections):
     return config("gaussian", schedule, kind, **{"objective": {"name": "gaussian"}, **sections})
 
 
+def blocks(process="masked", kind="posterior", **sections):
+    denoiser = {"name": "text", "kind": kind, "options": SIZES | {"block": 2}}
+    return config(process, **{"denoiser": denoiser, **sections})
+
+
 EDM = {"weighting": "unit", "density": "log_normal_sigma", "mean": -1.0}
 TRAINABLE = {
     "masked": (config(), IMAGES),
@@ -76,6 +81,10 @@ TRAINABLE = {
             objective={"name": "duo", "options": {"tau": 0.1, "log_snr": [-2.0, 3.0], "top": 2}},
         ),
         IMAGES,
+    ),
+    "blocks": (
+        blocks(objective={"name": "block_elbo", "options": {"clip": [0.1, 0.9]}}, sample={"steps": 6}),
+        TEXT,
     ),
     "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
@@ -243,6 +252,20 @@ WRONG = {
         config("glauber", kind="cavity", objective={"name": "glauber"}),
         IMAGES,
     ),
+    r"config.objective.name='block_elbo' is for networks in blocks": (
+        config(objective={"name": "block_elbo"}),
+        IMAGES,
+    ),
+    r"config.sample.steps=4 must be a multiple of the 3 blocks": (blocks(sample={"steps": 4}), TEXT),
+    r"config.sample.grid='uniform': needs at least one part and a grid from 1 to 0": (
+        blocks(sample={"steps": 6, "grid_options": {"end": 0.1}}),
+        TEXT,
+    ),
+    r"goes with processes in continuous time, not with 'discretized_gaussian'": (
+        blocks({"name": "discretized_gaussian", "options": {"steps": 4}}, "cavity", sample={"steps": 6}),
+        TEXT,
+    ),
+    r"DiT has no option 'block'": (config(denoiser={"options": SIZES | {"block": 2}}), IMAGES),
     r"rate of condition dropout": (config(objective={"condition_dropout": 2.0}), IMAGES),
     r"config.sample.solver='rk4' is unknown; it is one of ancestral, ddim, heun": (
         config(sample={"solver": "rk4"}),

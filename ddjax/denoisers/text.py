@@ -1,8 +1,10 @@
-"""A bidirectional transformer for token sequences."""
+"""A transformer for token sequences: bidirectional, or in blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax.denoisers.dit import check_state, hard_state
+from ddjax.denoisers.layers.attention import block_causal, block_teacher_forced
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
@@ -18,11 +21,18 @@ from ddjax.types import SoftTokens
 
 
 class TextTransformer(nnx.Module):
-    """Bidirectional transformer with rotary positions and adaLN-zero, for discrete sequences.
+    """Transformer with rotary positions and adaLN-zero, for discrete sequences.
 
     The network of Sahoo et al. 2024 (MDLM) and Shi et al. 2024 (MD4); with `mlp="gated"` and `embed_width`
     close to the latter (silu for its sigmoid gates, half-split for its interleaved RoPE). The output layer
     starts at zero.
+
+    With `block` it is that of Arriola et al. 2025 (BD3-LM): a site sees its own block and those before it. The same
+    parameters are called in two ways. On xt alone, blocks before the one being denoised are clean (sampling:
+    `processes.in_blocks`). With `cond={"clean": x0}`, one pass over xt and x0 gives the logits of every block as if
+    all blocks before it were clean and it alone were noisy (training: `objectives.teacher_forced`; the bound:
+    `likelihood.nelbo` with this `cond`). A timed network is then told that x0 is at t = 0, so on xt alone it needs
+    a time for each site, 0 for clean ones.
 
     Args:
         length: the longest sequence; shorter ones are accepted.
@@ -36,8 +46,9 @@ class TextTransformer(nnx.Module):
             embedding).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         time: False ignores t.
+        block: sites in a block (the last may be shorter); None: every site sees every site.
         dropout: rate on each branch of each block, when train=True.
-        dtype: compute dtype; parameters and the logits stay float32.
+        dtype: compute dtype; parameters stay float32, the logits at least float32.
         cond_width: width of the conditioning vector, default `width` (MDLM: 128).
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
         scan, remat: see `layers.Stack`.
@@ -61,6 +72,7 @@ class TextTransformer(nnx.Module):
         embed_width: int | None = None,
         num_classes: int = 0,
         time: bool = True,
+        block: int | None = None,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         cond_width: int | None = None,
@@ -71,7 +83,10 @@ class TextTransformer(nnx.Module):
     ):
         if mlp_width is None:
             mlp_width = 4 * width if mlp == "gelu" else 8 * -(-width // 3)
+        if block is not None and block < 1:
+            raise ValueError(f"block={block}: expected at least one site, or None for one block")
         cond_width = cond_width or width
+        self.block = block
         self.length, self.symbols_in = length, symbols_in
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
         self.tokens = TokenEmbed(symbols_in, embed_width or width, rngs=rngs)
@@ -87,8 +102,8 @@ class TextTransformer(nnx.Module):
     def __call__(
         self,
         xt: Int[Array, "batch length"] | Float[Array, "batch length symbols_in"] | SoftTokens,
-        t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        t: Float[Array, " batch"] | Float[Array, ""] | Float[Array, "batch length"] | None,
+        cond: Int[Array, " batch"] | Mapping[str, Any] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -98,13 +113,14 @@ class TextTransformer(nnx.Module):
         Args:
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
-            t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label.
+            t: time in [0, 1], of each example or of each site.
+            cond: labels in `[0, num_classes]`; None is the null label. With `block` also
+                `{"clean": x0, "cond": labels}` (without "cond" for None), x0 being the clean sequence.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
         Returns:
-            float32 logits.
+            Logits, at least float32.
 
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
@@ -112,10 +128,36 @@ class TextTransformer(nnx.Module):
         state = hard_state(xt, 2, self.symbols_in)
         length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
         check_state(state, (("length",), (length,)), self.symbols_in)
-        batch = state.shape[0]
+        batch, clean = state.shape[0], None
+        if isinstance(cond, Mapping) and "clean" in cond:
+            clean, cond = cond["clean"], cond.get("cond")
+            self._check_clean(clean, xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = tap("condition", self.condition(batch, t, cond))
-        one_channel = jax.tree.map(lambda v: jnp.expand_dims(v, 2), xt)
+        c = own = tap("condition", self.condition(batch, t, cond, sites=length))
+        if clean is not None:
+            layout, seen = block_teacher_forced(length, self.block), jnp.concatenate([xt, clean], axis=1)
+            c = self._with_clean(own, cond)
+        else:
+            layout, seen = None if self.block is None else block_causal(length, self.block), xt
+        one_channel = jax.tree.map(lambda v: jnp.expand_dims(v, 2), seen)
         h = self.tokens(one_channel)[:, :, 0].astype(self.dtype)
         h = tap("embed", h if self.embed is None else self.embed(h))
-        return self.final(self.stack(h, c, keys), c)
+        return self.final(self.stack(h, c, keys, layout)[:, :length], own)
+
+    def _with_clean(self, c: Array, cond: Array | None) -> Array:
+        """The conditioning vectors of the noisy sequence and of the clean one, which is at t = 0."""
+        if not self.condition.time:
+            return c  # one vector serves both
+        clean = self.condition(c.shape[0], jnp.zeros(()), cond)[:, None]
+        c = c[:, None] if c.ndim == 2 else c
+        return jnp.concatenate([c, jnp.broadcast_to(clean, c.shape)], axis=1)
+
+    def _check_clean(self, clean: Array, xt: Array) -> None:
+        if self.block is None:
+            raise ValueError('cond has a "clean" sequence but the network sees all of xt: build it with block=...')
+        if isinstance(xt, SoftTokens) or xt.ndim != 2:
+            raise ValueError("soft tokens have no teacher-forced pass: give hard ones, or no clean sequence")
+        if clean.shape != xt.shape or not jnp.issubdtype(clean.dtype, jnp.integer):
+            raise ValueError(
+                f'cond["clean"] has shape {clean.shape}, {clean.dtype}; expected the clean tokens of xt, {xt.shape}'
+            )

@@ -5,6 +5,7 @@ metrics)`: the loss
 is the weighted mean over examples of nats per site (docs/design.md, section 2).
 """
 
+from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
 from ddjax.objectives.conditioning import with_condition_dropout
 from ddjax.objectives.duo import duo
@@ -22,8 +23,10 @@ from ddjax.objectives.glauber import glauber
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
+    "ClipSearch",
     "FlowBound",
     "any_order",
+    "block_elbo",
     "clipped",
     "cross_entropy",
     "d3pm_hybrid",
@@ -39,8 +42,11 @@ __all__ = [
     "min_snr",
     "planner",
     "score_entropy",
+    "search_clip",
+    "teacher_forced",
     "uniform_log_snr",
     "uniform_time",
     "unit",
+    "with_clean",
     "with_condition_dropout",
 ]

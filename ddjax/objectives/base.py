@@ -41,17 +41,18 @@ class Objective(Protocol):
         """
 
 
-def noised(process: Any, kind: str, draw: Draw) -> Objective:
+def noised(process: Any, kind: str, draw: Draw, *, times_each: Callable[[State], int] | None = None) -> Objective:
     """An objective that noises each example once, at times spread evenly over the global batch.
 
     draw: the noisy states, their times, and what a prediction at them costs; `at_times` makes one from a density of
         times, `on_grid` one from a grid.
+    times_each: how many times an example needs; `draw` is then given uniforms `(batch, times)`. Default: one.
     """
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         rows = Rows.all(x0.shape[0]) if rows is None else rows
         time_key, noise_key, network_key = jax.random.split(key, 3)
-        u = random.stratified(time_key, rows)
+        u = random.stratified(time_key, rows) if times_each is None else random.latin(time_key, rows, times_each(x0))
         xt, t, errors = draw(u, random.example_keys(noise_key, rows.index), x0)
         known = site_weights(weights, x0)
         if known is not None:

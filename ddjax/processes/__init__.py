@@ -9,7 +9,7 @@ from ddjax.processes.kernel import Kernel
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
-from ddjax.processes.staggered import Staggered
+from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
 from ddjax.processes.thinning import Thinning
 from ddjax.processes.uniform import Uniform
@@ -32,5 +32,6 @@ __all__ = [
     "Windows",
     "chain",
     "generators",
+    "in_blocks",
     "staggered",
 ]

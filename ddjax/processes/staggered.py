@@ -41,11 +41,12 @@ class Staggered:
     """`process` with a clock for each site: `Staggered(Masked(3), Windows(start=[0.0, 0.5], stop=[0.5, 1.0]))`.
 
     clock: `Windows`, `Sweeps`, or anything with the methods of `clocks.Clock`.
-    The network is told the common time t.
+    own_time: tell the network each site's own time, `(batch, *sites)`, in the place of the common one.
     """
 
     process: Any
     clock: Clock
+    own_time: bool = False
 
     @property
     def state(self):
@@ -133,8 +134,9 @@ class Staggered:
         return self.process.observe(keys, x0, self.clock.local(t, x0))
 
     def network_inputs(self, xt, t, kind):
-        """The process's input for the state; the common time."""
-        return self.process.network_inputs(xt, self.clock.local(t, xt), kind)[0], jnp.asarray(t)
+        """The process's input for the state; the common time, or each site's own."""
+        own = self.clock.local(t, xt)
+        return self.process.network_inputs(xt, own, kind)[0], own if self.own_time else jnp.asarray(t)
 
     def network_outputs(self, output, xt, t, kind):
         """The prediction's value in a network's output, each site at its own time."""
@@ -151,3 +153,16 @@ def glauber(num_symbols: int, shape: Sequence[int], schedule: Survival = LogLine
     Its objective, `objectives.glauber`, needs a schedule that ends above 0; the bound does not.
     """
     return Staggered(Uniform(num_symbols, schedule), Sweeps.cyclic(shape, rounds))
+
+
+def in_blocks(process: Any, length: int, block: int) -> Staggered:
+    """Sequences of `length` sites, one block of `block` of them (the last may be shorter) after the other.
+
+    The generative process of Arriola et al. 2025 (BD3-LM), for a network that is told each site's own time. Such a
+    network sees no block after the one it denoises: sites that are given (in-painting) count from their own block on.
+    """
+    if length < 1 or block < 1:
+        raise ValueError(f"blocks need at least one site, got length={length} and block={block}")
+    blocks = -(-length // block)
+    turn = np.arange(length) // block
+    return Staggered(process, Windows(start=1 - (turn + 1) / blocks, stop=1 - turn / blocks), own_time=True)

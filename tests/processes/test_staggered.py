@@ -11,7 +11,7 @@ from ddjax.fixtures import Categorical, exact_nelbo
 from ddjax.likelihood import nelbo
 from ddjax.objectives import elbo
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian, Masked, Staggered, Thinning, Uniform, Windows
+from ddjax.processes import Gaussian, Masked, Staggered, Thinning, Uniform, Windows, in_blocks
 from ddjax.schedules import CondOT, Cosine
 from ddjax.solvers import Ancestral
 
@@ -115,3 +115,22 @@ def test_a_networks_output_is_read_at_each_sites_own_time():
     denoise = ddjax.bind(lambda params, xt, t, cond: jnp.zeros((*xt.shape, 1)), {}, process, "deaths")
     prediction = denoise(jnp.zeros((1, 2), int), jnp.asarray([0.25]))
     np.testing.assert_allclose(prediction.value, [[0.5 * np.log(2.0), 0.0]], rtol=1e-6)
+
+
+def test_blocks_of_one_site_are_autoregression(x64):
+    """One step a block: the chain's bound is the entropy. Each site's own time is told."""
+    law, process = Categorical(3, 2), in_blocks(Masked(2), 3, 1)
+    bound = exact_nelbo(law, law.denoise(process), process, times=grids.in_turn(grids.uniform(1), 3))
+    np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-9)
+    xt = jnp.asarray([[0, 1, 2], [0, 1, 2]])
+    _, own = process.network_inputs(xt, jnp.asarray([0.5, 1.0]), "posterior")
+    np.testing.assert_allclose(own, [[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]], atol=1e-12)
+
+
+def test_a_last_block_may_be_shorter():
+    process = in_blocks(Masked(2), 5, 2)
+    np.testing.assert_allclose(process.clock.start.values, np.array([2, 2, 1, 1, 0]) / 3)
+    np.testing.assert_allclose(process.clock.stop.values, np.array([3, 3, 2, 2, 1]) / 3)
+    for length, block in ((0, 1), (4, 0)):
+        with pytest.raises(ValueError, match="blocks need at least one site"):
+            in_blocks(Masked(2), length, block)

@@ -1,6 +1,13 @@
 """Layers: small NNX modules and pure functions with explicit dtypes, keys and `train` flags."""
 
-from ddjax.denoisers.layers.attention import Attention, dot_product_attention, rope
+from ddjax.denoisers.layers.attention import (
+    Attention,
+    Layout,
+    block_causal,
+    block_teacher_forced,
+    dot_product_attention,
+    rope,
+)
 from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
 from ddjax.denoisers.layers.embed import (
@@ -18,9 +25,12 @@ __all__ = [
     "Conditioner",
     "FinalLayer",
     "GatedMLP",
+    "Layout",
     "Linear",
     "Stack",
     "TokenEmbed",
+    "block_causal",
+    "block_teacher_forced",
     "dot_product_attention",
     "dropout",
     "layer_norm",

@@ -1,28 +1,63 @@
-"""Bidirectional multi-head attention and rotary positions."""
+"""Multi-head attention, who attends to whom, and rotary positions."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from ddjax.denoisers.layers.basic import DType, Linear
+from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
 
-def rope(x: Float[Array, "batch sites heads head"], base: float = 1e4) -> Float[Array, "batch sites heads head"]:
+class Layout(NamedTuple):
+    """Where the sites that a network sees stand, and which of them each attends to."""
+
+    positions: Int[Array, " sites"]
+    mask: Bool[Array, "sites sites"]  # (queries, keys); every query needs a key
+
+
+def block_causal(length: int, block: int) -> Layout:
+    """Sites attend to their own block of `block` sites (the last may be shorter) and to those before it."""
+    site = jnp.arange(length)
+    return Layout(site, site[:, None] // block >= site // block)
+
+
+def block_teacher_forced(length: int, block: int) -> Layout:
+    """A noisy sequence and then the clean one, so that every block is seen at once behind a clean past.
+
+    (Arriola et al. 2025, section 3.2.) A noisy site attends to its own block of the noisy sequence and to the blocks
+    before it of the clean one; a clean site to its own block of the clean one and those before it.
+    """
+    site = jnp.concatenate([jnp.arange(length)] * 2)
+    own, noisy = site // block, jnp.arange(2 * length) < length
+    same, before = own[:, None] == own, own[:, None] > own
+    mask = jnp.where(noisy, noisy[:, None] & same, before | (~noisy[:, None] & same))
+    return Layout(site, mask)
+
+
+def rope(
+    x: Float[Array, "batch sites heads head"],
+    positions: Int[Array, " sites"] | None = None,
+    base: float = 1e4,
+) -> Float[Array, "batch sites heads head"]:
     """Rotate the features of site n by angles `n base^(-2i/head)`: scores then depend on `n - m` only.
 
     Su et al. 2021, in the half-split layout: feature i is paired with feature `i + head / 2` (in the
-    interleaved layout with its neighbour; weights do not carry over). Rotated in float32; the dtype is kept.
+    interleaved layout with its neighbour; weights do not carry over). Rotated in at least float32; the dtype is kept.
+
+    positions: n for each site; default 0, 1, ...
     """
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies
+    positions = jnp.arange(x.shape[1]) if positions is None else positions
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    a, b = jnp.split(x.astype(at_least_float32(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
@@ -31,8 +66,11 @@ def dot_product_attention(
     k: Float[Array, "batch sites heads head"],
     v: Float[Array, "batch sites heads head"],
     implementation: str | None = None,
+    mask: Bool[Array, "sites sites"] | None = None,
 ) -> Float[Array, "batch sites heads head"]:
-    """`softmax(q k' / sqrt(head)) v`, scores and softmax in float32.
+    """`softmax(q k' / sqrt(head)) v`, scores and softmax in float32 (on a CPU, of float64 in float64).
+
+    mask: `(queries, keys)`, true where a query attends; every query needs a key. None: everywhere, at no cost.
 
     implementation: `"xla"` and `"cudnn"` are `jax.nn.dot_product_attention`'s. None is two batched
     products on a CPU, where they are faster (the same arithmetic), and `"xla"` elsewhere. `"cudnn"` never falls back.
@@ -47,10 +85,13 @@ def dot_product_attention(
     if implementation is None and jax.default_backend() == "cpu":
         # Heads first by hand: XLA's CPU backend then runs plain batched products, faster than one einsum.
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        sums = at_least_float32(q.dtype)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=sums)
+        scores = scores if mask is None else jnp.where(mask, scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("bhqk,bhkd->bhqd", weights, v).swapaxes(1, 2)
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation or "xla")
+    mask = None if mask is None else mask[None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation or "xla")
 
 
 def check_implementation(implementation: str | None, dtype: DType, head: int) -> None:
@@ -93,12 +134,14 @@ class Attention(nnx.Module):
         self.qkv = Linear(width, 3 * width, bias=False, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch sites width"]) -> Float[Array, "batch sites width"]:
-        """Every site attends to every site."""
+    def __call__(
+        self, x: Float[Array, "batch sites width"], layout: Layout | None = None
+    ) -> Float[Array, "batch sites width"]:
+        """Every site attends to every site, or as the layout says."""
         batch, sites, width = x.shape
         qkv = self.qkv(x).reshape(batch, sites, self.heads, 3, width // self.heads)
         q, k, v = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
         if self.rotary:
-            q, k = rope(q), rope(k)
-        y = dot_product_attention(q, k, v, self.implementation)
+            q, k = (rope(x, layout and layout.positions) for x in (q, k))
+        y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask)
         return self.out(y.reshape(batch, sites, width))

@@ -17,6 +17,11 @@ xavier = jax.nn.initializers.glorot_uniform()
 zeros = jax.nn.initializers.zeros
 
 
+def at_least_float32(dtype: DType) -> jnp.dtype:
+    """The dtype of sums, softmax and logits: float32 for half precision, else the dtype itself."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`: parameters float32, cast to `dtype` where they are used, sums kept in float32.
 
@@ -72,19 +77,25 @@ class GatedMLP(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*batch width"], epsilon: float = 1e-6) -> Float[Array, "*batch width"]:
-    """Layer normalisation over the last axis without scale or shift, computed and returned in float32.
+    """Layer normalisation over the last axis without scale or shift, computed and returned in at least float32.
 
     adaLN supplies the scale and the shift, so an affine here would be redundant.
     """
-    x = x.astype(jnp.float32)
+    x = x.astype(at_least_float32(x.dtype))
     x = x - x.mean(axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
 
 def modulate(x: Float[Array, "batch sites width"], shift: Array, scale: Array) -> Array:
-    """`layer_norm(x) (1 + scale) + shift` in float32, `shift` and `scale` of shape `(batch, width)`."""
-    shift, scale = shift.astype(jnp.float32)[:, None], scale.astype(jnp.float32)[:, None]
-    return layer_norm(x) * (1 + scale) + shift
+    """`layer_norm(x) (1 + scale) + shift` in at least float32, `shift` and `scale` as `per_site` takes them."""
+    x = layer_norm(x)
+    shift, scale = (per_site(v, x.shape[1]).astype(x.dtype) for v in (shift, scale))
+    return x * (1 + scale) + shift
+
+
+def per_site(v: Float[Array, "batch *groups width"], sites: int) -> Array:
+    """A vector of each example, or of each of its equal runs of consecutive sites, ready to meet the sites."""
+    return v[:, None] if v.ndim == 2 else jnp.repeat(v, sites // v.shape[1], axis=1)
 
 
 def dropout(x: Float[Array, "batch ..."], rate: float, keys: Key[Array, " batch"] | None) -> Array:

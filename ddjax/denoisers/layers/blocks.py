@@ -10,8 +10,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from ddjax import random
-from ddjax.denoisers.layers.attention import Attention
-from ddjax.denoisers.layers.basic import MLP, DType, GatedMLP, Linear, check_rate, dropout, modulate, zeros
+from ddjax.denoisers.layers.attention import Attention, Layout
+from ddjax.denoisers.layers.basic import (
+    MLP,
+    DType,
+    GatedMLP,
+    Linear,
+    at_least_float32,
+    check_rate,
+    dropout,
+    modulate,
+    per_site,
+    zeros,
+)
 from ddjax.denoisers.taps import active, refuse, tap
 from ddjax.types import Params
 
@@ -19,7 +30,7 @@ MLPS = {"gelu": MLP, "gated": GatedMLP}
 
 
 class Block(nnx.Module):
-    """A bidirectional transformer block under adaLN-zero (Peebles & Xie 2023, section 3.2).
+    """A transformer block under adaLN-zero (Peebles & Xie 2023, section 3.2).
 
     The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
@@ -50,31 +61,36 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "batch sites width"],
-        c: Float[Array, "batch cond"],
+        c: Float[Array, "batch *groups cond"],
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
+        layout: Layout | None = None,
     ) -> Float[Array, "batch sites width"]:
-        """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
+
+        c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
+        """
         named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c), 6, axis=-1)
-        y = named("/attention", self.attention(modulate(h, shift_a, scale_a)))
-        h = h + gate_a[:, None] * dropout(y, self.dropout, keys_a)
+        y = named("/attention", self.attention(modulate(h, shift_a, scale_a), layout))
+        h = h + per_site(gate_a, h.shape[1]) * dropout(y, self.dropout, keys_a)
         y = named("/mlp", self.mlp(modulate(h, shift_m, scale_m)))
-        h = h + gate_m[:, None] * dropout(y, self.dropout, keys_m)
+        h = h + per_site(gate_m, h.shape[1]) * dropout(y, self.dropout, keys_m)
         return named("", h)
 
 
 class FinalLayer(nnx.Module):
-    """adaLN and a linear layer, both starting at zero; the result is float32."""
+    """adaLN and a linear layer, both starting at zero; the result is at least float32."""
 
     def __init__(self, width: int, features_out: int, *, cond_width: int, dtype: DType = jnp.float32, rngs: nnx.Rngs):
         self.modulation = Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, features_out, kernel_init=zeros, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        out_dtype = at_least_float32(dtype)
+        self.out = Linear(width, features_out, kernel_init=zeros, dtype=dtype, out_dtype=out_dtype, rngs=rngs)
 
-    def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch cond"]) -> Array:
-        """`(batch, sites, features_out)`, float32."""
+    def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch *groups cond"]) -> Array:
+        """`(batch, sites, features_out)`, at least float32."""
         shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
         return self.out(tap("final", modulate(h, shift, scale)))
 
@@ -116,12 +132,13 @@ class Stack(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "batch sites width"],
-        c: Float[Array, "batch cond"],
+        c: Float[Array, "batch *groups cond"],
         keys: Key[Array, " batch"] | None = None,
+        layout: Layout | None = None,
     ) -> Float[Array, "batch sites width"]:
-        """Run the blocks; `keys`, folded with the layer's number, turn dropout on."""
+        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest as in `Block`."""
         if self.scan:
-            return self._scanned(h, c, keys)
+            return self._scanned(h, c, keys, layout)
         # A listener needs the values, which remat's inner trace would not let out; remat changes none.
         remat = self.remat and not active()
         for i, block in enumerate(self.blocks):
@@ -129,19 +146,19 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
 
             def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}"):
-                return nnx.merge(graphdef, params)(h, c, keys=keys, name=name)
+                return nnx.merge(graphdef, params)(h, c, keys=keys, name=name, layout=layout)
 
             h = (jax.checkpoint(run) if remat else run)(params, h, c, layer_keys)
         return h
 
-    def _scanned(self, h: Array, c: Array, keys: Key[Array, " batch"] | None) -> Array:
+    def _scanned(self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None) -> Array:
         refuse("block", "the blocks are scanned; build the network with scan=False (see `unstack_blocks`)")
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(h: Array, layer: tuple) -> tuple[Array, None]:
             params, i = layer
             layer_keys = None if keys is None else random.fold_in(keys, i)
-            return nnx.merge(graphdef, params)(h, c, keys=layer_keys), None
+            return nnx.merge(graphdef, params)(h, c, keys=layer_keys, layout=layout), None
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
         body = jax.checkpoint(body, prevent_cse=False) if self.remat else body

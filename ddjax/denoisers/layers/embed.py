@@ -16,14 +16,14 @@ TIME_SCALE = 1000.0
 TIME_FEATURES = 256
 
 
-def time_embedding(t: Float[Array, " batch"], features: int = TIME_FEATURES) -> Float[Array, "batch features"]:
+def time_embedding(t: Float[Array, "*batch"], features: int = TIME_FEATURES) -> Float[Array, "*batch features"]:
     """Cosines and sines of `1000 t` at geometric frequencies from 1 to 1e-4, float32.
 
     As in Peebles & Xie 2023 (DiT), after Vaswani et al. 2017. `t` in [0, 1]; `features` even.
     """
     half = features // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequencies
+    angles = TIME_SCALE * t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -98,14 +98,20 @@ class Conditioner(nnx.Module):
         labelled = num_classes > 0 or not time
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
 
-    def __call__(self, batch: int, t: Array | None, cond: Array | None) -> Float[Array, "batch width"]:
-        """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)` or None (null)."""
+    def __call__(
+        self, batch: int, t: Array | None, cond: Array | None, sites: int | None = None
+    ) -> Float[Array, "batch *sites width"]:
+        """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)` or None (null).
+
+        sites: where given, `t` may also be `(batch, sites)`, and there is then a vector for each site.
+        """
         total = jnp.zeros((), jnp.float32)
         if self.time:
-            total = self.time_out(jax.nn.silu(self.time_in(time_embedding(_check_time(t, batch)))))
+            total = self.time_out(jax.nn.silu(self.time_in(time_embedding(_check_time(t, batch, sites)))))
         labels = _check_labels(cond, self.num_classes, batch)
         if self.labels is not None:
-            total = total + lookup(self.labels[...], labels)
+            row = lookup(self.labels[...], labels)
+            total = total + (row[:, None] if total.ndim == 3 else row)
         return jax.nn.silu(total)
 
 
@@ -113,17 +119,17 @@ def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
-def _check_time(t: Array | None, batch: int) -> Float[Array, " batch"]:
+def _check_time(t: Array | None, batch: int, sites: int | None) -> Array:
     if t is None:
         raise ValueError(
             f"t is None but the network takes the time: pass shape ({batch},), or build it with time=False"
         )
     t = jnp.asarray(t)
+    if sites is not None and t.shape == (batch, sites):
+        return t
     if t.ndim > 1:
-        raise ValueError(
-            f"t has shape {t.shape}: a time of its own for each site is not supported by this network yet; "
-            f"expected ({batch},) or ()"
-        )
+        each = "is not supported by this network yet" if sites is None else f"has shape {(batch, sites)}"
+        raise ValueError(f"t has shape {t.shape}: a time of its own for each site {each}; expected ({batch},) or ()")
     if t.shape not in ((), (batch,)):
         raise ValueError(f"t has shape {t.shape}; expected ({batch},), one time per example, or ()")
     return jnp.broadcast_to(t, (batch,))
