@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax.types import Apply, Params, State, Time
@@ -59,7 +60,8 @@ class BoundDenoiser:
         value = self.apply(self.params, x_in, t_in, cond, **options)
         if hasattr(self.process, "network_outputs"):  # few parameterisations need it
             value = self.process.network_outputs(value, xt, t, self.kind)
-        return Prediction(value, self.kind)
+        # Whatever the network computes in: softmax, losses and steps of the sampler have float32 at least.
+        return Prediction(value.astype(jnp.promote_types(value.dtype, jnp.float32)), self.kind)
 
 
 def bind(
