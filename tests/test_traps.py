@@ -18,7 +18,7 @@ def network(params, xt, t, cond, **options):
 
 
 def test_trap_02_temperatures_are_taken_in_log_space():
-    """exp(logits) / (-log u)**T overflows: at a low temperature every draw is the likeliest, or with ties one of them."""
+    """exp(logits) / (-log u)**T overflows: a cold draw is the likeliest symbol, or one of its equals."""
     logits = jnp.asarray([-300.0, 200.0, 199.0, 200.0])
     draw = lambda temperature: np.asarray(
         categorical(random.example_keys(jax.random.key(0), 50), jnp.broadcast_to(logits / temperature, (50, 400, 4)))
