@@ -27,6 +27,7 @@ from enumerated import (
 import ddjax
 from ddjax import objectives, random
 from ddjax.fixtures.categorical import all_states
+from ddjax.objectives.categorical import p_corrupted
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked, Uniform
 from ddjax.schedules import Cosine
@@ -297,6 +298,12 @@ def test_gradients_are_finite_and_add_up_over_microbatches(name, kind, monkeypat
             value, slope = run(extreme, x0, jnp.arange(10), u)
             assert np.isfinite(value), (u, value)
             assert np.isfinite(np.asarray(slope)).all(), u
+
+
+def test_a_given_site_at_the_end_of_time_is_not_corrupted():
+    """A prompt is shown where nothing survives: 0 / 0 there would be NaN in the gradient, whatever its weight."""
+    x, t = jnp.asarray([[1, 2]]), jnp.ones(1)
+    np.testing.assert_array_equal(p_corrupted(Masked(3), x, x.at[0, 1].set(3), t), [[0.0, 1.0]])
 
 
 def test_errors():
