@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax.types import Apply, Params, State, Time
@@ -57,7 +58,9 @@ class BoundDenoiser:
         x_in, t_in = self.process.network_inputs(xt, t, self.kind)
         options = {"train": True, "rng": self.rng} if self.train else {}
         output = self.apply(self.params, x_in, t_in, cond, **options)
-        return Prediction(self.process.network_outputs(output, xt, t, self.kind), self.kind)
+        value = self.process.network_outputs(output, xt, t, self.kind)
+        # Whatever the network computes in: softmax, losses and steps of the sampler have float32 at least.
+        return Prediction(value.astype(jnp.promote_types(value.dtype, jnp.float32)), self.kind)
 
 
 def bind(

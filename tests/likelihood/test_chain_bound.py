@@ -9,7 +9,6 @@ import pytest
 
 from ddjax import grids, random
 from ddjax.fixtures import Categorical, exact_nelbo
-from ddjax.fixtures.categorical import all_states
 from ddjax.likelihood import nelbo
 from ddjax.objectives import any_order, elbo
 from ddjax.predictions import Prediction
@@ -84,41 +83,6 @@ def test_monte_carlo_and_the_objective_agree_with_the_exact_chain(process):
     apply = lambda params, xt, t, cond, **_: denoise(xt, t, cond).value
     loss = float(elbo(process, "cavity", times=times)(jax.random.key(2), apply, {}, x0)[0])
     assert loss == pytest.approx(float(exact.diffusion[0]) / 2, rel=0.05)
-
-
-def conditional(law, process):
-    """The exact posterior of two sites of which the second is always shown clean."""
-    p = jnp.exp(law.log_p).reshape(law.symbols, law.symbols)
-
-    def denoise(xt, t, cond):
-        q = jnp.exp(
-            jax.vmap(lambda k: process.marginal(jnp.full_like(xt, k), t).log_prob(xt)[:, 0], out_axes=-1)(
-                jnp.arange(law.symbols)
-            )
-        )
-        first = p.T[xt[:, 1]] * q  # p(x_1 | x_2) q(x_t1 | x_1)
-        second = jax.nn.one_hot(xt[:, 1], law.symbols)
-        return Prediction(jnp.log(jnp.maximum(jnp.stack([first, second], 1), 1e-30)), "posterior")
-
-    return denoise
-
-
-@pytest.mark.parametrize("process", [Masked(3), Uniform(3)], ids=lambda p: type(p).__name__)
-def test_known_sites_give_the_conditional_entropy(process):
-    """-log p(x_1 | x_2), with x_2 shown at every time and charged nothing."""
-    law = Categorical(2, 3)
-    x0 = jnp.repeat(jnp.asarray(all_states(2, 3)), 4000, axis=0)
-    known = jnp.broadcast_to(jnp.asarray([False, True]), x0.shape)
-    bound = nelbo(jax.random.key(0), conditional(law, process), process, x0, known=known, num_times=8)
-    weights = np.repeat(np.exp(np.asarray(law.log_p)), 4000) / 4000
-    p = np.exp(np.asarray(law.log_p)).reshape(3, 3)
-    entropy = -np.sum(p * np.log(p / p.sum(0)))
-    draws = np.asarray(bound.total)
-    error = np.sqrt(np.sum((weights * (draws - np.sum(weights * draws))) ** 2))
-    assert error < 0.02
-    assert abs(np.sum(weights * draws) - entropy) < 4 * error
-    with pytest.raises(ValueError, match=r"known has shape \(2,\); give one entry per site"):
-        nelbo(jax.random.key(0), conditional(law, process), process, x0, known=known[0])
 
 
 @pytest.mark.parametrize("make", [elbo, any_order])

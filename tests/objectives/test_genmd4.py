@@ -196,6 +196,21 @@ def test_weights():
     np.testing.assert_allclose(loss(x0, kept), loss(x0, kept[:, None] * ones), rtol=1e-6)
 
 
+def test_sites_of_weight_zero_are_shown_clean():
+    x0 = LAW.sample(random.example_keys(jax.random.key(5), 16))
+    seen = []
+
+    def spy(params, xt, t, cond, **options):
+        seen.append(xt)
+        return params[xt]
+
+    weights = jnp.ones((16, 2)).at[:, 0].set(0.0)
+    genmd4(START)(jax.random.key(7), spy, parameters(), x0, weights=weights)
+    for xt in seen:  # both draws
+        np.testing.assert_array_equal(xt[:, 0], x0[:, 0])
+        assert (xt[:, 1] == MASK).any()
+
+
 def test_a_training_step_moves_the_powers():
     """In the library's own step; gradients are finite for steep and flat powers."""
     x0, optimizer = LAW.sample(random.example_keys(jax.random.key(5), 8)), optax.sgd(0.1)

@@ -97,14 +97,6 @@ def test_path_kl_is_the_published_loss(x64):
         np.testing.assert_allclose(ours, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["cavity", "posterior"])
-def test_nelbo_is_the_entropy(x64, kind):
-    law = Categorical(2, 3)
-    low = float(P.schedule.time_of_sigma(jnp.asarray(1e-6)))
-    bound = exact_nelbo(law, law.denoise(P, kind), P, t_range=(low, 1.0), order=32)
-    np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-6)
-
-
 def test_a_posterior_read_as_a_cavity_is_dearer(x64):
     law = Categorical(2, 3)
     wrong = lambda xt, t, cond: Prediction(law.denoise(P, "posterior")(xt, t).value, "cavity")

@@ -217,29 +217,6 @@ def test_uniform_and_masked_are_kernels(x64, process, mixture):
     np.testing.assert_allclose(process.t_range, mixture.t_range, rtol=1e-6)
 
 
-def whole_range(process, left=1e-6):
-    """From almost nothing lost."""
-    return float(process.schedule.time_of_sigma(jnp.asarray(left, float))), 1.0
-
-
-def prior_gap(law, process):
-    """KL(the law's marginal at t = 1 || the prior): what starting from the prior costs."""
-    q = kernel(process, 0.0, 1.0)[:3]
-    p = np.exp(np.asarray(law.log_p)).reshape((3,) * law.sites)
-    for _ in range(law.sites):
-        p = np.tensordot(p, q, axes=([0], [0]))
-    prior = functools.reduce(np.multiply.outer, [q.mean(0)] * law.sites)
-    return float(np.sum(np.where(p > 1e-100, p * np.log(np.maximum(p, 1e-300) / np.maximum(prior, 1e-300)), 0)))
-
-
-@every_process
-def test_exact_denoiser_gives_the_entropy(x64, process):
-    law = Categorical(2, 3)
-    kind = "posterior" if process.absorb else "cavity"
-    bound = exact_nelbo(law, law.denoise(process, kind), process, t_range=whole_range(process), order=64)
-    np.testing.assert_allclose(float(bound.total[0]) - law.entropy, prior_gap(law, process), atol=1e-6)
-
-
 def test_a_mislabelled_denoiser_is_dearer(x64):
     law, process = Categorical(2, 3), PROCESSES[0]
     mislabelled = lambda xt, t, cond: Prediction(law.denoise(process, "posterior")(xt, t).value, "cavity")

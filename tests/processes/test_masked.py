@@ -67,19 +67,21 @@ def test_path_kl_is_weighted_cross_entropy(x64):
 
 
 def test_small_steps_keep_small_probabilities():
-    """With 8192 steps a coin is 1e-4 and a rare symbol 1e-5; their product must not vanish in float32."""
-    batch, sites = 64, 16384
-    logits = jnp.log(jnp.asarray([1 - 3e-2, 1e-2, 1e-2, 1e-2]))
-    xt = jnp.full((batch, sites), PROCESS.mask)
-    t, dt = 0.5, 2.0**-13
-    process = Masked(4)
-    prediction = Prediction(jnp.broadcast_to(logits, (batch, sites, 4)), "posterior")
+    """A step of 2**-17 and 256 symbols alike: each is shown with chance 2**-25, of 2**19 masks 4 in all.
+
+    One race between the symbols and staying, with the 23 random bits of JAX's default, shows none of them.
+    """
+    process, batch, sites, t, dt = Masked(256), 16, 2**11, 0.5, 2.0**-18
+    xt = jnp.full((batch, sites), process.mask)
+    prediction = Prediction(jnp.zeros((batch, sites, 256)), "posterior")
     reverse = process.reverse(prediction, xt, jnp.full(batch, t - dt), jnp.full(batch, t))
-    xs = np.asarray(reverse.sample(random.example_keys(jax.random.key(3), batch)))
-    expected = batch * sites * dt / t
-    assert abs((xs != 4).sum() - expected) < 5 * np.sqrt(expected)
-    rare = 0.03 * expected
-    assert abs(((xs > 0) & (xs != 4)).sum() - rare) < 5 * np.sqrt(rare)
+
+    @jax.jit
+    def shown(keys):
+        draw = lambda i: (reverse.sample(random.fold_in(keys, i)) != process.mask).sum()
+        return jax.lax.map(draw, jnp.arange(16)).sum()
+
+    assert 1 <= shown(random.example_keys(jax.random.key(3), batch)) <= 14
 
 
 def test_survivors_at_the_end():

@@ -186,43 +186,6 @@ def test_path_kl_is_the_limit_of_the_step_kl(x64, schedule):
     np.testing.assert_allclose(path_kl(process, x0, right, xt, at), 0.0, atol=1e-15)
 
 
-def prior_gap(law, process):
-    """KL(the law's own marginal at t = 1 || the prior there), by matrix exponentials: what starting from it costs."""
-    if float(process.schedule.alpha(jnp.asarray(1.0))) == 0:
-        return 0.0
-    q = kernel(process.schedule, 0.0, 1.0, law.symbols)
-    p, prior = np.exp(np.asarray(law.log_p)).reshape((law.symbols,) * law.sites), np.asarray(1.0)
-    for _ in range(law.sites):
-        p, prior = np.tensordot(p, q, axes=([0], [0])), np.multiply.outer(prior, q.mean(0))
-    return float(np.sum(p * np.log(p / prior)))
-
-
-@pytest.mark.parametrize("kind", ["posterior", "cavity", "deaths"])
-@pytest.mark.parametrize(
-    ("law", "schedule"),
-    [
-        (LAW, LogLinear(1e-2)),
-        *(
-            pytest.param(Categorical(*size), schedule, marks=pytest.mark.slow)
-            for size, schedule in (
-                ((2, 3), Cosine()),
-                ((1, 4), Linear()),
-                ((1, 4), Polynomial(2.0)),
-                ((3, 3), Linear()),
-            )
-        ),
-    ],
-    ids=repr,
-)
-def test_exact_denoiser_gives_the_entropy(x64, law, schedule, kind):
-    process = Thinning(law.symbols, schedule)
-    low = float(schedule.time_of_sigma(jnp.asarray(1e-6, float)))
-    bound = exact_nelbo(law, law.denoise(process, kind), process, t_range=(low, 1.0), order=24)
-    gap = prior_gap(law, process)
-    assert (gap > 1e-5) == (schedule == LogLinear(1e-2))
-    np.testing.assert_allclose(float(bound.total[0]) - law.entropy, gap, atol=1e-6)
-
-
 def test_the_poisson_decoder_is_tight_to_second_order(x64):
     """With deaths the diffusion term is that of the posterior; the decoder's excess is c sigma^2, c in closed form.
 
@@ -263,15 +226,6 @@ def wrong(symbols):
     """A denoiser that is nobody's, smooth in t."""
     table = jnp.asarray(np.random.default_rng(3).normal(size=(symbols, symbols)))
     return lambda xt, t, cond=None: Prediction(table[xt] * (1 + t)[:, None, None], "posterior")
-
-
-def test_a_wrong_denoiser_pays_the_chain_of_kls(x64):
-    """The diffusion term is the limit of the sum of the steps' KLs over ever finer grids."""
-    law, process, ends = Categorical(1, 3), Thinning(3, Cosine()), (0.1, 0.9)
-    chain = lambda n: float(exact_nelbo(law, wrong(3), process, times=np.linspace(*ends[::-1], n + 1)).diffusion[0])
-    bound = exact_nelbo(law, wrong(3), process, t_range=ends, order=24)
-    np.testing.assert_allclose(float(bound.diffusion[0]), 2 * chain(400) - chain(200), rtol=1e-5)
-    assert float(bound.total[0]) > law.entropy + 0.05
 
 
 def test_a_chain_of_one_site_is_exact(x64):
