@@ -20,7 +20,7 @@ from ddjax import denoisers, grids, guidance, likelihood, objectives, processes,
 from ddjax.config import Config, ConfigError, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
-from ddjax.predictions import COUNT_KINDS, STATE_KINDS
+from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction
 from ddjax.training import Ema, adamw
 from ddjax.types import Apply, Denoise, Params
 
@@ -338,6 +338,22 @@ class _FirstHeads:
         return self.apply(*args, **kwargs)[..., : -self.dropped]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ratios:
+    """A network whose output 0 says the ratios of data uniform over symbols, at all times.
+
+    The authors of score entropy add the same to theirs, up to a constant (Lou et al. 2024, section 5.1 and code).
+    """
+
+    apply: Apply
+    process: Any
+
+    def __call__(self, params: Params, xt: Array, t: Array, cond: Any = None, **options: Any) -> Array:
+        output = self.apply(params, xt, t, cond, **options)
+        nothing = Prediction(jnp.zeros((*xt.shape, self.process.num_symbols), output.dtype), "cavity")
+        return output + self.process.convert(nothing, "ratio", xt, t).value
+
+
 def _with_process(init: Callable[[Array], Params], process: Any, key: Array) -> Params:
     return {"network": init(key), "process": process.parameters}
 
@@ -401,7 +417,8 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
 
-    return denoisers.functional_init(make)
+    init, apply = denoisers.functional_init(make)
+    return init, _Ratios(apply, process) if c.kind == "ratio" else apply
 
 
 def _pick(table: Mapping[str, Any], name: str, key: str) -> Any:

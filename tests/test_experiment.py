@@ -60,6 +60,7 @@ TRAINABLE = {
     "spindle": (config({"name": "spindle", "options": {"strength": 0.2}}), IMAGES),
     "genmd4": (config({"name": "symbol_polynomial"}, objective={"name": "genmd4"}), IMAGES),
     "ddpd": (config("uniform", kind="cavity", objective={"name": "ddpd"}), IMAGES),
+    "score entropy": (config("uniform", kind="ratio", objective={"name": "score_entropy"}), IMAGES),
     "clipped": (
         config("hybrid", kind="cavity", objective={"options": {"weighting": "clipped", "w_max": 3.0}}),
         IMAGES,
@@ -180,6 +181,16 @@ def test_what_was_learned_about_the_process_is_in_the_process():
     powers = np.log1p(np.exp(np.log(np.e - 1) + np.arange(5.0)))
     np.testing.assert_allclose(trained.process.schedule.powers, powers, rtol=1e-6)
     np.testing.assert_allclose(experiment.process.schedule.powers, np.ones(5))
+
+
+def test_a_ratio_network_begins_with_uniform_data():
+    """At a mask the ratio of a symbol is alpha / K to sigma: score entropy need not learn how that changes with t."""
+    experiment = build(config(kind="ratio", objective={"name": "score_entropy"}), IMAGES)
+    params = jax.tree.map(np.zeros_like, experiment.init(jax.random.key(0)))
+    t = np.asarray([0.1, 0.9], np.float32)
+    ratios = experiment.apply(params, np.full((2, 4, 4, 1), 5), t, None)
+    for one, at in zip(np.asarray(ratios), t, strict=True):
+        np.testing.assert_allclose(one[0, 0, 0], [*[np.log((1 - at) / 5 / at)] * 5, 0.0], rtol=1e-5)
 
 
 def test_the_planners_head_is_not_the_denoisers():

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ddjax.processes.clocks import Clock, Sweeps
+from ddjax.processes.clocks import Clock, Sweeps, Windows
 from ddjax.processes.uniform import Uniform
 from ddjax.schedules import LogLinear, Survival
 from ddjax.types import Distribution, Keys, State
