@@ -70,7 +70,7 @@ def test_grids_in_turn():
     times = np.asarray(grids.in_turn(grids.cosine(5), 12))
     # The ends of the parts are the ends of the windows, to the last bit: a block's last step reveals all of it.
     np.testing.assert_array_equal(
-        times[::5], np.append(np.unique(process.start.values)[::-1], 1.0)[[12, *range(12)]].astype(np.float32)
+        times[::5], np.append(np.unique(process.clock.start.values)[::-1], 1.0)[[12, *range(12)]].astype(np.float32)
     )
     for bad in ([0.9, 0.0], [1.0, 0.1]):
         with pytest.raises(ValueError, match="a grid from 1 to 0"):
