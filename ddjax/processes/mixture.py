@@ -200,8 +200,8 @@ class Mixture(CategoricalProcess):
         d = jnp.where(near, jnp.where(few, log_r, -log_r), 0.0)
         excess = jnp.where(few, gained, rest * jnp.expm1(d))
         close = jnp.where(few, w, rest) * phi(d) - psi(jnp.where(near, excess, 0.0))
-        apart = jnp.logaddexp(log_or_floor(rest), log_or_floor(w) + log_r)
-        far = jnp.where(few, jnp.log1p(jnp.where(few, gained, 0.0)), apart) - w * log_r
+        likely = jnp.logaddexp(log_or_floor(rest) - log_r, jnp.log1p(jnp.where(few, 0.0, -rest))) + rest * log_r
+        far = jnp.where(few, jnp.log1p(jnp.where(few, gained, 0.0)) - w * log_r, likely)
         coin = jnp.where(near, close, far)
         return rest * kl + coin
 

@@ -155,3 +155,21 @@ def test_accumulation_with_weights_per_site(x64):
 
     np.testing.assert_allclose(moved(2), moved(1), atol=1e-12)
     assert float(jnp.abs(moved(1) - parameters(process)).max()) > 1e-3
+
+
+def test_any_order_tells_the_time_of_its_masks_and_asks_nothing_of_the_others():
+    process, x0, seen = Masked(3, Cosine()), data(8), []
+
+    def loss(shift):
+        def apply(params, xt, t, cond, *, rng=None, train=False):
+            seen.append((xt, t))
+            return shift
+
+        return any_order(process)(jax.random.key(0), apply, {}, x0)[0]
+
+    slope = jax.grad(loss)(jnp.zeros((*x0.shape, 3)))
+    xt, t = seen[0]
+    masks = np.asarray(xt) == process.mask
+    np.testing.assert_allclose(process.schedule.sigma(t), masks.mean(axis=1), rtol=1e-5)
+    assert set(masks.sum(axis=1)) == {1, 2}
+    np.testing.assert_array_equal(np.abs(np.asarray(slope)).sum(-1) > 0, masks)
