@@ -1,5 +1,6 @@
 """Learned variances: the paper's two ends, exact reverse steps where there are any, and KLs by their definition."""
 
+import itertools
 import math
 
 import jax
@@ -40,7 +41,7 @@ def test_v_interpolates_the_papers_log_variances(x64, schedule):
 def test_the_upper_variance_is_exact_for_a_gaussian_of_the_datas_width(x64, schedule):
     """Data N(0, d^2), exact denoiser, v = 1: p(x_s | x_t) by conditioning the joint normal, and the whole chain."""
     process, d = LearnedVariance(schedule, data_std=0.6), 0.6
-    (a_s, b_s), (a_t, b_t) = ((float(c(t)[0]) for c in (schedule.alpha, schedule.sigma)) for t in (S, T))
+    (a_s, b_s), (a_t, b_t) = ([float(c(t)[0]) for c in (schedule.alpha, schedule.sigma)] for t in (S, T))
     var_s, var_t, both = a_s**2 * d**2 + b_s**2, a_t**2 * d**2 + b_t**2, a_t / a_s * (a_s**2 * d**2 + b_s**2)
     x0 = a_t * d**2 / var_t * XT
     reverse = process.reverse(two_heads(x0, jnp.ones_like(XT)), XT, S, T)
@@ -50,7 +51,7 @@ def test_the_upper_variance_is_exact_for_a_gaussian_of_the_datas_width(x64, sche
     grid = np.asarray([0.9, 0.6, 0.35, 0.1])
     for v, loss in ((1.0, None), (-1.0, 0.02)):
         total = 0.0
-        for t, s in zip(grid, grid[1:], strict=False):
+        for t, s in itertools.pairwise(grid):
             total += _expected_kl(process, d, v, s, t)
         snr = np.exp(np.asarray(schedule.log_snr(jnp.asarray([0.1, 0.9]))))
         lost = 0.5 * math.log((1 + snr[0] * d**2) / (1 + snr[1] * d**2))
