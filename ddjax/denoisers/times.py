@@ -14,11 +14,11 @@ from ddjax.types import Apply
 class SharedEarlyTimes:
     """A network that is told one time for each of a few equal parts of [0, until) (E-TSDM).
 
-    (Yang et al. 2024, "Lipschitz singularities in diffusion models", section 3.3.) Near t = 0 what a network should say
+    (Yang et al. 2024, "Lipschitz singularities in diffusion models".) Near t = 0 what a network should say
     may change infinitely fast with t; told the start of the part it is in, it cannot follow. Noising, conversions and
     samplers go by the true time.
 
-    apply: the network. It must be told the clock, and not EDM's c_noise. until, parts: theirs are 100 of 1000 steps.
+    apply: the network. It must be told the clock, and not EDM's c_noise. until: theirs is the first 100 of 1000 steps.
     Hashable and compared by value, as `apply` is. Raises ValueError for until outside (0, 1] or no parts.
     """
 

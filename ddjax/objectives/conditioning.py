@@ -41,7 +41,7 @@ def with_condition_dropout(objective: Objective, rate: float, null: Any) -> Obje
 def with_condition_noise(objective: Objective, gamma: float = 1.0) -> Objective:
     """Add N(0, gamma^2 / d) to the floats of the condition while training, d the length of their last axis.
 
-    (Chen et al. 2024, "Slight corruption in pre-training data makes better diffusion models", section 5: CEP.) An
+    (Chen et al. 2024, "Slight corruption in pre-training data makes better diffusion models": CEP.) An
     embedding of unit-sized entries is so moved by about gamma, however long it is. For conditions that come as
     embeddings; labels are left as they are.
     Raises ValueError for a negative gamma, or (when called) a condition without floats.

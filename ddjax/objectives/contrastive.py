@@ -16,7 +16,7 @@ def contrastive_flow_matching(
 ) -> Objective:
     """|v - u|^2 - strength |v - u_other|^2, u_other the velocity of another example's data and noise at the same time.
 
-    (Stoica et al. 2025, eq. 6.) The other is the example before, in the batch that the objective is given: with
+    (Stoica et al. 2025.) The other is the example before, in the batch that the objective is given: with
     microbatches the last of each looks at its own microbatch, so a step split into microbatches is not quite the whole
     one; a batch sharded over devices moves one row between neighbours.
 

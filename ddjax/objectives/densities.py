@@ -72,7 +72,7 @@ def logit_normal(process: Gaussian, mean: float = 0.0, std: float = 1.0) -> Dens
 def sech(process: Gaussian, shift: float = 0.0) -> Density:
     """Density 1 / cosh((lambda - shift) / 2) over `process.t_range`: that of the cosine schedule, whatever the process.
 
-    lambda = shift - 2 log tan(angle), the angle uniform (Kingma & Gao 2023, table of densities, "cosine"; the shift is
+    lambda = shift - 2 log tan(angle), the angle uniform (Kingma & Gao 2023, "cosine"; the shift is
     that of Hoogeboom et al. 2023: 2 log(base / resolution)).
     """
 
@@ -91,7 +91,7 @@ def sech(process: Gaussian, shift: float = 0.0) -> Density:
 
 
 def laplace(process: Gaussian, mean: float = 0.0, scale: float = 0.5) -> Density:
-    """Density exp(-|lambda - mean| / scale) / (2 scale) (Hang et al. 2024, "Improved noise schedule", table 1)."""
+    """Density exp(-|lambda - mean| / scale) / (2 scale) (Hang et al. 2024, "Improved noise schedule")."""
     _check_scale(scale)
 
     def log_snr(u):

@@ -4,7 +4,7 @@ With dx = f x dt + g dw and s(x, t) the score of the density at t,
 
     ds/dt = grad [ g^2 / 2 (div s + |s|^2) - f x.s ]
 
-(Lai et al. 2023, "FP-Diffusion", eq. 7.) A network's score does not obey it; by how much bounds the distance between
+(Lai et al. 2023, "FP-Diffusion".) A network's score does not obey it; by how much bounds the distance between
 what its ODE and its SDE draw (Deveney et al. 2025).
 """
 

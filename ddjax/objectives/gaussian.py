@@ -42,7 +42,7 @@ def gaussian(
     weighting: factor as a function of log-SNR (default 1). density: times, as an inverse distribution function
     (default: uniform in t over the times whose log-SNR is finite).
     measure: `"density"`, the mean over the density; `"log_snr"`, half the integral over log-SNR, the same whatever the
-        density, which then only decides the variance: importance sampling (Kingma & Gao 2023, eq. 6). With the noise
+        density, which then only decides the variance: importance sampling (Kingma & Gao 2023). With the noise
         error and weight 1 it is the bound's diffusion term, nats per site. It covers the log-SNRs that the density
         reaches.
     Raises ValueError for an unknown error space or measure, or a density without `pdf` where one is needed.

@@ -78,7 +78,7 @@ def adaptive(
 
     The loss is the same in expectation whatever the density p (importance sampling), and its second moment, the
     integral of E[f^2] / p for an integrand f, is least for p ∝ sqrt(E[f^2]): the loss-second-moment sampling of Nichol
-    & Dhariwal (2021, section 3.3) and the aim of VDM++'s adaptive schedule (Kingma & Gao 2023, appendix F). Both keep
+    & Dhariwal (2021, section 3.3) and the aim of VDM++'s adaptive schedule (Kingma & Gao 2023). Both keep
     running averages of losses; here p is piecewise constant in log-SNR and its logits descend the gradient of the
     second moment, -E[(f / p)^2 grad log p], with the draws at hand and the network's own optimiser (one such as Adam:
     the gradient's size is that of the loss squared). Only they move with it; the loss's value is not changed.

@@ -6,7 +6,7 @@ A weighting belongs to an error space. Squared errors in two spaces differ by a 
                     = alpha^2 |v error|^2 (variance preserving) = (1 - t)^2 |velocity error|^2 (CondOT)
 
 Weightings made for a density of times (DDPM's, EDM's) multiply the error at the times drawn. Those made for the
-integral over log-SNR (Kingma & Gao 2023, "VDM++", eq. 6) are used with `gaussian(..., measure="log_snr")`, which
+integral over log-SNR (Kingma & Gao 2023, "VDM++") are used with `gaussian(..., measure="log_snr")`, which
 divides by the density: 1/2 of the integral of w(lambda) |noise error|^2, with w = 1 the bound in nats.
 """
 
@@ -53,7 +53,7 @@ def soft_min_snr(gamma: float = 4.0) -> Weighting:
 
 
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
-    """(k + SNR)^-gamma, of the noise error (Choi et al. 2022, eq. 8; gamma 0.5 or 1, k = 1)."""
+    """(k + SNR)^-gamma, of the noise error (Choi et al. 2022; gamma 0.5 or 1, k = 1)."""
     _positive(k=k)
     return lambda log_snr: (k + jnp.exp(log_snr)) ** -gamma
 
@@ -87,7 +87,7 @@ def sigmoid(bias: float = 2.0) -> Weighting:
 def flow_matching() -> Weighting:
     """exp(-lambda / 2), of the noise error over log-SNR: flow matching's loss under any process, with any density.
 
-    That is the velocity error under `CondOT` with times uniform on the clock (Kingma & Gao 2023, table 1, "FM-OT").
+    That is the velocity error under `CondOT` with times uniform on the clock (Kingma & Gao 2023, "FM-OT").
     """
     return lambda log_snr: jnp.exp(-0.5 * log_snr)
 

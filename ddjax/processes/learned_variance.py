@@ -26,8 +26,8 @@ class LearnedVariance(Gaussian):
 
     The first half is of the prediction's kind, the second v. What is shaped like the state says nothing about the
     variance and stands for v = -1, DDPM's posterior variance. Conversions, continuous time and solvers other than
-    `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as in the paper. Into
-    s = 0 with no noise there is no variance to learn, and the step ends at x0_hat.
+    `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as in the released code.
+    Into s = 0 with no noise there is no variance to learn, and the step ends at x0_hat.
     """
 
     def split(self, prediction: Prediction, xt: X) -> tuple[Prediction, X]:

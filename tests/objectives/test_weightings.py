@@ -151,8 +151,30 @@ def _information(log_snr):
     return entropy - 0.5 * math.log(2 * math.pi * math.e)
 
 
+def test_a_network_not_told_the_time_learns_the_average(x64, monkeypatch):
+    """The loss is flat at E[velocity | x_t] over the times that x_t may have (Sun et al. 2025)."""
+    times = jnp.asarray([0.2, 0.5, 0.7])
+    snr = np.asarray(PROCESS.schedule.log_snr(times))
+    rows = Rows(LAW, snr, np.asarray([0.5, 0.2, 0.3]), order=24, noise_order=32)
+
+    def average(xt):
+        t = jnp.broadcast_to(times, (xt.shape[0], 3))
+        at = jnp.broadcast_to(xt[:, None], (xt.shape[0], 3, 1)).reshape(-1, 1)
+        log_p = LAW.log_prob(at, 1 - t.ravel(), t.ravel()).reshape(-1, 3) + jnp.log(jnp.asarray([0.5, 0.2, 0.3]))
+        velocity = LAW.denoise(PROCESS, "velocity")(at, t.ravel()).value.reshape(-1, 3)
+        return (jax.nn.softmax(log_p) * velocity).sum(-1, keepdims=True)
+
+    blind = lambda params, xt, t, cond, **_: average(xt) + params[0] * jnp.tanh(xt) + params[1]
+    density = densities.Density(lambda u: PROCESS.schedule.time(rows.log_snr), None)
+    objective = gaussian(PROCESS, "velocity", density=density)
+    loss = lambda params: rows.loss(monkeypatch, objective, blind, params, rows.log_snr, 1.0)
+    value, gradient = jax.value_and_grad(loss)(jnp.zeros(2))
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+    assert loss(jnp.asarray([0.1, 0.0])) > value
+
+
 def test_the_settings_in_print_are_the_weightings_in_print(x64):
-    """Kingma & Gao 2023, table 1: weighting x density of each published loss, as a weight of the noise error."""
+    """Kingma & Gao 2023: weighting x density of each published loss, as a weight of the noise error."""
     snr = np.linspace(-4, 4, 9)
     cosine, straight = Gaussian(VPCosine(s=0.0)), PROCESS
     clock = lambda process: np.asarray(densities.uniform_time(process).pdf(jnp.asarray(snr))) * np.diff(process.t_range)
@@ -224,7 +246,7 @@ def test_binned_density(x64):
 
 
 @pytest.mark.parametrize("schedule", [CondOT(), VPLinear(), VPCosine(), VE(), EDM()], ids=repr)
-def test_all_is_finite_in_float32(schedule):
+def test_all_densities_and_weights_are_finite_in_float32(schedule):
     """At both ends of u: times inside the range, finite weights, under measure="log_snr" too."""
     process = Gaussian(schedule, 0.5)
     low, high = process.t_range
