@@ -85,7 +85,9 @@ PROCESSES = {
     "thinning": processes.Thinning,
     "glauber": processes.staggered.glauber,
     "gaussian": processes.Gaussian,
+    "learned_variance": processes.LearnedVariance,
 }
+GAUSSIAN_PROCESSES = ("gaussian", "learned_variance")
 DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
 OBJECTIVES = {
     "elbo": objectives.elbo,
@@ -100,17 +102,41 @@ OBJECTIVES = {
     "glauber": objectives.glauber,
     "duo": objectives.duo,
     "gaussian": objectives.gaussian,
+    "learned_uncertainty": objectives.learned_uncertainty,
+    "adaptive": objectives.adaptive,
+    "contrastive_flow_matching": objectives.contrastive_flow_matching,
+    "ddpm_hybrid": objectives.ddpm_hybrid,
 }
 WEIGHTINGS = {
     "elbo": {"clipped": objectives.clipped, "dynamic": objectives.dynamic},
-    "gaussian": {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr},
+    "gaussian": {
+        "unit": lambda: objectives.unit,
+        "snr": objectives.weightings.snr,
+        "truncated_snr": objectives.weightings.truncated_snr,
+        "min_snr": objectives.min_snr,
+        "soft_min_snr": objectives.weightings.soft_min_snr,
+        "p2": objectives.weightings.p2,
+        "edm": objectives.weightings.edm,
+        "likelihood": objectives.weightings.likelihood,
+        "sigmoid": objectives.weightings.sigmoid,
+        "flow_matching": objectives.weightings.flow_matching,
+    },
 }
+WEIGHTINGS |= dict.fromkeys(("learned_uncertainty", "adaptive"), WEIGHTINGS["gaussian"])
 LEARN_PROCESS = ("genmd4",)
+# Objectives with parameters of their own, dropped when training is done: where these begin.
+OBJECTIVE_PARAMETERS = {
+    "learned_uncertainty": objectives.uncertainty_parameters,
+    "adaptive": objectives.adaptive_parameters,
+}
 EXTRA_HEADS = {"ddpd": 1}  # outputs beside the network's own: DDPD's planner
 DENSITIES = {
     "uniform_time": objectives.uniform_time,
     "uniform_log_snr": objectives.uniform_log_snr,
     "log_normal_sigma": objectives.log_normal_sigma,
+    "logit_normal": objectives.densities.logit_normal,
+    "sech": objectives.densities.sech,
+    "laplace": objectives.densities.laplace,
 }
 SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
 GAUSSIAN_SOLVERS = ("ddim", "heun")
@@ -172,8 +198,11 @@ class Experiment:
         c = self.config.objective
         options, key = dict(c.options), "config.objective.options"
         if "weighting" in options and c.name in WEIGHTINGS:
-            options["weighting"] = _make(WEIGHTINGS[c.name], options["weighting"], options, f"{key}.weighting")
-        if "density" in options and c.name == "gaussian":
+            table, name = WEIGHTINGS[c.name], options["weighting"]
+            taken = inspect.signature(_pick(table, name, f"{key}.weighting")).parameters
+            process = {"process": self.process} if "process" in taken else {}
+            options["weighting"] = _make(table, name, options, f"{key}.weighting", **process)
+        if "density" in options:
             options["density"] = _make(DENSITIES, options["density"], options, f"{key}.density", self.process)
         if "steps" in options:
             options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
@@ -200,12 +229,14 @@ class Experiment:
     def trained(self, params: Params) -> tuple[Experiment, Params]:
         """What samples and scores when training is done, and the network's parameters, from those that were trained.
 
-        Parameters of the process go into the process; a planner's head is cut off.
+        Parameters of the process go into the process, those of the objective and a planner's head are cut off.
         """
         experiment = self
         if self.learns_process:
             process = self.process.with_parameters(np.asarray(params["process"]))
             experiment, params = dataclasses.replace(experiment, process=process), params["network"]
+        if self.config.objective.name in OBJECTIVE_PARAMETERS:
+            params = params["network"]
         if heads := EXTRA_HEADS.get(self.config.objective.name, 0):
             experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
         return experiment, params
@@ -317,7 +348,9 @@ def build(config: Config, data: Dataset) -> Experiment:
                 f"config.objective.name={config.objective.name!r} learns the process, but "
                 f"config.process.name={config.process.name!r} has nothing to learn"
             )
-        init = functools.partial(_with_process, init, process)
+        init = functools.partial(_with, init, "process", lambda: process.parameters)
+    if config.objective.name in OBJECTIVE_PARAMETERS:
+        init = functools.partial(_with, init, "objective", OBJECTIVE_PARAMETERS[config.objective.name])
     experiment = Experiment(config, data, process, init, apply)
     if experiment.block is not None and hasattr(process, "times"):
         raise ConfigError(
@@ -354,15 +387,15 @@ class _Ratios:
         return output + self.process.convert(nothing, "ratio", xt, t).value
 
 
-def _with_process(init: Callable[[Array], Params], process: Any, key: Array) -> Params:
-    return {"network": init(key), "process": process.parameters}
+def _with(init: Callable[[Array], Params], name: str, parameters: Callable[[], Params], key: Array) -> Params:
+    return {"network": init(key), name: parameters()}
 
 
 def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     """The process, and the data with what had to be found out about them."""
     c = config.process
     schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **c.schedule_options)
-    categorical = c.name != "gaussian"
+    categorical = c.name not in GAUSSIAN_PROCESSES
     if c.name in PROCESSES and categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
         raise ConfigError(
@@ -408,6 +441,8 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
                 f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}"
             )
         options["shape"] = data.shape
+        if isinstance(process, processes.LearnedVariance):
+            options["out_channels"] = 2 * data.shape[-1]  # the prediction and its variance
     network = _pick(DENOISERS, c.name, "config.denoiser.name")
     _check_options(network, options, "config.denoiser.options")
 

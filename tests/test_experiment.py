@@ -91,6 +91,16 @@ TRAINABLE = {
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
     "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),
     "x0": (gaussian("x0", "vp_linear", objective={"name": "elbo"}), FLOATS),
+    "learned uncertainty": (gaussian("edm", "edm", objective={"name": "learned_uncertainty", "options": EDM}), FLOATS),
+    "adaptive": (
+        gaussian(objective={"name": "adaptive", "options": {"weighting": "sigmoid", "bias": 1.0, "floor": 0.1}}),
+        FLOATS,
+    ),
+    "contrastive": (gaussian("velocity", "cond_ot", objective={"name": "contrastive_flow_matching"}), FLOATS),
+    "learned variance": (
+        config("learned_variance", "vp_cosine", "noise", objective={"name": "ddpm_hybrid", "options": {"steps": 8}}),
+        FLOATS,
+    ),
 }
 
 
@@ -129,11 +139,22 @@ MINIMAL = {  # the least that each name needs beside the defaults
     ),
     **{
         ("objective", "weighting", n): gaussian(objective={"name": "gaussian", "options": {"weighting": n}})
-        for n in ("unit", "min_snr")
+        for n in (
+            "unit",
+            "snr",
+            "truncated_snr",
+            "min_snr",
+            "soft_min_snr",
+            "p2",
+            "edm",
+            "likelihood",
+            "sigmoid",
+            "flow_matching",
+        )
     },
     **{
         ("objective", "density", n): gaussian(objective={"name": "gaussian", "options": {"density": n}})
-        for n in ("uniform_time", "uniform_log_snr", "log_normal_sigma")
+        for n in ("uniform_time", "uniform_log_snr", "log_normal_sigma", "logit_normal", "sech", "laplace")
     },
 }
 
@@ -181,6 +202,21 @@ def test_what_was_learned_about_the_process_is_in_the_process():
     powers = np.log1p(np.exp(np.log(np.e - 1) + np.arange(5.0)))
     np.testing.assert_allclose(trained.process.schedule.powers, powers, rtol=1e-6)
     np.testing.assert_allclose(experiment.process.schedule.powers, np.ones(5))
+
+
+def test_what_the_objective_learned_for_itself_is_dropped():
+    experiment = build(*TRAINABLE["learned uncertainty"])
+    params = experiment.init(jax.random.key(0))
+    assert set(params) == {"network", "objective"}
+    trained, network = experiment.trained(params)
+    assert jax.tree.structure(network) == jax.tree.structure(params["network"])
+    assert trained is experiment
+
+
+def test_a_learned_variance_has_its_own_output():
+    experiment = build(*TRAINABLE["learned variance"])
+    said = experiment.apply(experiment.init(jax.random.key(0)), FLOATS[:2]["x0"], np.full(2, 0.5, np.float32), None)
+    assert said.shape == (2, 4, 4, 2)
 
 
 def test_a_ratio_network_begins_with_uniform_data():

@@ -10,10 +10,12 @@ from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.text import TextTransformer
+from ddjax.denoisers.times import SharedEarlyTimes
 
 __all__ = [
     "DiT",
     "Functional",
+    "SharedEarlyTimes",
     "TextTransformer",
     "from_linen",
     "functional",

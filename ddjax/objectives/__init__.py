@@ -5,48 +5,63 @@ metrics)`: the loss
 is the weighted mean over examples of nats per site (docs/design.md, section 2).
 """
 
+from ddjax.objectives import densities, weightings
+from ddjax.objectives.ambient import ambient, with_noise_level
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
-from ddjax.objectives.conditioning import with_condition_dropout
+from ddjax.objectives.conditioning import coherent_labels, with_condition_dropout, with_condition_noise
+from ddjax.objectives.contrastive import contrastive_flow_matching
+from ddjax.objectives.ddpm_hybrid import ddpm_hybrid
+from ddjax.objectives.densities import log_normal_sigma, uniform_log_snr, uniform_time
 from ddjax.objectives.duo import duo
 from ddjax.objectives.elbo import any_order, elbo
-from ddjax.objectives.gaussian import (
-    gaussian,
-    log_normal_sigma,
-    min_snr,
-    uniform_log_snr,
-    uniform_time,
-    unit,
-)
+from ddjax.objectives.fokker_planck import fokker_planck_residual, with_fokker_planck
+from ddjax.objectives.gaussian import gaussian
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
+from ddjax.objectives.learned import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
+from ddjax.objectives.weightings import min_snr, unit
 
 __all__ = [
     "ClipSearch",
     "FlowBound",
+    "adaptive",
+    "adaptive_parameters",
+    "ambient",
     "any_order",
     "block_elbo",
     "clipped",
+    "coherent_labels",
+    "contrastive_flow_matching",
     "cross_entropy",
     "d3pm_hybrid",
     "ddpd",
+    "ddpm_hybrid",
+    "densities",
     "duo",
     "dynamic",
     "elbo",
+    "fokker_planck_residual",
     "gaussian",
     "generalised_kl",
     "genmd4",
     "glauber",
+    "learned_uncertainty",
     "log_normal_sigma",
     "min_snr",
     "planner",
     "score_entropy",
     "search_clip",
     "teacher_forced",
+    "uncertainty_parameters",
     "uniform_log_snr",
     "uniform_time",
     "unit",
+    "weightings",
     "with_clean",
     "with_condition_dropout",
+    "with_condition_noise",
+    "with_fokker_planck",
+    "with_noise_level",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ddjax
-from ddjax.objectives import elbo, with_condition_dropout
+from ddjax.objectives import coherent_labels, elbo, with_condition_dropout, with_condition_noise
 from ddjax.processes import Masked
 
 PROCESS = Masked(3)
@@ -61,6 +61,44 @@ def test_a_tree_is_dropped_whole():
         np.asarray(seen["text"])[dropped], np.broadcast_to([7.0, 8.0, 9.0], (dropped.sum(), 3))
     )
     np.testing.assert_array_equal(np.asarray(seen["text"])[~dropped], 1.0)
+
+
+def test_condition_noise_has_gammas_size():
+    """N(0, gamma^2 / d) on each embedding; labels and evaluation untouched; split rows as the whole."""
+    embeddings = jnp.zeros((4000, 3, 16))
+    seen = []
+
+    def spy(params, xt, t, cond, **_):
+        seen.append(cond)
+        return jnp.zeros((*xt.shape, 3))
+
+    def run(cond, gamma=2.0, **options):
+        batch = len(cond["label"])
+        objective = with_condition_noise(elbo(PROCESS, "posterior"), gamma)
+        objective(jax.random.key(0), spy, {}, jnp.zeros((batch, 2), int), cond, **options)
+        return seen[-1]
+
+    cond = {"label": jnp.arange(4000), "text": embeddings, "weight": jnp.ones(4000)}
+    noisy = run(cond)
+    np.testing.assert_array_equal(noisy["label"], cond["label"])
+    np.testing.assert_array_equal(noisy["weight"], cond["weight"])  # a number, not an embedding
+    values = np.asarray(noisy["text"])
+    assert abs(values.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * values.size)
+    assert abs(values.mean()) < 4 * 0.5 / np.sqrt(values.size)
+    part = {k: v[10:20] for k, v in cond.items()}
+    np.testing.assert_array_equal(run(part, rows=ddjax.Rows(jnp.arange(10, 20), 4000))["text"], values[10:20])
+    for kept in (run(cond, train=False), run(cond, gamma=0.0)):
+        np.testing.assert_array_equal(kept["text"], embeddings)
+    with pytest.raises(ValueError, match="needs a condition with embeddings"):
+        run({"label": jnp.arange(3)})
+    with pytest.raises(ValueError, match="gamma must not be negative"):
+        run(cond, gamma=-1.0)
+
+
+def test_coherent_labels():
+    labels, coherence = jnp.asarray([0, 0, 2, 2, 1]), jnp.asarray([0.0, 1.0, 0.49, 0.5, 0.74])
+    np.testing.assert_array_equal(coherent_labels(labels, coherence, 4), [0, 3, 9, 10, 6])
+    assert coherent_labels(labels, coherence, 4).dtype == labels.dtype
 
 
 def test_errors():
