@@ -20,6 +20,7 @@ from ddjax.objectives.gaussian import (
 )
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
+from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
@@ -38,8 +39,11 @@ __all__ = [
     "generalised_kl",
     "genmd4",
     "glauber",
+    "independent",
+    "interpolant",
     "log_normal_sigma",
     "min_snr",
+    "paired",
     "planner",
     "score_entropy",
     "search_clip",

@@ -1,10 +1,11 @@
 """Forward corruption processes: marginal, bridge, rate, prior, schedule, and what follows from them."""
 
-from ddjax.processes import chain, generators, staggered
+from ddjax.processes import chain, generators, interpolant, staggered
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
+from ddjax.processes.interpolant import Interpolant
 from ddjax.processes.kernel import Kernel
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
@@ -19,6 +20,7 @@ __all__ = [
     "Chain",
     "Gaussian",
     "Hybrid",
+    "Interpolant",
     "Kernel",
     "Marginal",
     "Masked",
@@ -33,5 +35,6 @@ __all__ = [
     "chain",
     "generators",
     "in_blocks",
+    "interpolant",
     "staggered",
 ]
