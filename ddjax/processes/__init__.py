@@ -10,12 +10,14 @@ from ddjax.processes.kernel import Kernel
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
+from ddjax.processes.pfgm import PFGM
 from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
 from ddjax.processes.thinning import Thinning
 from ddjax.processes.uniform import Uniform
 
 __all__ = [
+    "PFGM",
     "Categorical",
     "Chain",
     "Gaussian",

@@ -24,8 +24,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ddjax.paths import Path, Straight
 from ddjax.predictions import Prediction, check_kind
@@ -54,7 +53,7 @@ def deterministic(path: Path, s: Time, t: Time) -> Array:
 
 
 def markov(path: Path, s: Time, t: Time) -> Array:
-    """Given x_1, a diffusion from x_0 to x_1, such as a Brownian bridge: rho = (alpha_t / gamma_t) / (alpha_s / gamma_s).
+    """Given x_1, a diffusion from x_0 to it, such as a Brownian bridge: rho = (alpha_t / gamma_t) / (alpha_s / gamma_s).
 
     The step is then that of I2SB (Liu et al. 2023): x_1 is not needed once x_t is known. w = -gamma^2 d/dt
     log(alpha / gamma).
@@ -72,6 +71,9 @@ def accumulating(path: Path, s: Time, t: Time) -> Array:
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     """Any diffusion coefficient w(t) >= 0: rho = exp(-(t - s) w / gamma^2), the two at the middle of the step.
+
+    First order in the step where t (1 - t) w / gamma^2 is bounded (half an order for a constant w where gamma vanishes
+    like t: the noise is then renewed ever faster towards the end).
 
     w: a function of times; give one that compares by value (a module's function), or each call compiles anew.
     """
