@@ -53,7 +53,7 @@ def deterministic(path: Path, s: Time, t: Time) -> Array:
 
 
 def markov(path: Path, s: Time, t: Time) -> Array:
-    """Given x_1, a diffusion from x_0 to it, such as a Brownian bridge: rho = (alpha_t / gamma_t) / (alpha_s / gamma_s).
+    """Given x_1, a diffusion from x_0 to it (Brownian bridge): rho = (alpha_t / gamma_t) / (alpha_s / gamma_s).
 
     The step is then that of I2SB (Liu et al. 2023): x_1 is not needed once x_t is known. w = -gamma^2 d/dt
     log(alpha / gamma).
