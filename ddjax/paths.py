@@ -147,8 +147,8 @@ class Trigonometric(Path):
 class Residual(Path):
     """RDDM: x_t = x_0 + a (x_1 - x_0) + gamma z with a = t (2 - t), at a speed that falls linearly.
 
-    (Liu et al. 2024, "Residual denoising diffusion models", eq. 7 and section 4: a decreasing schedule of the residual
-    and an increasing one of the noise's variance.) With `Noise(scale, 1, 0)` the variance's speed rises linearly.
+    (Liu et al. 2024, "Residual denoising diffusion models", in the limit of many steps.) With `Noise(scale, 1, 0)` the
+    speed of the noise's variance rises linearly, their other schedule.
     """
 
     def alpha(self, t):
