@@ -40,17 +40,17 @@ def test_the_exact_network_is_the_optimum(process, kind, error):
     def apply(params, xt, t, cond, *, rng=None, train=False):
         assert cond.shape == (ROWS,)  # the network does not see x1
         exact = LAW.denoise(process, kind)(xt, t).value
-        wrong = params["offset"] + (params["slope"] * xt if exact.ndim == 2 else params["slope"] * xt[..., None])
+        wrong = params["offset"] + params["slope"] * xt.reshape(xt.shape + (1,) * (exact.ndim - 2))
         return exact + wrong
 
-    params = {"offset": jnp.zeros(2 if "+" in kind else 1), "slope": jnp.zeros(())}
+    params = {name: jnp.zeros(2 if "+" in kind else 1) for name in ("offset", "slope")}
     loss, grads = jax.jit(
         jax.value_and_grad(lambda p: objective(jax.random.key(1), apply, p, x0, cond, train=False)[0])
     )(params)
     scale = 4.5 * 2 * np.sqrt(float(loss) / ROWS) * (3.0 if error else 1.0)
     assert float(loss) > 0.01
     assert (np.abs(grads["offset"]) < scale).all(), (grads, scale)
-    assert abs(float(grads["slope"])) < 3 * scale
+    assert (np.abs(grads["slope"]) < 1.5 * scale).all(), (grads, scale)
 
 
 def test_an_independent_gaussian_end_is_flow_matching():
@@ -67,7 +67,7 @@ def test_an_independent_gaussian_end_is_flow_matching():
 
 
 def test_a_coupling_may_be_any_function_and_show_what_it_likes():
-    """Colourless noise around the negative of x0, weighed at chosen times; by hand, it is the plain mean square."""
+    """Colourless noise around the negative of x0, weighed at chosen times; by hand, plain mean squares."""
     process = Interpolant(Straight(Noise(0.5, 1.0, 0.0)))
 
     def negative(keys, x0, cond):
@@ -75,14 +75,18 @@ def test_a_coupling_may_be_any_function_and_show_what_it_likes():
 
     def apply(params, xt, t, cond, *, rng=None, train=False):
         assert set(cond) == {"x1", "label"}
-        return xt * 0
+        return params * xt
 
     x0, _ = batch()
     objective = interpolant(
         process, "x0", negative, weighting=lambda t: 3.0 * jnp.ones_like(t), density=lambda u: 0.2 + 0.0 * u
     )
-    loss = objective(jax.random.key(1), apply, {}, x0, jnp.arange(ROWS), train=False)[0]
-    np.testing.assert_allclose(loss, 3.0 * np.mean(np.asarray(x0) ** 2), rtol=1e-5)
+    square = np.mean(np.asarray(x0) ** 2)
+    loss = objective(jax.random.key(1), apply, 0.0, x0, jnp.arange(ROWS), train=False)[0]
+    np.testing.assert_allclose(loss, 3.0 * square, rtol=1e-5)
+    # x_t = 0.8 x0 - 0.2 x0 + 0.1 z
+    loss = objective(jax.random.key(1), apply, 1.0, x0, jnp.arange(ROWS), train=False)[0]
+    np.testing.assert_allclose(loss, 3.0 * (0.4**2 * square + 0.1**2), rtol=0.01)
 
 
 def test_errors():
