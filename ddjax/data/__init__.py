@@ -13,6 +13,7 @@ from ddjax.data.dataset import Dataset, Source, count_symbols
 from ddjax.data.pipeline import Batches, batches, epoch
 from ddjax.data.png import grid, write_png
 from ddjax.data.registry import load
+from ddjax.data.transport import Transported
 from ddjax.data.vocabulary import Bytes, Characters, Subwords, text8
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Dataset",
     "Source",
     "Subwords",
+    "Transported",
     "batches",
     "bigram_entropy",
     "count_symbols",

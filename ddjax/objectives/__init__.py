@@ -19,6 +19,7 @@ from ddjax.objectives.fokker_planck import fokker_planck_residual, with_fokker_p
 from ddjax.objectives.gaussian import gaussian
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
+from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.learned import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
@@ -47,9 +48,12 @@ __all__ = [
     "generalised_kl",
     "genmd4",
     "glauber",
+    "independent",
+    "interpolant",
     "learned_uncertainty",
     "log_normal_sigma",
     "min_snr",
+    "paired",
     "planner",
     "score_entropy",
     "search_clip",

@@ -1,25 +1,29 @@
 """Forward corruption processes: marginal, bridge, rate, prior, schedule, and what follows from them."""
 
-from ddjax.processes import chain, generators, staggered
+from ddjax.processes import chain, generators, interpolant, staggered
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
+from ddjax.processes.interpolant import Interpolant
 from ddjax.processes.kernel import Kernel
 from ddjax.processes.learned_variance import LearnedVariance
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
+from ddjax.processes.pfgm import PFGM
 from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
 from ddjax.processes.thinning import Thinning
 from ddjax.processes.uniform import Uniform
 
 __all__ = [
+    "PFGM",
     "Categorical",
     "Chain",
     "Gaussian",
     "Hybrid",
+    "Interpolant",
     "Kernel",
     "LearnedVariance",
     "Marginal",
@@ -35,5 +39,6 @@ __all__ = [
     "chain",
     "generators",
     "in_blocks",
+    "interpolant",
     "staggered",
 ]

@@ -186,7 +186,7 @@ class Gaussian:
             return Prediction(noise, kind)
         alpha, sigma, _ = self._coefficients(xt, t)
         if kind == "score":
-            value = -_divide(noise, sigma)
+            value = -divide(noise, sigma)
         elif kind == "v":
             value = alpha * noise - sigma * x0
         elif kind == "velocity":
@@ -204,10 +204,10 @@ class Gaussian:
         alpha, sigma, _ = self._coefficients(xt, t)
         value, kind = prediction.value, prediction.kind
         if kind == "x0":
-            return value, _divide(xt - alpha * value, sigma)
+            return value, divide(xt - alpha * value, sigma)
         if kind in ("noise", "score"):
             noise = value if kind == "noise" else -sigma * value
-            return _divide(xt - sigma * noise, alpha), noise
+            return divide(xt - sigma * noise, alpha), noise
         if kind == "v":
             norm = alpha**2 + sigma**2
             return (alpha * xt - sigma * value) / norm, (sigma * xt + alpha * value) / norm
@@ -228,6 +228,6 @@ class Gaussian:
         return (sigma * value - ds * xt) / kappa, (da * xt - alpha * value) / kappa
 
 
-def _divide(a: Array, b: Array) -> Array:
+def divide(a: Array, b: Array) -> Array:
     """A / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
