@@ -20,7 +20,7 @@ from ddjax.objectives.gaussian import gaussian
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
 from ddjax.objectives.interpolant import independent, interpolant, paired
-from ddjax.objectives.learned import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
+from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
 
