@@ -98,14 +98,16 @@ class Gaussian(Schedule):
         return t
 
 
-def scaled(log_snr: Times, scaling: str) -> tuple[Times, Times, Times]:
-    """Log alpha, log sigma and D log alpha / D log-SNR under one of `SCALINGS`."""
-    if scaling == "vp":
-        return -0.5 * jax.nn.softplus(-log_snr), -0.5 * jax.nn.softplus(log_snr), 0.5 * jax.nn.sigmoid(-log_snr)
-    half = 0.5 * log_snr
+def scaled(log_snr: Times, scaling: str) -> tuple[Times, Times, Times, Times]:
+    """Log alpha and log sigma under one of `SCALINGS`, and their derivatives in the log-SNR."""
     if scaling == "ve":
-        return jnp.zeros_like(half), -half, jnp.zeros_like(half)
-    return -jax.nn.softplus(-half), -jax.nn.softplus(half), 0.5 * jax.nn.sigmoid(-half)
+        zero = jnp.zeros_like(log_snr)
+        return zero, -0.5 * log_snr, zero, zero - 0.5
+    # alpha^p + sigma^p = 1
+    p = 2.0 if scaling == "vp" else 1.0
+    odds = 0.5 * p * log_snr
+    log_alpha, log_sigma = -jax.nn.softplus(-odds) / p, -jax.nn.softplus(odds) / p
+    return log_alpha, log_sigma, 0.5 * jax.nn.sigmoid(-odds), -0.5 * jax.nn.sigmoid(odds)
 
 
 SCALINGS = ("vp", "ve", "cond_ot")
@@ -134,14 +136,14 @@ class ByLogSNR(Gaussian):
     def alpha_prime(self, t):
         """Alpha (d log alpha / d log-SNR) (d log-SNR / dt)."""
         t = _inside(t)
-        log_alpha, _, slope = scaled(self.log_snr(t), self.scaling)
+        log_alpha, _, slope, _ = scaled(self.log_snr(t), self.scaling)
         return jnp.exp(log_alpha) * slope * self.log_snr_prime(t)
 
     def sigma_prime(self, t):
-        """Sigma (d log alpha / d log-SNR - 1/2) (d log-SNR / dt)."""
+        """Sigma (d log sigma / d log-SNR) (d log-SNR / dt)."""
         t = _inside(t)
-        _, log_sigma, slope = scaled(self.log_snr(t), self.scaling)
-        return jnp.exp(log_sigma) * (slope - 0.5) * self.log_snr_prime(t)
+        _, log_sigma, _, slope = scaled(self.log_snr(t), self.scaling)
+        return jnp.exp(log_sigma) * slope * self.log_snr_prime(t)
 
 
 def _inside(t: Times) -> Times:
