@@ -77,7 +77,6 @@ def learned_elbo(
         parameters, to_variance = params["process"], 0.0
         if names:
             shape = {name: parameters[name] for name in names}
-            parameters = parameters | jax.lax.stop_gradient(shape)
             path, pull = jax.vjp(lambda shape: diffusion(parameters | shape), jax.lax.stop_gradient(shape))
             (slope,) = pull(2.0 * path / sites(x0) * jax.grad(mean)(path))
             to_variance = sum(jnp.vdot(jax.lax.stop_gradient(slope[name]), shape[name]) for name in names)
