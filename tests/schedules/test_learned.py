@@ -107,7 +107,8 @@ def test_monotone_closed_forms(x64, schedule):
     np.testing.assert_allclose(schedule.time(schedule.log_snr(t)), t, atol=1e-12)
     np.testing.assert_allclose(schedule.time(jnp.asarray([20.0, -20.0])), [0.0, 1.0])
     # What a network is told is the noise level.
-    np.testing.assert_allclose(schedule.network_time(t), (ENDS[0] - schedule.log_snr(t)) / 15.0, rtol=1e-12, atol=1e-14)
+    told = Gaussian(schedule).network_inputs(t, t, "noise")[1]
+    np.testing.assert_allclose(told, (ENDS[0] - schedule.log_snr(t)) / 15.0, rtol=1e-12, atol=1e-14)
 
 
 def test_the_inverse_has_the_derivatives_of_an_inverse(x64):
