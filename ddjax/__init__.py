@@ -22,6 +22,7 @@ from ddjax import (
     solvers,
 )
 from ddjax.predictions import BoundDenoiser, Prediction, bind
+from ddjax.retiming import retime
 from ddjax.sampling import Observed, sample
 from ddjax.types import Bound, Rows, Sample
 
@@ -58,6 +59,7 @@ __all__ = [
     "objectives",
     "processes",
     "random",
+    "retime",
     "sample",
     "schedules",
     "solvers",

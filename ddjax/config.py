@@ -50,7 +50,10 @@ class ProcessConfig:
     # masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning,
     # glauber, gaussian
     name: str = "masked"
-    schedule: str = "linear"  # linear, polynomial, cosine, log_linear; vp_linear, vp_cosine, ve, edm, cond_ot
+    # linear, polynomial, cosine, log_linear; for the gaussian process vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
+    # trigonometric, polynomial_path, linear_vp, log_snr_linear, laplace, sigmoid, ddpm_linear, ddpm_cosine, shifted,
+    # and monotone and per_site, which the objective learned_elbo trains
+    schedule: str = "linear"
     schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # gaussian only: standard deviation of the data
     # of the process: smoothing, probabilities, uniform_share, generator and its own, absorb, strength, power, ...

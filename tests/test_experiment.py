@@ -36,6 +36,7 @@ def blocks(process="masked", kind="posterior", **sections):
 
 
 EDM = {"weighting": "unit", "density": "log_normal_sigma", "mean": -1.0}
+LEARNED = {"name": "gaussian", "schedule": "monotone"}
 TRAINABLE = {
     "masked": (config(), IMAGES),
     "any_order": (config(objective={"name": "any_order"}), IMAGES),
@@ -59,6 +60,11 @@ TRAINABLE = {
     ),
     "spindle": (config({"name": "spindle", "options": {"strength": 0.2}}), IMAGES),
     "genmd4": (config({"name": "symbol_polynomial"}, objective={"name": "genmd4"}), IMAGES),
+    "learned_elbo": (
+        config(LEARNED | {"schedule_options": {"width": 4}}, kind="noise", objective={"name": "learned_elbo"}),
+        FLOATS,
+    ),
+    "per_site": (gaussian("noise", "per_site", objective={"name": "learned_elbo"}), FLOATS),
     "ddpd": (config("uniform", kind="cavity", objective={"name": "ddpd"}), IMAGES),
     "score entropy": (config("uniform", kind="ratio", objective={"name": "score_entropy"}), IMAGES),
     "clipped": (
@@ -128,11 +134,18 @@ def test_a_step_is_finite_and_moves(name):
     assert experiment.sites == np.prod(data.shape)
 
 
+OTHERS = ("linear", "polynomial", "cosine", "log_linear", "shifted", "per_site")
 MINIMAL = {  # the least that each name needs beside the defaults
     **{("process", "schedule", n): config(schedule=n) for n in ("linear", "polynomial", "cosine", "log_linear")},
-    **{("process", "schedule", n): gaussian(schedule=n) for n in ("vp_linear", "vp_cosine", "ve", "edm", "cond_ot")},
+    **{("process", "schedule", n): gaussian(schedule=n) for n in experiments.SCHEDULES if n not in OTHERS},
+    ("process", "schedule", "shifted"): config(
+        {"name": "gaussian", "schedule": "shifted", "schedule_options": {"schedule": "cond_ot", "factor": 2.0}},
+        kind="v",
+        objective={"name": "gaussian"},
+    ),
     **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun")},
     **{("sample", "grid", n): gaussian(sample={"grid": n}) for n in ("uniform", "cosine")},
+    ("process", "schedule", "per_site"): TRAINABLE["per_site"][0],
     ("sample", "grid", "karras"): gaussian("edm", "edm", sample={"grid": "karras"}),
     ("sample", "grid", "uniform_log_snr"): gaussian(
         sample={"grid": "uniform_log_snr", "grid_options": {"start": -5.0, "end": 5.0}}
@@ -217,6 +230,16 @@ def test_a_learned_variance_has_its_own_output():
     experiment = build(*TRAINABLE["learned variance"])
     said = experiment.apply(experiment.init(jax.random.key(0)), FLOATS[:2]["x0"], np.full(2, 0.5, np.float32), None)
     assert said.shape == (2, 4, 4, 2)
+
+
+def test_a_learned_schedule_is_in_the_process_and_scores():
+    experiment = build(TRAINABLE["learned_elbo"][0], FLOATS)
+    params = experiment.init(jax.random.key(0))
+    ends = params["process"]["ends"] + np.asarray([-1.0, 2.0])
+    trained, _ = experiment.trained({**params, "process": {**params["process"], "ends": ends}})
+    np.testing.assert_allclose(trained.process.schedule.log_snr(np.asarray([0.0, 1.0])), ends, rtol=1e-6)
+    hash(trained.process)  # so it can be a static argument
+    assert 0 <= trained.t_range[0] < trained.t_range[1] == 1
 
 
 def test_a_ratio_network_begins_with_uniform_data():

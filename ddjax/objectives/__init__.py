@@ -20,6 +20,7 @@ from ddjax.objectives.gaussian import gaussian
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
 from ddjax.objectives.interpolant import independent, interpolant, paired
+from ddjax.objectives.learned_elbo import learned_elbo
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
@@ -50,6 +51,7 @@ __all__ = [
     "glauber",
     "independent",
     "interpolant",
+    "learned_elbo",
     "learned_uncertainty",
     "log_normal_sigma",
     "min_snr",
