@@ -20,7 +20,7 @@ from ddjax.objectives.gaussian import (
 )
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
-from ddjax.objectives.learned import learned_process, whole_elbo
+from ddjax.objectives.learned import curvature, learned_process, weighted_sum, whole_elbo
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "block_elbo",
     "clipped",
     "cross_entropy",
+    "curvature",
     "d3pm_hybrid",
     "ddpd",
     "duo",
@@ -49,6 +50,7 @@ __all__ = [
     "uniform_log_snr",
     "uniform_time",
     "unit",
+    "weighted_sum",
     "whole_elbo",
     "with_clean",
     "with_condition_dropout",

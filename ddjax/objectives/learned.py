@@ -46,7 +46,8 @@ def whole_elbo(
     t_range: tuple[float, float] | None = None,
     reconstruction: Callable[..., Any] | None = None,
 ) -> Objective:
-    """The bound with its two ends, nats per site: `elbo`'s diffusion term, the prior's and the decoder's.
+    """The bound with its two ends, nats per site: `elbo`'s diffusion term in continuous time, the prior's and
+    the decoder's.
 
     An unbiased estimate, one time per example, of what `likelihood.nelbo` estimates. Metrics: its three terms.
 
@@ -83,4 +84,49 @@ def whole_elbo(
     return objective
 
 
-__all__ = ["learned_process", "whole_elbo"]
+def curvature(process: Any, kind: str = "x0", *, t_range: tuple[float, float] | None = None) -> Objective:
+    """Mean square of the acceleration of the model's deterministic paths, per site: 0 where they are straight.
+
+    The penalty of NFDM-OT (Bartosh et al. 2024). Along dx/dt = v(x, t), the velocity that follows from the
+    prediction, the acceleration is dv/dt + (dv/dx) v, one forward-mode derivative of the network. States are drawn
+    from the forward process, times uniformly on the clock.
+
+    t_range: times; default `process.t_range`. Sites of weight 0 move like the others.
+    """
+    low, high = process.t_range if t_range is None else t_range
+
+    def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
+        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        time_key, noise_key, network_key = jax.random.split(key, 3)
+        t = low + (high - low) * random.stratified(time_key, rows, x0.dtype)
+        xt = process.marginal(x0, t).sample(random.example_keys(noise_key, rows.index))
+        rng = random.example_keys(network_key, rows.index) if train else None
+        denoise = bind(apply, params, process, kind, rng=rng, train=train)
+
+        def velocity(xt, t):
+            return process.convert(denoise(xt, t, cond), "velocity", xt, t).value
+
+        _, acceleration = jax.jvp(velocity, (xt, t), (velocity(xt, t), jnp.ones_like(t)))
+        known = site_weights(weights, x0)
+        if known is None:
+            loss = weighted_mean(per_example(acceleration**2) / sites(x0), weights)
+        else:
+            loss = jnp.sum(known * acceleration**2) / jnp.maximum(known.sum(), 1e-12)
+        return loss, {"loss": loss}
+
+    return objective
+
+
+def weighted_sum(**parts: tuple[float, Objective]) -> Objective:
+    """The sum of `name=(weight, objective)`, each with keys of its own. Metrics: "loss", and each part's by name."""
+
+    def objective(key, *args, **options):
+        keys = jax.random.split(key, len(parts))
+        losses = {name: part(k, *args, **options)[0] for k, (name, (_, part)) in zip(keys, parts.items(), strict=True)}
+        loss = sum(weight * losses[name] for name, (weight, _) in parts.items())
+        return loss, {"loss": loss, **losses}
+
+    return objective
+
+
+__all__ = ["curvature", "learned_process", "weighted_sum", "whole_elbo"]

@@ -6,6 +6,7 @@ from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
 from ddjax.processes.kernel import Kernel
+from ddjax.processes.learned_gaussian import LearnedGaussian
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
@@ -20,6 +21,7 @@ __all__ = [
     "Gaussian",
     "Hybrid",
     "Kernel",
+    "LearnedGaussian",
     "Marginal",
     "Masked",
     "Mixture",
