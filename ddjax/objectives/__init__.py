@@ -20,7 +20,7 @@ from ddjax.objectives.gaussian import (
 )
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
-from ddjax.objectives.learned import curvature, learned_process, weighted_sum, whole_elbo
+from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum, whole_elbo
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
