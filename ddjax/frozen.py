@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -26,3 +30,22 @@ class Frozen:
 
     def __repr__(self):
         return f"Frozen(shape={self.values.shape})" if self.values.size > 8 else f"Frozen({self.values.tolist()})"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenTree:
+    """A pytree of `Frozen` arrays, compared by content."""
+
+    leaves: tuple[Frozen, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> FrozenTree:
+        """The tree's concrete arrays, as constants."""
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(tuple(Frozen(leaf) for leaf in leaves), structure)
+
+    @property
+    def tree(self) -> Any:
+        """The tree with NumPy arrays."""
+        return jax.tree.unflatten(self.structure, [leaf.values for leaf in self.leaves])

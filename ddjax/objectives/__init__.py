@@ -21,6 +21,7 @@ from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
 from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.learned_elbo import learned_elbo
+from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum, whole_elbo
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
@@ -37,6 +38,7 @@ __all__ = [
     "coherent_labels",
     "contrastive_flow_matching",
     "cross_entropy",
+    "curvature",
     "d3pm_hybrid",
     "ddpd",
     "ddpm_hybrid",
@@ -52,6 +54,7 @@ __all__ = [
     "independent",
     "interpolant",
     "learned_elbo",
+    "learned_process",
     "learned_uncertainty",
     "log_normal_sigma",
     "min_snr",
@@ -64,7 +67,9 @@ __all__ = [
     "uniform_log_snr",
     "uniform_time",
     "unit",
+    "weighted_sum",
     "weightings",
+    "whole_elbo",
     "with_clean",
     "with_condition_dropout",
     "with_condition_noise",

@@ -7,6 +7,7 @@ from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
 from ddjax.processes.interpolant import Interpolant
 from ddjax.processes.kernel import Kernel
+from ddjax.processes.learned_gaussian import LearnedGaussian
 from ddjax.processes.learned_variance import LearnedVariance
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
@@ -25,6 +26,7 @@ __all__ = [
     "Hybrid",
     "Interpolant",
     "Kernel",
+    "LearnedGaussian",
     "LearnedVariance",
     "Marginal",
     "Masked",
