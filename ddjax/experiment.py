@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,6 +25,13 @@ from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction
 from ddjax.training import Ema, adamw
 from ddjax.types import Apply, Denoise, Params
 
+
+def _shifted(schedule: str, factor: float, scaling: str = "vp", **options: Any) -> schedules.Shifted:
+    """`Shifted`, of one of `SCHEDULES`; the options are its own."""
+    base = _make(SCHEDULES, schedule, None, "config.process.schedule_options.schedule", **options)
+    return schedules.Shifted(base, factor, scaling)
+
+
 SCHEDULES = {
     "linear": schedules.Linear,
     "polynomial": schedules.Polynomial,
@@ -34,6 +42,18 @@ SCHEDULES = {
     "ve": schedules.VE,
     "edm": schedules.EDM,
     "cond_ot": schedules.CondOT,
+    "sub_vp": schedules.SubVP,
+    "trigonometric": schedules.Trigonometric,
+    "polynomial_path": schedules.PolynomialPath,
+    "linear_vp": schedules.LinearVP,
+    "log_snr_linear": schedules.LogSNRLinear,
+    "laplace": schedules.Laplace,
+    "sigmoid": schedules.Sigmoid,
+    "ddpm_linear": schedules.Table.ddpm_linear,
+    "ddpm_cosine": schedules.Table.ddpm_cosine,
+    "shifted": _shifted,
+    "monotone": schedules.Monotone.initial,
+    "per_site": schedules.PerSite.initial,
 }
 GENERATORS = {
     "uniform": processes.generators.uniform,
@@ -94,6 +114,7 @@ OBJECTIVES = {
     "cross_entropy": objectives.cross_entropy,
     "ddpd": objectives.ddpd,
     "genmd4": objectives.genmd4,
+    "learned_elbo": objectives.learned_elbo,
     "d3pm_hybrid": objectives.d3pm_hybrid,
     "generalised_kl": objectives.generalised_kl,
     "score_entropy": objectives.score_entropy,
@@ -105,7 +126,7 @@ WEIGHTINGS = {
     "elbo": {"clipped": objectives.clipped, "dynamic": objectives.dynamic},
     "gaussian": {"unit": lambda: objectives.unit, "min_snr": objectives.min_snr},
 }
-LEARN_PROCESS = ("genmd4",)
+LEARN_PROCESS = ("genmd4", "learned_elbo")
 EXTRA_HEADS = {"ddpd": 1}  # outputs beside the network's own: DDPD's planner
 DENSITIES = {
     "uniform_time": objectives.uniform_time,
@@ -177,6 +198,8 @@ class Experiment:
             options["density"] = _make(DENSITIES, options["density"], options, f"{key}.density", self.process)
         if "steps" in options:
             options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
+        if c.name == "learned_elbo":
+            options["reconstruction"] = self.reconstruction()
         if c.name == "block_elbo":
             if self.block is None:
                 raise ConfigError(
@@ -204,7 +227,7 @@ class Experiment:
         """
         experiment = self
         if self.learns_process:
-            process = self.process.with_parameters(np.asarray(params["process"]))
+            process = self.process.with_parameters(jax.tree.map(np.asarray, params["process"]))
             experiment, params = dataclasses.replace(experiment, process=process), params["network"]
         if heads := EXTRA_HEADS.get(self.config.objective.name, 0):
             experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
@@ -232,7 +255,7 @@ class Experiment:
         if self.data.levels is None:
             return low, high
         log_snr = -2.0 * math.log(float(np.diff(self.data.levels).min()) / 8.0)
-        return max(low, float(self.process.schedule.time(jnp.float32(log_snr)))), high
+        return max(low, float(self.process.schedule.common.time(jnp.float32(log_snr)))), high
 
     def reconstruction(self) -> Any:
         """The bound's decoder: bins for continuous data with known levels, else the process's own."""
@@ -256,7 +279,7 @@ class Experiment:
             raise ConfigError(
                 f"config.sample.grid='karras' is for the gaussian process, not for {self.config.process.name!r}"
             )
-        first = (self.process.schedule,) if c.grid in ("karras", "uniform_log_snr") else ()
+        first = (self.process.schedule.common,) if c.grid in ("karras", "uniform_log_snr") else ()
         count = c.steps if steps is None else steps
         if count % self.blocks:
             raise ConfigError(
@@ -312,7 +335,7 @@ def build(config: Config, data: Dataset) -> Experiment:
         )
     init, apply = _network(config, data, process)
     if config.objective.name in LEARN_PROCESS:
-        if not hasattr(process, "with_parameters"):
+        if not hasattr(process, "parameters"):
             raise ConfigError(
                 f"config.objective.name={config.objective.name!r} learns the process, but "
                 f"config.process.name={config.process.name!r} has nothing to learn"
@@ -361,7 +384,9 @@ def _with_process(init: Callable[[Array], Params], process: Any, key: Array) -> 
 def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     """The process, and the data with what had to be found out about them."""
     c = config.process
-    schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **c.schedule_options)
+    make_schedule = _pick(SCHEDULES, c.schedule, "config.process.schedule")
+    shape = {"shape": data.shape} if "shape" in inspect.signature(make_schedule).parameters else {}
+    schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **shape, **c.schedule_options)
     categorical = c.name != "gaussian"
     if c.name in PROCESSES and categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")

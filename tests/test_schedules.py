@@ -13,6 +13,11 @@ from ddjax.duality import Duality
 SURVIVAL = [sc.Linear(), sc.LogLinear(1e-3), sc.Polynomial(), sc.Polynomial(2.0), sc.Polynomial(0.5), sc.Cosine()]
 SURVIVAL += [Duality(sc.VE(0.1, 100.0), 27)]
 GAUSSIAN = [sc.VPLinear(), sc.VPCosine(), sc.VPCosine(0.0), sc.VE(), sc.EDM(), sc.CondOT()]
+GAUSSIAN += [sc.SubVP(), sc.Trigonometric(), sc.PolynomialPath(3.0), sc.LinearVP(), sc.LogSNRLinear()]
+GAUSSIAN += [sc.Laplace(), sc.Laplace(1.0, 2.0, 14.0, -9.0, "cond_ot"), sc.Sigmoid(), sc.Sigmoid(0.0, 3.0, 0.7)]
+GAUSSIAN += [sc.Table.ddpm_linear(), sc.Table.ddpm_cosine(20), sc.Table((9.0, 1.0, -7.0), "ve")]
+GAUSSIAN += [sc.Shifted(sc.VPCosine(), 4.0), sc.Shifted(sc.CondOT(), 3.0, "cond_ot"), sc.Shifted(sc.EDM(), 0.5, "ve")]
+GAUSSIAN += [sc.KineticOptimal((0.9, 0.7, 0.0, 0.4), 0.8), sc.Monotone.initial(8)]
 METHODS = ("alpha", "sigma", "alpha_prime", "sigma_prime", "log_snr", "log_snr_prime")
 every = pytest.mark.parametrize("schedule", SURVIVAL + GAUSSIAN, ids=repr)
 survival = pytest.mark.parametrize("schedule", SURVIVAL, ids=repr)
@@ -31,7 +36,7 @@ def check(schedule, times=TIMES):
     alpha, sigma = np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
     np.testing.assert_allclose(schedule.log_snr(t), factor * np.log(alpha / sigma), rtol=1e-8, atol=1e-8)
     assert (np.diff(np.asarray(schedule.log_snr(t))) < 0).all()
-    assert (np.diff(sigma) > 0).all()
+    assert (np.diff(sigma) > 0).all() or isinstance(schedule, sc.KineticOptimal)
     np.testing.assert_allclose(schedule.time(schedule.log_snr(t)), t, rtol=1e-7)
 
 
@@ -49,8 +54,15 @@ def test_closed_forms(x64, schedule):
         (sc.VPCosine, [(0.0, 0.5)]),
         (lambda a, b: sc.VE(a, a * b), [(1e-3, 1.0), (2.0, 1e4)]),
         (sc.EDM, [(0.1, 1000.0)]),
+        (lambda a, b: sc.SubVP(a, a + b), [(0.01, 1.0), (1.0, 25.0)]),
+        (sc.PolynomialPath, [(1.0, 5.0)]),
+        (sc.Laplace, [(-3.0, 3.0), (0.3, 5.0)]),
+        (lambda a, b, tau: sc.Sigmoid(a, a + b, tau), [(-3.0, 1.0), (0.5, 6.0), (0.3, 2.0)]),
+        (lambda a, b: sc.Table((a, a - b, a - 2 * b - 1)), [(0.0, 15.0), (0.1, 10.0)]),
+        (lambda k: sc.Shifted(sc.CondOT(), k, "cond_ot"), [(0.1, 10.0)]),
+        (lambda a, b, m: sc.KineticOptimal((a, b, a), m), [(0.0, 1.0), (0.1, 1.0), (0.1, 5.0)]),
     ],
-    ids=["Polynomial", "LogLinear", "VPLinear", "VPCosine", "VE", "EDM"],
+    ids="Polynomial LogLinear VPLinear VPCosine VE EDM SubVP PolynomialPath Laplace Sigmoid Table Shifted Kinetic".split(),
 )
 def test_closed_forms_for_any_parameters(x64, make, bounds):
     @settings(max_examples=8, deadline=None, derandomize=True, database=None)
@@ -105,6 +117,21 @@ def test_both_ends_in_float32(schedule):
         (sc.VE(0.01, 50.0), (1, 1), (0.01, 50)),
         (sc.EDM(80.0), (1, 1), (0, 80)),
         (sc.CondOT(), (1, 0), (0, 1)),
+        (sc.SubVP(0.1, 20.0), (1, np.exp(-0.25 * 20.1)), (0, 1 - np.exp(-0.5 * 20.1))),
+        (sc.Trigonometric(), (1, 0), (0, 1)),
+        (sc.PolynomialPath(3.0), (1, 0), (0, 1)),
+        (sc.LinearVP(), (1, 0), (0, 1)),
+        (
+            sc.LogSNRLinear(6.0, -4.0),
+            tuple((1 + np.exp([-6.0, 4.0])) ** -0.5),
+            tuple((1 + np.exp([6.0, -4.0])) ** -0.5),
+        ),
+        (sc.Laplace(0.0, 0.5, 6.0, -4.0, "ve"), (1, 1), tuple(np.exp([-3.0, 2.0]))),
+        (sc.Sigmoid(), (1, 1e-9**0.5), (0, 1)),
+        (sc.Table((6.0, 1.0, -4.0), "ve"), (1, 1), tuple(np.exp([-3.0, 2.0]))),
+        (sc.Shifted(sc.CondOT(), 3.0, "cond_ot"), (1, 0), (0, 1)),
+        (sc.Shifted(sc.EDM(), 0.5, "ve"), (1, 1), (0, 40)),
+        (sc.KineticOptimal((0.9, 0.7, 0.0, 0.4), 0.8), (1, 0), (0, 1)),
     ],
     ids=repr,
 )
@@ -154,6 +181,28 @@ def test_formulas_in_print(x64):
         lambda: sc.VE(1.0, 1.0),
         lambda: sc.EDM(0.0),
         lambda: sc.EDM(-1.0),
+        lambda: sc.SubVP(2.0, 1.0),
+        lambda: sc.PolynomialPath(0.5),
+        lambda: sc.LogSNRLinear(-1.0, 1.0),
+        lambda: sc.LogSNRLinear(scaling="variance_preserving"),
+        lambda: sc.Laplace(scale=0.0),
+        lambda: sc.Laplace(mean=20.0),
+        lambda: sc.Sigmoid(3.0, -3.0),
+        lambda: sc.Sigmoid(tau=0.0),
+        lambda: sc.Sigmoid(least=0.0),
+        lambda: sc.Table((1.0,)),
+        lambda: sc.Table((1.0, 2.0)),
+        lambda: sc.Table.from_betas((0.1, 1.0)),
+        lambda: sc.Table.ddpm_linear(20),
+        lambda: sc.Shifted(sc.Linear()),
+        lambda: sc.Shifted(sc.CondOT(), 0.0),
+        lambda: sc.KineticOptimal((0.5, 1.5)),
+        lambda: sc.KineticOptimal((0.5,), 0.0),
+        lambda: sc.KineticOptimal.from_errors((1.0, 2.0), (0.5,), 1.0),
+        lambda: sc.Monotone((-5.0, 13.0), 1.0, np.zeros((3, 2))),
+        lambda: sc.Monotone((13.0, -5.0), 1.0, np.zeros((2, 2))),
+        lambda: sc.PerSite(np.zeros((2, 4))),
+        lambda: sc.PerSite.initial((4,), -1.0, 1.0),
     ],
 )
 def test_errors(make):

@@ -20,6 +20,7 @@ from ddjax.objectives.gaussian import (
 )
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
+from ddjax.objectives.learned import learned_elbo
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "generalised_kl",
     "genmd4",
     "glauber",
+    "learned_elbo",
     "log_normal_sigma",
     "min_snr",
     "planner",

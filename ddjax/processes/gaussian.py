@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ddjax import random, schedules
 from ddjax.predictions import GAUSSIAN_KINDS, Prediction, check_kind
-from ddjax.types import Keys, Time, left_broadcast
+from ddjax.types import Keys, PyTree, Time, left_broadcast
 
 X = Float[Array, "batch *sites"]
 
@@ -54,6 +54,20 @@ class Gaussian:
 
     state = "gaussian"
     kinds = GAUSSIAN_KINDS
+
+    @property
+    def parameters(self) -> PyTree:
+        """What learning changes: the schedule's. AttributeError where it has none."""
+        return self.schedule.parameters
+
+    def with_parameters(self, parameters: PyTree) -> Gaussian:
+        """The process with these. NumPy's become constants, and the process compares by value."""
+        return dataclasses.replace(self, schedule=self.schedule.with_parameters(parameters))
+
+    @property
+    def variance_parameters(self) -> tuple[str, ...]:
+        """Which of the parameters leave the bound as it is and change its estimate's variance alone."""
+        return getattr(self.schedule, "variance_parameters", ())
 
     def __post_init__(self):
         if not isinstance(self.schedule, schedules.Gaussian):
@@ -123,6 +137,15 @@ class Gaussian:
         error = x0 - self.convert(prediction, "x0", xt, t).value
         return -0.5 * self.schedule.log_snr_prime(t_) * jnp.exp(self.schedule.log_snr(t_)) * error**2
 
+    def step_kl(self, x0: X, prediction: Prediction, xt: X, s: Time, t: Time) -> X:
+        """KL(bridge || reverse), (exp(lambda_s) - exp(lambda_t)) |x_0 - x0_hat|^2 / 2, nats per site.
+
+        (Kingma et al. 2021, eq. 13.)
+        """
+        snr_s, snr_t = (self._coefficients(x0, w)[2] for w in (s, t))
+        error = x0 - self.convert(prediction, "x0", xt, t).value
+        return -0.5 * jnp.expm1(snr_t - snr_s) * jnp.exp(snr_s) * error**2
+
     def reconstruction(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
         """-log N(x_0; x_t / alpha, sigma / alpha): a density, for continuous data. Nats per site."""
         alpha, sigma, _ = self._coefficients(x0, t)
@@ -132,7 +155,7 @@ class Gaussian:
     def t_range(self) -> tuple[float, float]:
         """The default range of times a bound integrates: log-SNR from 13 down to -10, where the schedule has them."""
         with jax.ensure_compile_time_eval():  # also while tracing
-            low, high = (float(self.schedule.time(jnp.float32(snr))) for snr in (13.0, -10.0))
+            low, high = (float(self.schedule.common.time(jnp.float32(snr))) for snr in (13.0, -10.0))
         return max(low, 0.0), min(high, 1.0)
 
     def time_at(self, u: Array, t_range: tuple[float, float]) -> tuple[Array, Array]:
@@ -144,25 +167,29 @@ class Gaussian:
         """
         u = jnp.asarray(u)
         with jax.ensure_compile_time_eval():
-            ends = [float(self.schedule.log_snr(jnp.asarray(end, u.dtype))) for end in t_range]
+            ends = [float(self.schedule.common.log_snr(jnp.asarray(end, u.dtype))) for end in t_range]
         if not all(map(math.isfinite, ends)):
             raise ValueError(f"the log-SNR of {self.schedule!r} is infinite at an end of t_range={t_range}: {ends}")
-        high, low = self.schedule.log_snr(jnp.asarray(t_range, u.dtype))
-        t = jnp.clip(self.schedule.time(high + u * (low - high)), *t_range)  # rounding must not leave the range
-        return t, (low - high) / self.schedule.log_snr_prime(t)
+        schedule = self.schedule.common
+        high, low = schedule.log_snr(jnp.asarray(t_range, u.dtype))
+        t = jnp.clip(schedule.time(high + u * (low - high)), *t_range)  # rounding must not leave the range
+        return t, (low - high) / schedule.log_snr_prime(t)
 
     # -- predictions -----------------------------------------------------------------------------------------
 
     def network_inputs(self, xt: X, t: Time, kind: str) -> tuple[Array, Array]:
-        """What the network is fed: (x_t, t), or EDM's (c_in x_t, c_noise) (Karras et al. 2022, table 1).
+        """What the network is fed: x_t and the schedule's `network_time`, or EDM's (c_in x_t, c_noise).
 
+        (Karras et al. 2022, table 1.)
         With alpha != 1, EDM's noise level is sigma / alpha and its input x_t / alpha.
         """
         t = jnp.asarray(t)
         if kind != "edm":
-            return xt, t
+            return xt, self.schedule.network_time(t)
         alpha, sigma, _ = self._coefficients(xt, t)
-        c_noise = jnp.clip(-self.schedule.log_snr(t) / 8.0, -5.0, 5.0)  # log(sigma / alpha) / 4, finite at the ends
+        c_noise = jnp.clip(
+            -self.schedule.common.log_snr(t) / 8.0, -5.0, 5.0
+        )  # log(sigma / alpha) / 4, finite at the ends
         return xt / jnp.sqrt(sigma**2 + (alpha * self.data_std) ** 2), c_noise
 
     def network_outputs(self, output: Array, xt: X, t: Time, kind: str) -> Array:

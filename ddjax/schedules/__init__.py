@@ -1,0 +1,56 @@
+"""Schedules: how much of the data is left at time t.
+
+A schedule is two functions of the clock t in [0, 1] (0 data, 1 noise), `alpha(t)` and `sigma(t)`, with closed-form
+derivatives, and the log signal-to-noise ratio, which is the coordinate in which everything else is written.
+
+    Gaussian:     x_t = alpha x_0 + sigma noise        log_snr = 2 log(alpha / sigma)
+    categorical:  q(x_t | x_0) = alpha e_{x_0} + sigma pi, sigma = 1 - alpha      log_snr = log(alpha / sigma)
+
+All functions follow the dtype of t and are defined at both ends (`log_snr` is infinite where alpha or sigma is 0).
+"""
+
+from ddjax.schedules.base import ByLogSNR, Gaussian, Schedule, Survival, Times
+from ddjax.schedules.gaussian import (
+    EDM,
+    VE,
+    CondOT,
+    LinearVP,
+    PolynomialPath,
+    SubVP,
+    Trigonometric,
+    VPCosine,
+    VPLinear,
+)
+from ddjax.schedules.kinetic import KineticOptimal
+from ddjax.schedules.learned import Monotone, PerSite
+from ddjax.schedules.log_snr import Laplace, LogSNRLinear, Shifted, Sigmoid, Table
+from ddjax.schedules.survival import Cosine, Linear, LogLinear, Polynomial
+
+__all__ = [
+    "EDM",
+    "VE",
+    "ByLogSNR",
+    "CondOT",
+    "Cosine",
+    "Gaussian",
+    "KineticOptimal",
+    "Laplace",
+    "Linear",
+    "LinearVP",
+    "LogLinear",
+    "LogSNRLinear",
+    "Monotone",
+    "PerSite",
+    "Polynomial",
+    "PolynomialPath",
+    "Schedule",
+    "Shifted",
+    "Sigmoid",
+    "SubVP",
+    "Survival",
+    "Table",
+    "Times",
+    "Trigonometric",
+    "VPCosine",
+    "VPLinear",
+]
