@@ -98,6 +98,7 @@ FAST_VARIANTS = {
     "test_result_is_whole": 0,
     "test_reverse_is_exact_whatever_is_predicted": 6,
     "test_sample_has_the_propagated_law": 1,
+    "test_samplers_reach_the_law": 1,
     "test_samples_do_not_depend_on_the_batch": 2,
     "test_sites_of_weight_zero_are_shown_clean_and_cost_nothing": 1,
     "test_small_steps_keep_small_probabilities": 0,

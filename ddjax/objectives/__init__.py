@@ -8,6 +8,7 @@ is the weighted mean over examples of nats per site (docs/design.md, section 2).
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
 from ddjax.objectives.conditioning import with_condition_dropout
+from ddjax.objectives.diffusion_forcing import diffusion_forcing
 from ddjax.objectives.duo import duo
 from ddjax.objectives.elbo import any_order, elbo
 from ddjax.objectives.gaussian import (
@@ -32,6 +33,7 @@ __all__ = [
     "cross_entropy",
     "d3pm_hybrid",
     "ddpd",
+    "diffusion_forcing",
     "duo",
     "dynamic",
     "elbo",

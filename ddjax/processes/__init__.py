@@ -5,7 +5,9 @@ from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
+from ddjax.processes.in_basis import DCT, InBasis, Orthogonal
 from ddjax.processes.kernel import Kernel
+from ddjax.processes.linear_sde import LinearSDE, critically_damped
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
@@ -15,15 +17,19 @@ from ddjax.processes.thinning import Thinning
 from ddjax.processes.uniform import Uniform
 
 __all__ = [
+    "DCT",
     "Categorical",
     "Chain",
     "Gaussian",
     "Hybrid",
+    "InBasis",
     "Kernel",
+    "LinearSDE",
     "Marginal",
     "Masked",
     "Mixture",
     "Normal",
+    "Orthogonal",
     "Staggered",
     "StateMasked",
     "Sweeps",
@@ -31,6 +37,7 @@ __all__ = [
     "Uniform",
     "Windows",
     "chain",
+    "critically_damped",
     "generators",
     "in_blocks",
     "staggered",
