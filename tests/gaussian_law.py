@@ -2,6 +2,7 @@
 be, and what the process says it is. States are flat, `(batch, entries)`, u_t = A x_0 + N(0, V)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -79,7 +80,7 @@ def expected_bound(process, law, moments, noisy, entries, t_range, order=40, shi
     dims = len(law.mean)
     nodes, weights = np.polynomial.legendre.leggauss(order)
     pieces = np.linspace(0, 1, 5)
-    at = np.concatenate([0.5 * (b - a) * nodes + 0.5 * (a + b) for a, b in zip(pieces, pieces[1:], strict=False)])
+    at = np.concatenate([0.5 * (b - a) * nodes + 0.5 * (a + b) for a, b in itertools.pairwise(pieces)])
     weights = np.tile(weights / 8, 4)
     t, slope = process.time_at(jnp.asarray(at), t_range)
     denoise = law.denoise(moments, np.append(np.asarray(t), t_range[0]), shift)

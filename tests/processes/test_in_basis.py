@@ -1,11 +1,13 @@
 """One schedule for each frequency, against matrices and against the theory of Gaussian data."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gaussian_law import GaussianLaw, affine, expected_bound
 
 import ddjax
 from ddjax import random
@@ -14,7 +16,6 @@ from ddjax.predictions import GAUSSIAN_KINDS, Prediction
 from ddjax.processes import DCT, Gaussian, InBasis, Masked, Orthogonal
 from ddjax.schedules import EDM, VE, Heat, ShortestPath, VPCosine, VPLinear, squared_frequencies
 from ddjax.solvers import Ancestral, Heun
-from gaussian_law import GaussianLaw, affine, expected_bound
 
 SITES = 4
 POWER = np.array([7.0, 1.0, 0.2, 0.03])
@@ -232,7 +233,7 @@ def test_samplers_reach_the_law(x64, schedule, solver):
             return a @ law.mean, a @ law.covariance @ a.T + v
 
         mean, c = noisy_law(times[0])
-        for t, s in zip(times, times[1:], strict=False):
+        for t, s in itertools.pairwise(times):
             matrix, offset = affine(lambda x, t=t, s=s: step(x, jnp.asarray(t), jnp.asarray(s)), SITES)
             fresh = covariance(process.reverse(Prediction(states(0), "x0"), states(0), jnp.asarray(s), jnp.asarray(t)))
             mean, c = matrix @ mean + offset, matrix @ c @ matrix.T + (fresh if solver is Ancestral else 0.0)
