@@ -21,7 +21,7 @@ from ddjax.objectives.gaussian import (
 )
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
-from ddjax.objectives.learned import learned_elbo
+from ddjax.objectives.learned_elbo import learned_elbo
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 
 __all__ = [
