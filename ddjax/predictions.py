@@ -41,6 +41,12 @@ def check_kind(kind: str, allowed: tuple[str, ...], process: object) -> None:
         )
 
 
+def check_sitewise(process: object, what: str) -> None:
+    """Raise a ValueError where a process does not corrupt each site by itself, as `what` needs."""
+    if not getattr(process, "sitewise", True):
+        raise ValueError(f"{type(process).__name__} mixes sites or adds variables to them: {what} is not for it")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundDenoiser:

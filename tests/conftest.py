@@ -106,6 +106,7 @@ FAST_VARIANTS = {
     "test_result_is_whole": 0,
     "test_reverse_is_exact_whatever_is_predicted": 6,
     "test_sample_has_the_propagated_law": 1,
+    "test_samplers_reach_the_law": 1,
     "test_samples_do_not_depend_on_the_batch": 2,
     "test_scalings_keep_the_log_snr": 1,
     "test_sites_of_weight_zero_are_shown_clean_and_cost_nothing": 1,

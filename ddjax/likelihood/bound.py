@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ddjax import random
 from ddjax.grids import chain_grid, step_at
-from ddjax.predictions import Prediction
+from ddjax.predictions import Prediction, check_sitewise
 from ddjax.pytrees import as_pytree
 from ddjax.types import Bound, Rows, State, Time, left_broadcast, per_example, sites
 
@@ -56,6 +56,8 @@ def nelbo(
         raise ValueError(f"num_times must be at least 1, got {num_times}")
     if known is not None and known.shape != x0.shape:
         raise ValueError(f"known has shape {known.shape}; give one entry per site, {x0.shape}")
+    if known is not None:
+        check_sitewise(process, "a bound given known sites")
     times = chain_grid(process, times, t_range)
     if times is not None:
         t_range = times[-1], times[0]
@@ -132,6 +134,7 @@ class _Binned:
 
     def __call__(self, process, x0, prediction, x_low, low):
         """-log p(level of x0 | x_low), nats per site."""
+        check_sitewise(process, "a binned decoder")
         t = left_broadcast(low, x0)
         alpha, sigma = process.schedule.alpha(t)[..., None], process.schedule.sigma(t)[..., None]
         levels = jnp.asarray(self.levels, x0.dtype)

@@ -13,6 +13,7 @@ from ddjax.objectives.conditioning import coherent_labels, with_condition_dropou
 from ddjax.objectives.contrastive import contrastive_flow_matching
 from ddjax.objectives.ddpm_hybrid import ddpm_hybrid
 from ddjax.objectives.densities import log_normal_sigma, uniform_log_snr, uniform_time
+from ddjax.objectives.diffusion_forcing import diffusion_forcing
 from ddjax.objectives.duo import duo
 from ddjax.objectives.elbo import any_order, elbo
 from ddjax.objectives.fokker_planck import fokker_planck_residual, with_fokker_planck
@@ -43,6 +44,7 @@ __all__ = [
     "ddpd",
     "ddpm_hybrid",
     "densities",
+    "diffusion_forcing",
     "duo",
     "dynamic",
     "elbo",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from ddjax import random
 from ddjax.grids import step_at
-from ddjax.predictions import Prediction, bind
+from ddjax.predictions import Prediction, bind, check_sitewise
 from ddjax.types import Apply, Keys, Params, Rows, SoftTokens, State, Time, left_broadcast, per_example, sites
 
 # prediction -> error at each site, weighted as the integral over times asks
@@ -56,6 +56,7 @@ def noised(process: Any, kind: str, draw: Draw, *, times_each: Callable[[State],
         xt, t, errors = draw(u, random.example_keys(noise_key, rows.index), x0)
         known = site_weights(weights, x0)
         if known is not None:
+            check_sitewise(process, "a weight for each site")
             xt = _shown_clean(known <= 0, xt, x0)
         rng = random.example_keys(network_key, rows.index) if train else None
         denoise = bind(apply, params, process, kind, rng=rng, train=train)

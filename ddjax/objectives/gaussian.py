@@ -64,7 +64,7 @@ def weighted_errors(
 
     def time_at(u):
         t = density(u)
-        log_snr = process.schedule.log_snr(t)
+        log_snr = process.schedule.common.log_snr(t)
         weight = weighting(log_snr)
         return t, weight if measure == "density" else 0.5 * weight / density.pdf(log_snr)
 

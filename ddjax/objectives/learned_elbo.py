@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from ddjax import random
 from ddjax.objectives.base import Objective, site_weights, weighted_mean
-from ddjax.predictions import bind, check_kind
+from ddjax.predictions import bind, check_kind, check_sitewise
 from ddjax.types import Rows, per_example, sites
 
 
@@ -65,7 +65,10 @@ def learned_elbo(
 
         def noised(learned, t, keys, network_keys):
             """A noisy state and what the network says there."""
-            xt = jnp.where(unknown, learned.marginal(x0, t).sample(keys), x0)
+            xt = learned.marginal(x0, t).sample(keys)
+            if known is not None:
+                check_sitewise(process, "a weight for each site")
+                xt = jnp.where(unknown, xt, x0)
             rng = network_keys if train else None
             return bind(apply, params["network"], learned, kind, rng=rng, train=train)(xt, t, cond), xt
 

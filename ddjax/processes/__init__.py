@@ -5,10 +5,12 @@ from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
 from ddjax.processes.hybrid import Hybrid
+from ddjax.processes.in_basis import DCT, InBasis, Orthogonal
 from ddjax.processes.interpolant import Interpolant
 from ddjax.processes.kernel import Kernel
 from ddjax.processes.learned_gaussian import LearnedGaussian
 from ddjax.processes.learned_variance import LearnedVariance
+from ddjax.processes.linear_sde import LinearSDE, critically_damped
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
@@ -19,19 +21,23 @@ from ddjax.processes.thinning import Thinning
 from ddjax.processes.uniform import Uniform
 
 __all__ = [
+    "DCT",
     "PFGM",
     "Categorical",
     "Chain",
     "Gaussian",
     "Hybrid",
+    "InBasis",
     "Interpolant",
     "Kernel",
     "LearnedGaussian",
     "LearnedVariance",
+    "LinearSDE",
     "Marginal",
     "Masked",
     "Mixture",
     "Normal",
+    "Orthogonal",
     "Staggered",
     "StateMasked",
     "Sweeps",
@@ -39,6 +45,7 @@ __all__ = [
     "Uniform",
     "Windows",
     "chain",
+    "critically_damped",
     "generators",
     "in_blocks",
     "interpolant",

@@ -24,6 +24,7 @@ from ddjax.schedules.gaussian import (
 from ddjax.schedules.kinetic import KineticOptimal
 from ddjax.schedules.learned import Monotone, PerSite
 from ddjax.schedules.log_snr import Laplace, LogSNRLinear, Shifted, Sigmoid, Table
+from ddjax.schedules.spectral import Heat, ShortestPath, squared_frequencies
 from ddjax.schedules.survival import Cosine, Linear, LogLinear, Polynomial
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "CondOT",
     "Cosine",
     "Gaussian",
+    "Heat",
     "KineticOptimal",
     "Laplace",
     "Linear",
@@ -45,6 +47,7 @@ __all__ = [
     "PolynomialPath",
     "Schedule",
     "Shifted",
+    "ShortestPath",
     "Sigmoid",
     "SubVP",
     "Survival",
@@ -53,4 +56,5 @@ __all__ = [
     "Trigonometric",
     "VPCosine",
     "VPLinear",
+    "squared_frequencies",
 ]

@@ -71,7 +71,8 @@ class Heun:
         first = denoise(xt, batched(t, xt), cond)
         slope = self.process.convert(first, "velocity", xt, t).value
         dt = left_broadcast(s - t, xt)
-        last = schedule.sigma(s) == 0
+        sigma = schedule.sigma(left_broadcast(s, xt))
+        last = jnp.all(sigma.reshape(sigma.shape[0], -1) == 0, axis=1)  # at every site
 
         def correct(_):
             euler = xt + dt * slope
@@ -79,7 +80,7 @@ class Heun:
             return xt + 0.5 * dt * (slope + again)
 
         x0 = self.process.convert(first, "x0", xt, t).value
-        clean = schedule.alpha(left_broadcast(s, xt)) * x0
+        clean = self.process.marginal(x0, s).mean
         # A real branch: on the last step of a grid the second evaluation is not made at all.
         moved = jax.lax.cond(jnp.all(last), lambda _: clean, correct, None)
         xs = jnp.where(left_broadcast(last, xt), clean, moved)
