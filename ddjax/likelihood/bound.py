@@ -8,7 +8,7 @@ The three terms are always added; the range of times is part of the answer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from ddjax import random
 from ddjax.grids import chain_grid, step_at
 from ddjax.predictions import Prediction, check_sitewise
 from ddjax.pytrees import as_pytree
-from ddjax.types import Bound, Rows, State, Time, left_broadcast, per_example, sites
+from ddjax.types import Bound, Rows, State, Time, per_example, sites
 
 # (process, x0, prediction, x_low, low) -> nats per site. Compared by value: `binned` and partials of it are fine.
 Reconstruction = Callable[[Any, State, Prediction, State, Time], Array]
@@ -44,7 +44,8 @@ def nelbo(
     x0: `(batch, *sites)`. num_times: stratified times per example; the network is called `num_times + 1` times.
     t_range: times integrated by the diffusion term, default `process.t_range`; any range gives a valid bound.
     reconstruction: the decoder at the low end; default the process's own (for Gaussian states a density; give
-        `binned(levels)` for the probability of discrete levels, which is what bits per dimension need).
+        `binned(levels)` or `discretised(levels)` for the probability of discrete levels, which is what bits per
+        dimension need).
     times: a decreasing grid (default: that of a process that lives on one), in place of continuous time: the bound of
         the chain with these steps, which is the one ancestral sampling on this grid has; `num_times` of its
         steps are drawn for each example.
@@ -64,6 +65,12 @@ def nelbo(
     low, high = process.t_range if t_range is None else (float(t_range[0]), float(t_range[1]))
     if not 0 <= low < high <= 1:
         raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
+    if times is not None and process.state == "gaussian" and process.schedule.sigma(times[-1]) == 0:
+        raise ValueError(
+            f"times end at t={low:g}, where {process.schedule!r} has no noise and the last step of a Gaussian chain "
+            f"costs infinitely many nats; end them where there is some (process.t_range begins at "
+            f"{process.t_range[0]:g}): the decoder does the rest"
+        )
     rows = Rows.all(x0.shape[0]) if rows is None else rows
     terms = _terms(
         key, as_pytree(denoise), x0, cond, rows.index, times, known, process, num_times, (low, high), reconstruction
@@ -107,8 +114,10 @@ def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_ran
     return total(process.prior_kl(x0, high)), diffusion, total(ends), error
 
 
-def mean_and_error(draw: Callable[[Array], Array], num: int, batch: int, dtype: Any) -> tuple[Array, Array]:
-    """Mean and standard error for each example of `draw(j)`, j < num, one after the other."""
+def mean_and_error(
+    draw: Callable[[Array], Array], num: int, shape: int | tuple[int, ...], dtype: Any
+) -> tuple[Array, Array]:
+    """Mean and standard error, entry by entry, of `draw(j)` of this shape, j < num, one after the other."""
 
     def step(state, j):
         mean, spread = state  # Welford's recurrence: no difference of large squares
@@ -116,41 +125,5 @@ def mean_and_error(draw: Callable[[Array], Array], num: int, batch: int, dtype: 
         change = (value - mean) / (j + 1)
         return (mean + change, spread + (value - mean) * (value - mean - change)), None
 
-    (mean, spread), _ = jax.lax.scan(step, (jnp.zeros((batch,), dtype),) * 2, jnp.arange(num))
-    return mean, jnp.sqrt(spread / (num * (num - 1))) if num > 1 else jnp.full((batch,), jnp.inf, dtype)
-
-
-class _Binned:
-    """See `binned`; compares by value so that jit caches on it."""
-
-    def __init__(self, levels: tuple[float, ...]):
-        self.levels = levels
-
-    def __eq__(self, other):
-        return isinstance(other, _Binned) and self.levels == other.levels
-
-    def __hash__(self):
-        return hash(self.levels)
-
-    def __call__(self, process, x0, prediction, x_low, low):
-        """-log p(level of x0 | x_low), nats per site."""
-        check_sitewise(process, "a binned decoder")
-        t = left_broadcast(low, x0)
-        alpha, sigma = process.schedule.alpha(t)[..., None], process.schedule.sigma(t)[..., None]
-        levels = jnp.asarray(self.levels, x0.dtype)
-        logits = -0.5 * ((x_low[..., None] - alpha * levels) / sigma) ** 2
-        nearest = jnp.argmin(jnp.abs(x0[..., None] - levels), axis=-1)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), nearest[..., None], axis=-1)[..., 0]
-
-
-def binned(levels: Sequence[float] | Float[Array, " levels"]) -> Reconstruction:
-    """A decoder for Gaussian states whose sites take a few known values: p(v | x_low) ∝ N(x_low; alpha v, sigma^2).
-
-    (Kingma et al. 2021, "Variational Diffusion Models", eq. 30.) `levels`: the values, in the units of x0 (for 8-bit
-    images in
-    [-1, 1]: `linspace(-1, 1, 256)`). The bound is then on a probability, so bits per dimension need no offset.
-    """
-    values = tuple(float(v) for v in levels)
-    if len(values) < 2:
-        raise ValueError(f"binned needs at least two levels, got {values}")
-    return _Binned(values)
+    (mean, spread), _ = jax.lax.scan(step, (jnp.zeros(shape, dtype),) * 2, jnp.arange(num))
+    return mean, jnp.sqrt(spread / (num * (num - 1))) if num > 1 else jnp.full(shape, jnp.inf, dtype)

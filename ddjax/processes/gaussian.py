@@ -118,9 +118,10 @@ class Gaussian:
 
     def prior(self, shape: Sequence[int], t: float = 1.0) -> Normal:
         """N(0, sigma_t^2 + alpha_t^2 data_std^2): the marginal at t of zero-mean data of that width."""
-        return Normal(jnp.zeros(tuple(shape)), jnp.full(tuple(shape), self._prior_std(jnp.asarray(t, float))))
+        return Normal(jnp.zeros(tuple(shape)), jnp.full(tuple(shape), self.prior_std(jnp.asarray(t, float))))
 
-    def _prior_std(self, t: Array) -> Array:
+    def prior_std(self, t: Array) -> Array:
+        """Standard deviation of the prior at t."""
         return jnp.sqrt(self.schedule.sigma(t) ** 2 + (self.schedule.alpha(t) * self.data_std) ** 2)
 
     # -- the bound -------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Gaussian:
     def prior_kl(self, x0: X, t: Time) -> X:
         """KL(q(x_t | x_0) || prior at t), nats per site."""
         alpha, sigma, _ = self._coefficients(x0, t)
-        std = self._prior_std(left_broadcast(jnp.asarray(t), x0))
+        std = self.prior_std(left_broadcast(jnp.asarray(t), x0))
         return jnp.log(std / sigma) + (sigma**2 + (alpha * x0) ** 2) / (2.0 * std**2) - 0.5
 
     def path_kl(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
@@ -138,13 +139,13 @@ class Gaussian:
         return -0.5 * self.schedule.log_snr_prime(t_) * jnp.exp(self.schedule.log_snr(t_)) * error**2
 
     def step_kl(self, x0: X, prediction: Prediction, xt: X, s: Time, t: Time) -> X:
-        """KL(bridge || reverse), (exp(lambda_s) - exp(lambda_t)) |x_0 - x0_hat|^2 / 2, nats per site.
+        """KL(bridge || reverse) = (exp(lambda_s) - exp(lambda_t)) |x_0 - x0_hat|^2 / 2, nats per site.
 
-        (Kingma et al. 2021, eq. 13.)
+        (Kingma et al. 2021, eq. 14: the two have the bridge's variance.) Infinite where s has no noise.
         """
-        snr_s, snr_t = (self._coefficients(x0, w)[2] for w in (s, t))
+        (_, _, snr_s), (_, _, snr_t) = self._coefficients(x0, s), self._coefficients(x0, t)
         error = x0 - self.convert(prediction, "x0", xt, t).value
-        return -0.5 * jnp.expm1(snr_t - snr_s) * jnp.exp(snr_s) * error**2
+        return -0.5 * jnp.exp(snr_s) * jnp.expm1(snr_t - snr_s) * error**2
 
     def reconstruction(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
         """-log N(x_0; x_t / alpha, sigma / alpha): a density, for continuous data. Nats per site."""
