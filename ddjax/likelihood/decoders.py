@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax.likelihood.bound import Reconstruction
+from ddjax.predictions import check_sitewise
 from ddjax.types import left_broadcast
 
 
