@@ -159,7 +159,7 @@ class LearnedGaussian:
 
     def prior_kl(self, x0: X, t: Time) -> X:
         """KL(q(x_t | x_0) || prior at t), nats per site."""
-        std = jnp.asarray(self.base._prior_std(left_broadcast(_each(t, x0), x0)), x0.dtype)
+        std = jnp.asarray(self.base.prior_std(left_broadcast(_each(t, x0), x0)), x0.dtype)
         return _kl(self.marginal(x0, t), Normal(jnp.zeros_like(x0), std))
 
     def path_kl(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:

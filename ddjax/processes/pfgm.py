@@ -94,7 +94,7 @@ class PFGM(Gaussian):
 
     def prior(self, shape: Sequence[int], t: float = 1.0) -> Student:
         """The kernel around 0, as wide as `Gaussian`'s prior."""
-        wide = self._prior_std(jnp.asarray(t, float))
+        wide = self.prior_std(jnp.asarray(t, float))
         return Student(jnp.zeros(tuple(shape)), wide, self.D)
 
     def bridge(self, *_) -> NoReturn:

@@ -14,8 +14,8 @@ from ddjax.objectives import (
     ddpm_hybrid,
     densities,
     gaussian,
-    learned,
     learned_uncertainty,
+    learned_weights,
     uncertainty_parameters,
     weightings,
 )
@@ -49,7 +49,9 @@ def test_uncertainty_is_the_logarithm_of_the_expected_error(x64, monkeypatch):
     nodes, weights = snr.reshape(12, -1)[:, 0], np.asarray(rows.outer).reshape(12, -1)[:, 0] * p
     error = errors(rows, np.minimum(1, 5 * np.exp(-snr)))
     mean = (error * np.asarray(rows.inner)).reshape(12, -1).sum(1)  # E[error] at each node
-    features = jax.jacobian(learned.uncertainty)(uncertainty_parameters(), jnp.asarray(nodes))  # u is linear in them
+    features = jax.jacobian(learned_weights.uncertainty)(
+        uncertainty_parameters(), jnp.asarray(nodes)
+    )  # u is linear in them
     columns = np.concatenate([features["weights"], features["bias"][:, None]], axis=1)
     best = np.linalg.lstsq(columns, np.log(mean), rcond=None)[0]
     begun = {"weights": jnp.zeros(128), "bias": jnp.asarray(0.4)}
