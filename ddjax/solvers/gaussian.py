@@ -80,7 +80,9 @@ class Heun:
             return xt + 0.5 * dt * (slope + again)
 
         x0 = self.process.convert(first, "x0", xt, t).value
-        clean = schedule.alpha(left_broadcast(s, xt)) * x0
+        # Where the state has auxiliary variables beside the data, the process says what is left of them.
+        beside = x0.shape != xt.shape
+        clean = self.process.marginal(x0, s).mean if beside else schedule.alpha(left_broadcast(s, xt)) * x0
         # A real branch: on the last step of a grid the second evaluation is not made at all.
         moved = jax.lax.cond(jnp.all(last), lambda _: clean, correct, None)
         xs = jnp.where(left_broadcast(last, xt), clean, moved)
