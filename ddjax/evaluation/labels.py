@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -12,12 +14,12 @@ def label_accuracy(
     samples: Float[np.ndarray, n * sites],
     labels: Int[np.ndarray, " n"],
     *,
-    gamma: float = 0.001,
+    gamma: float | Literal["scale", "auto"] = "scale",
 ) -> float:
     """The fraction of `samples` that a support vector classifier, fitted on `real`, gives their own label.
 
-    real, samples: any units, the same for both; `gamma` (of scikit-learn's `SVC`) is in those units: 0.001 is
-        its usual value for the digits with pixels 0 to 16. For small images: the fit is quadratic in `train`.
+    real, samples: any units, the same for both. For small images: the fit is quadratic in `train`.
+    gamma: scikit-learn's (`SVC`); "scale" goes by the number of sites and their variance, whatever the units.
     """
     from sklearn.svm import SVC  # here: scikit-learn takes a second to import
 

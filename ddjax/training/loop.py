@@ -207,8 +207,7 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
                 f"{workdir} belongs to a run with another config ({'; '.join(changed)}); use another --workdir, "
                 "or the same config"
             )
-        if before != now:
-            keys = ", ".join(key for key in now if before.get(key) != now[key])
+        if keys := ", ".join(sorted(key for key in before | now if before.get(key) != now.get(key))):
             raise ConfigError(
                 f"the data {data.name!r} have changed since the run in {workdir} began ({keys}); use another --workdir"
             )
@@ -251,10 +250,13 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None) -> dict[
     return results
 
 
+JUDGED_BY = 10_000  # the classifier's fit is quadratic in them
+
+
 def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
     """The fraction of `num` class-conditional samples that `evaluation.label_accuracy` gives their own label.
 
-    Classes come in turn.
+    Classes come in turn. The classifier is fitted on the first `JUDGED_BY` training examples.
 
     Pixels are judged as level numbers (0 to 16 for the digits), which suits tokens and scaled values alike.
     Raises ValueError for data without labels or levels.
@@ -262,7 +264,7 @@ def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
     if not run.data.num_classes:
         raise ValueError(f"{run.data.name!r} has no labels to judge samples by")
     real = load_data(config, "train")
-    items = real[np.arange(len(real))]
+    items = real[np.arange(min(len(real), JUDGED_BY))]
     labels = np.arange(num) % run.data.num_classes
     x0 = run.sample(jax.random.key(config.sample.seed), num, cond=labels, guidance=guidance)
     return label_accuracy(_levels(run.data, items["x0"]), items["cond"], _levels(run.data, np.asarray(x0)), labels)

@@ -129,6 +129,11 @@ def test_data_that_changed_under_a_run_are_refused(tmp_path):
     sections["denoiser"]["options"].pop("patch")
     claimed = tiny.config(**sections)
     loop.claim(tmp_path / "run", claimed, loop.load_data(claimed, "train"))
+    described = tmp_path / "run" / loop.DESCRIPTION
+    older = json.loads(described.read_text())
+    assert older["data"].pop("counts") is None
+    described.write_text(json.dumps(older))  # by a version that did not say so
+    loop.claim(tmp_path / "run", claimed, loop.load_data(claimed, "train"))
     text.write_text("abce" * 200)
     with pytest.raises(ConfigError, match=r"have changed since the run .* began \(vocabulary\)"):
         loop.claim(tmp_path / "run", claimed, loop.load_data(claimed, "train"))
