@@ -7,7 +7,7 @@ import pathlib
 # Before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests are mostly compilation of small programs: leaving out LLVM's optimisations takes a third off their time.
-COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
+COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that jaxlib does not know ends the process
     COMPILE_QUICKLY += " --xla_cpu_use_fusion_emitters=false"  # another third
 _DEVICES = "--xla_force_host_platform_device_count=8"
@@ -19,7 +19,7 @@ import pytest
 jax.config.update("jax_debug_key_reuse", True)
 _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs, met again and again
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
@@ -52,7 +52,6 @@ FAST_VARIANTS = {
     "test_a_step_is_finite_and_moves": 1,
     "test_a_tree_is_dropped_whole": 0,
     "test_absorbing_and_uniform_chains_are_the_mixtures_on_the_grid": 1,
-    "test_accumulation_is_the_one_big_batch": 2,
     "test_all_conversions_agree_with_the_definitions": 3,
     "test_all_densities_and_weights_are_finite_in_float32": 1,
     "test_ancestral_reaches_the_law": 0,
@@ -70,7 +69,6 @@ FAST_VARIANTS = {
     "test_closed_forms_for_any_parameters": 3,
     "test_continuous_time": 7,
     "test_conversions_are_their_definitions": 1,
-    "test_ddim_with_eta_one_is_ancestral": 2,
     "test_ddpm_tables_are_the_products_of_their_betas": 1,
     "test_default_losses_and_gradients_are_finite": 2,
     "test_draws_agree_with_the_entropy_and_have_finite_gradients": 0,
@@ -78,11 +76,8 @@ FAST_VARIANTS = {
     "test_draws_have_the_expected_loss": 1,
     "test_dropout_does_not_depend_on_the_batch_split": 1,
     "test_eight_devices_are_one": 1,
-    "test_eight_devices_are_one_in_float32": 1,
-    "test_equal_windows_are_the_process": 1,
     "test_evaluate_is_the_mean_of_the_bound": 0,
     "test_evaluations_double": 1,
-    "test_every_combination_with_equal_products_has_the_same_loss": 1,
     "test_every_name_builds": 22,
     "test_every_parameter_gets_a_gradient": 2,
     "test_every_statement_follows_from_every_pair_that_determines_it": 1,
@@ -102,21 +97,15 @@ FAST_VARIANTS = {
     "test_losses_in_float32_have_the_gradients_of_float64": 1,
     "test_microbatches_with_rows_give_the_whole": 1,
     "test_moments_bridge_and_bound_are_linear_algebra": 1,
-    "test_monotone_closed_forms": 1,
-    "test_monte_carlo_agrees_with_the_exact_bound": 1,
-    "test_monte_carlo_and_the_objective_agree_with_the_exact_chain": 1,
-    "test_named_laws": 1,
     "test_nelbo_is_the_theory_on_gaussian_data": 1,
     "test_no_nan_from_noise_to_data": 4,
     "test_noise_alone_is_the_variance_preserving_process": 0,
     "test_numbers_agree": 0,
     "test_objectives_that_are_bounds": 3,
-    "test_one_site_costs_its_entropy_on_any_grid": 2,
     "test_one_site_has_its_entropy_exactly_at_every_number_of_steps": 2,
     "test_one_site_steps_of_more_sites_and_of_one": 0,
     "test_order_of_convergence": 3,
     "test_order_of_convergence_of_the_likelihood": 0,
-    "test_parameters_come_back_and_constants_compare_by_value": 1,
     "test_path_kl_in_float32": 6,
     "test_path_kl_is_the_limit_of_the_step_kl": 6,
     "test_per_site_is_mulans_polynomial": 0,
@@ -136,14 +125,11 @@ FAST_VARIANTS = {
     "test_step_kl_is_brute_force": 2,
     "test_step_kl_is_that_of_the_two_laws_whatever_is_predicted": 1,
     "test_the_bound_is_finite_at_the_edge_of_float32": 5,
-    "test_the_bound_is_finite_in_float32": 1,
     "test_the_bounds_gradient_by_its_parameters": 0,
     "test_the_continuity_equation_and_the_score": 2,
-    "test_the_density_is_that_of_the_times": 1,
     "test_the_density_is_the_power_law": 2,
     "test_the_ends_are_finite_in_float32": 18,
     "test_the_exact_network_is_the_optimum": 1,
-    "test_the_exact_score_has_no_residual": 1,
     "test_the_gap_is_the_kl_of_the_joint_laws": 2,
     "test_the_gradient_is_unbiased": 2,
     "test_the_ode_is_the_field_of_the_augmented_space": 0,
@@ -153,15 +139,12 @@ FAST_VARIANTS = {
     "test_the_upper_variance_is_exact_for_a_gaussian_of_the_datas_width": 2,
     "test_the_weight_of_the_published_code_is_no_bound": 0,
     "test_training_the_shape_lowers_the_variance_to_its_least": 0,
-    "test_trajectory_and_init": 1,
     "test_transitions_bridge_and_reverse_are_products": 2,
-    "test_trap_09_a_batch_of_one_is_a_batch": 1,
     "test_uniform_and_masked_are_kernels": 1,
     "test_uniform_times_have_the_cut_laplace_law": 1,
     "test_v_interpolates_the_papers_log_variances": 1,
     "test_what_was_cut_off_at_a_checkpoint_is_made_up_for": 0,
     "test_with_a_decoder_it_is_the_probability_of_a_level": 1,
-    "test_without_temperature_it_is_the_bound_on_every_path": 1,
     "test_without_uniform_noise_it_is_masked": 0,
 }
 

@@ -73,12 +73,14 @@ def test_numbers_agree(name, request):
     assert memory["host_peak_bytes"] > memory["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_train_uses_the_whole_mesh_and_donates(trained):
     assert trained["environment"]["device_count"] == jax.device_count() == 8
     # Parameters, average and both moments: four float32 copies that the output takes over.
     assert trained["memory"]["executable"]["alias"] >= 4 * 4 * trained["parameters"]
 
 
+@pytest.mark.slow
 def test_sampling_counts_evaluations(sampled):
     assert sampled["nfe"] == 4 * 2  # guidance doubles
     per_call = sampled["flops"] / sampled["nfe"]
@@ -87,6 +89,7 @@ def test_sampling_counts_evaluations(sampled):
     assert sampled["solver_overhead"] * calls == pytest.approx(sampled["batch_s"]["median"])
 
 
+@pytest.mark.slow
 def test_model_flops_are_those_of_the_plain_network(trained):
     """Scanned, recomputed and accumulated programs compute the same model."""
 
@@ -103,6 +106,7 @@ def test_model_flops_are_those_of_the_plain_network(trained):
     assert count(config, True) == count(tiny(depth=3), False) < count(config, False)
 
 
+@pytest.mark.slow
 def test_continuous_states_have_no_tokens():
     config = tiny()
     config.data.tokens, config.process.name, config.process.schedule = False, "gaussian", "vp_cosine"
@@ -192,6 +196,7 @@ def test_bad_arguments_are_named():
         bench.bench_train(dataclasses.replace(config, process=dataclasses.replace(config.process, schedule="none")))
 
 
+@pytest.mark.slow
 def test_objectives_are_compared_round_by_round(monkeypatch):
     names = ("masked elbo", "symbol_polynomial genmd4")
     seconds = iter([9.0, 9.0, 1.0, 2.0, 10.0, 30.0, 100.0, 250.0])  # a warm-up round, then three on slower machines

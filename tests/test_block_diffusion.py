@@ -30,6 +30,7 @@ def run():
     return Run(experiment, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes), 0)
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_what_is_drawn(run):
     """What is asked of the network at a block's own time, behind the clean sequence, is what sampling asks."""
     x0, process = jnp.asarray(DATA[:]["x0"]), run.experiment.sampling_process
@@ -44,6 +45,7 @@ def test_the_score_is_that_of_what_is_drawn(run):
     np.testing.assert_allclose(run.nelbo(KEY, x0, num_times=2, batch_size=5).total, bound.total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_are_the_process_in_blocks(run):
     drawn = run.sample(KEY, 5)
     process = processes.in_blocks(processes.Masked(3), 4, 2)

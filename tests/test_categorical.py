@@ -83,6 +83,7 @@ def test_the_tail_of_a_large_vocabulary():
     assert count(low, 16) == 0
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_batch():
     logits = jax.random.normal(jax.random.key(9), (7, 50, 11))
     p = jax.nn.sigmoid(logits[..., 0])

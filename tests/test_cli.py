@@ -231,6 +231,7 @@ def test_a_folder_without_a_run(capsys, tmp_path, command):
     assert "train one with `ddjax train --workdir" in err
 
 
+@pytest.mark.slow
 def test_eval(capsys, tmp_path, run):
     out = ok(capsys, "eval", "--workdir", run, "--out", tmp_path / "new" / "x.json")
     values = json.loads((tmp_path / "new" / "x.json").read_text())
@@ -286,6 +287,7 @@ def test_export(capsys, tmp_path, run):
     assert json.loads(metadata["config"]) == json.loads((run / "run.json").read_text())["config"]
 
 
+@pytest.mark.slow
 def test_a_child_process(tmp_path):
     child = tiny.ddjax("train", "--config", tmp_path / "no.py", "--workdir", tmp_path / "run")
     out, err = child.communicate(timeout=120)

@@ -81,6 +81,7 @@ def test_float32(num_symbols):
     np.testing.assert_allclose(back, snr, rtol=3e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_argmax_is_uniform_corruption(x64):
     """Every symbol's chance to be the largest, by its own integral, is the marginal: the other symbols are alike."""
     t = 0.6
@@ -95,6 +96,7 @@ def test_argmax_is_uniform_corruption(x64):
         np.testing.assert_allclose(q, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_symbols", SIZES)
 def test_inverse_and_derivative(x64, num_symbols):
     snr = jnp.concatenate([jnp.linspace(-80.0, 18.0, 997), jnp.asarray([-jnp.inf, jnp.inf])])

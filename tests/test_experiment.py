@@ -226,12 +226,14 @@ def test_what_the_objective_learned_for_itself_is_dropped():
     assert trained is experiment
 
 
+@pytest.mark.slow
 def test_a_learned_variance_has_its_own_output():
     experiment = build(*TRAINABLE["learned variance"])
     said = experiment.apply(experiment.init(jax.random.key(0)), FLOATS[:2]["x0"], np.full(2, 0.5, np.float32), None)
     assert said.shape == (2, 4, 4, 2)
 
 
+@pytest.mark.slow
 def test_a_learned_schedule_is_in_the_process_and_scores():
     experiment = build(TRAINABLE["learned_elbo"][0], FLOATS)
     params = experiment.init(jax.random.key(0))

@@ -87,6 +87,7 @@ def test_evaluations_are_counted_through_wrapping():
     assert evaluations(lambda xt, t, cond: xt) == 1
 
 
+@pytest.mark.slow
 def test_importing_the_core_is_light():
     code = (
         "import sys, ddjax; heavy = {m.split('.')[0] for m in sys.modules} & set("

@@ -58,6 +58,7 @@ def test_a_sampler_makes_the_same_steps(x64):
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_bound_is_that_of_the_other_schedule(x64):
     old, new = Gaussian(VPCosine()), Gaussian(LogSNRLinear(9.0, -6.0, "ve"))
     x0 = LAW.sample(random.example_keys(jax.random.key(0), 50))

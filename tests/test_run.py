@@ -56,6 +56,7 @@ def test_tokens_do_not_depend_on_the_batch_size(run):
     assert np.any(run.sample(jax.random.key(4), 4, cond=labels[:4]) != whole[:4])
 
 
+@pytest.mark.slow
 def test_values_and_bounds_do_not_depend_on_the_batch_size():
     data = from_arrays(np.array([0, 1, 2], np.int64)[np.arange(96).reshape(6, 4, 4, 1) % 3], tokens=False)
     c = typed(

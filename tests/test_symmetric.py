@@ -14,6 +14,7 @@ from ddjax.processes import Marginal
 from ddjax.solvers import Ancestral
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.integers(2, 7), st.integers(1, 3), st.sampled_from([(), (2,)]))
 def test_there_and_back(nodes, batch, features):
@@ -53,6 +54,7 @@ def test_the_bound_counts_each_pair_once(x64):
     np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_lifted_network_does_not_depend_on_the_order_of_the_nodes():
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)))
 

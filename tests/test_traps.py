@@ -31,6 +31,7 @@ def test_trap_02_temperatures_are_taken_in_log_space():
     assert (np.abs(counts - 20_000 * p) <= 4.5 * np.sqrt(20_000 * p)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
 def test_trap_03_networks_of_half_precision_lose_no_probabilities(dtype):
     """A symbol of 1e-9 and steps of 1 / 1000: in float16 the first is 0 and so is its product with the second."""
@@ -49,6 +50,7 @@ def test_trap_03_networks_of_half_precision_lose_no_probabilities(dtype):
             np.testing.assert_allclose(kl, process.path_kl(jnp.full_like(x, 3), wide, x, now), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [Masked(3), Uniform(3)], ids=lambda p: type(p).__name__)
 def test_trap_08_evaluations_do_not_depend_on_the_batch(process):
     """Cached or not, an example costs what it costs alone: with one that has nothing left to do, and without."""
@@ -85,6 +87,7 @@ EVERY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sites", [1, 3])
 def test_trap_09_a_batch_of_one_is_a_batch(sites):
     """Shapes, and the values that the same rows have among others: a squeeze would broadcast or fail."""

@@ -40,6 +40,7 @@ def test_hosts_and_resumes_see_the_same_pairs():
     assert pairs(labelled=False, steps=1)[0]["cond"]["cond"] is None
 
 
+@pytest.mark.slow
 def test_pairs_are_nearer_and_the_law_of_x1_is_kept():
     """Permuting within a batch leaves x1 standard normal over all, though not given x0."""
     many = pairs(group=8, steps=400)

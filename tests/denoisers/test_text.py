@@ -115,6 +115,7 @@ def test_call_errors(xt, message, net):
         run(params, xt, 0.5)
 
 
+@pytest.mark.slow
 def test_soft_tokens_are_expected_embeddings(x64):
     """Certain ones are the tokens themselves; of others the embedding is the mean, and a few stand for all."""
     init, apply = functional_init(maker(embed_width=4, depth=1, dtype=jnp.float64))

@@ -99,6 +99,7 @@ def test_it_is_the_bound_of_the_process_in_blocks(x64):
     assert abs(float(whole.total[0] - in_turn.total[0])) > 1e-2
 
 
+@pytest.mark.slow
 def test_monte_carlo_agrees():
     denoise, batch = teacher_forced(wrong_table().astype(np.float32), 2), 8_000
     x0 = LAW.sample(random.example_keys(jax.random.key(1), batch))

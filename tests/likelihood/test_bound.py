@@ -49,6 +49,7 @@ def wrong(process):
     return lambda xt, t, cond: Prediction(table[xt] * (1 + t)[:, None, None], "cavity")
 
 
+@pytest.mark.slow
 @both
 def test_monte_carlo_agrees_with_the_exact_bound(kind):
     """The estimator that users call, against quadrature, with the wrong denoiser; each term by itself."""

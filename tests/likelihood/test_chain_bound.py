@@ -26,6 +26,7 @@ def wrong(process):
     return lambda xt, t, cond: Prediction(table[xt] * (1 + t)[:, None, None], "cavity")
 
 
+@pytest.mark.slow
 @every_process
 def test_one_site_costs_its_entropy_on_any_grid(x64, process):
     """With one site the reverse step is exact however long it is."""
@@ -72,6 +73,7 @@ def test_step_kl_is_brute_force(x64, process):
     np.testing.assert_allclose(ours, expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @every_process
 def test_monte_carlo_and_the_objective_agree_with_the_exact_chain(process):
     law, times, batch = Categorical(2, 3), grids.uniform(5), 20_000
@@ -85,6 +87,7 @@ def test_monte_carlo_and_the_objective_agree_with_the_exact_chain(process):
     assert loss == pytest.approx(float(exact.diffusion[0]) / 2, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [elbo, any_order])
 def test_sites_of_weight_zero_are_shown_clean_and_cost_nothing(make):
     process, x0 = Masked(3), Categorical(4, 3).sample(random.example_keys(jax.random.key(0), 64))

@@ -40,6 +40,7 @@ def test_it_is_the_integral_of_the_density_over_the_bin(x64, std):
     np.testing.assert_allclose(ours.sum(1), 1.0, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_far_bins_in_float32():
     """256 levels, from a mean far beyond them: finite, with the right slope, in both tails."""
     levels = np.linspace(-1, 1, 256)

@@ -105,6 +105,7 @@ def test_pointwise_information_is_the_log_ratio(x64):
     assert found.min() < 0 < found.max()  # a surprising condition misinforms
 
 
+@pytest.mark.slow
 def test_the_estimators_agree():
     process, batch = Gaussian(VPLinear()), 8000
     rng = np.random.default_rng(0)

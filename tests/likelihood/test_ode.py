@@ -98,6 +98,7 @@ def test_gaussian_data_of_the_prior_s_width_takes_one_step(x64):
     np.testing.assert_allclose(found.bits_per_dim(0.1), -(exact / 3 + math.log(0.1)) / math.log(2), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased_and_knows_its_error(x64):
     law = GaussianMixture(dims=4, components=2, seed=1)
     denoise, x0, probes = law.denoise(FLOW, "noise"), draws(law, 400), 12
@@ -177,6 +178,7 @@ def exact_noise(keys, x0):
     return means[0, 0] + jnp.sqrt(covariances[0, 0, 0]) * z, log_p - jnp.log(high - low)
 
 
+@pytest.mark.slow
 def test_dequantisation_bounds_the_probability_of_a_bin(x64):
     x0 = jnp.asarray([[-0.5], [0.0], [1.0]])
     options = {"t_range": between(FLOW.schedule, *FAR), "num_steps": 96}

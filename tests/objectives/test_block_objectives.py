@@ -148,6 +148,7 @@ def test_microbatches_give_the_whole(x64):
     np.testing.assert_allclose(np.mean(halves), float(loss(x0, jnp.arange(6))), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_in_float32():
     """A real network that is told the time of each site, on the whole range."""
     init, network = functional_init(

@@ -43,6 +43,7 @@ def slope(objective, process, params, u=0.6):
 # -- optima ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 def test_the_exact_network_is_the_optimum(x64, process):
     """At one time, by enumeration: zero expected gradient, whichever of the kinds the network predicts."""

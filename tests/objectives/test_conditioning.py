@@ -63,6 +63,7 @@ def test_a_tree_is_dropped_whole():
     np.testing.assert_array_equal(np.asarray(seen["text"])[~dropped], 1.0)
 
 
+@pytest.mark.slow
 def test_condition_noise_has_gammas_size():
     """N(0, gamma^2 / d) on each embedding; labels and evaluation untouched; split rows as the whole."""
     embeddings = jnp.zeros((4000, 3, 16))

@@ -61,6 +61,7 @@ def observed(objective, network, params, x0, weights=None):
     return jax.jit(run, compiler_options=QUICK)(jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [None, 3, 2])
 def test_without_temperature_it_is_the_bound_on_every_path(x64, monkeypatch, top):
     """Given what was shown, the loss is the bound's at that x_t: linear time, so dt/du is the width of the window."""
@@ -133,6 +134,7 @@ def test_expected_loss_is_the_bound_over_the_window(schedule, top):
     assert abs(losses.mean() - exact) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [2, None])
 def test_sites_of_weight_zero_are_shown_clean_and_cost_nothing(top):
     x0 = LAW.sample(random.example_keys(jax.random.key(1), 8))

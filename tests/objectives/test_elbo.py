@@ -73,6 +73,7 @@ def test_any_order_is_the_whole_bound():
         any_order(Uniform(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [elbo, any_order])
 def test_microbatches_with_rows_give_the_whole(make):
     """The mean of two halves is the loss of the whole, and so are the gradients."""
@@ -87,6 +88,7 @@ def test_microbatches_with_rows_give_the_whole(make):
     assert abs(float(alone - halves[0][0])) > 1e-4
 
 
+@pytest.mark.slow
 def test_weights():
     np.testing.assert_allclose(weighted_mean(jnp.asarray([1.0, 2.0, 6.0]), None), 3.0)
     np.testing.assert_allclose(weighted_mean(jnp.asarray([1.0, 2.0, 6.0]), jnp.asarray([1.0, 1.0, 2.0])), 15 / 4)
@@ -102,6 +104,7 @@ def test_weights():
     np.testing.assert_allclose(ones, objective(key(), apply, params, x0)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [Masked(3), Uniform(3), Masked(3, Cosine()), Uniform(3, Cosine())], ids=repr)
 def test_gradients_are_finite(process):
     objective, x0 = elbo(process, "cavity"), data(256)
@@ -138,6 +141,7 @@ def test_metrics_and_errors():
         elbo(process, "posterior")(jax.random.key(0), linear, jnp.asarray(0.5), jnp.ones((4, 2)))
 
 
+@pytest.mark.slow
 def test_accumulation_with_weights_per_site(x64):
     """Microbatches count by the weights of their sites."""
     process, x0 = Masked(3), data(8)

@@ -196,6 +196,7 @@ def test_weights():
     np.testing.assert_allclose(loss(x0, kept), loss(x0, kept[:, None] * ones), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sites_of_weight_zero_are_shown_clean():
     x0 = LAW.sample(random.example_keys(jax.random.key(5), 16))
     seen = []

@@ -139,6 +139,7 @@ def test_loss_is_the_papers_and_its_excess_the_kl_of_the_classifiers(x64, proces
         assert kl > 1e-3
 
 
+@pytest.mark.slow
 @every_process
 def test_the_exact_network_is_the_optimum(x64, process):
     """Zero gradient at every step, whichever kind the network predicts."""
@@ -184,6 +185,7 @@ def test_the_heat_bath_preserves_the_law_exactly(x64, process, kind):
     np.testing.assert_allclose(p, np.exp(np.asarray(LAW.log_p)), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_draws_have_the_expected_loss():
     """The objective as it is, in float32, against the enumeration over its four steps."""
     process, batch = PROCESSES[1], 40_000
@@ -195,6 +197,7 @@ def test_draws_have_the_expected_loss():
     np.testing.assert_allclose(slope, np.mean([g for _, g in steps], 0), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_site_one_row_and_logits_of_any_size():
     process = Staggered(Uniform(3, LogLinear(0.1)), Sweeps.cyclic((1, 1)))
     for scale in (0.0, 1e4):
@@ -206,6 +209,7 @@ def test_one_site_one_row_and_logits_of_any_size():
         assert np.isfinite(np.asarray(slope)).all()
 
 
+@pytest.mark.slow
 def test_sites_of_weight_zero_are_shown_clean_and_cost_nothing():
     process = Staggered(Uniform(3, LogLinear(0.1)), Sweeps.shuffled((4,), rounds=2))
     x0 = Categorical(4, 3).sample(random.example_keys(jax.random.key(0), 64))
@@ -233,6 +237,7 @@ def test_sites_of_weight_zero_are_shown_clean_and_cost_nothing():
     assert kept == pytest.approx(loss(x0, None), rel=0.3)
 
 
+@pytest.mark.slow
 def test_processes_from_which_nothing_can_be_learned_are_refused():
     sweeps = Sweeps.cyclic((2,), rounds=2)
     for process in (Uniform(3), Staggered(Uniform(3), Windows(0.0, 1.0)), Staggered(PROCESSES[0], sweeps)):

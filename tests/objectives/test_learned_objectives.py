@@ -38,6 +38,7 @@ def errors(rows, weight):
     return np.asarray(weight * (((rows.noise - rows.x0 - apply(0.3, xt, t[:, 0], None)) * (1 - t)) ** 2)[:, 0])
 
 
+@pytest.mark.slow
 def test_uncertainty_is_the_logarithm_of_the_expected_error(x64, monkeypatch):
     """Loss, and the gradients of both, are those of E[error exp(-u) + u]; at u = log E[error] it is 1 + E[u], flat."""
     rows = Rows.window(LAW, nodes=12, order=4, noise_order=6)
@@ -81,6 +82,7 @@ def test_uncertainty_is_the_logarithm_of_the_expected_error(x64, monkeypatch):
     np.testing.assert_allclose(loss(params), start, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_adaptive_density_descends_the_second_moment(x64, monkeypatch):
     """Value and network's gradient are the integral's whatever the density; the logits follow d/dp of E[f^2] / p."""
     bins, floor = 4, 0.01
@@ -128,6 +130,7 @@ def test_the_adaptive_density_descends_the_second_moment(x64, monkeypatch):
     assert second_moment(jnp.log(jnp.asarray(best))) < second_moment(jnp.zeros(bins))
 
 
+@pytest.mark.slow
 def test_the_hybrid_teaches_the_mean_by_the_simple_loss_and_the_variance_by_the_bound(x64):
     """Gradients of the two halves of the output, each against its own loss written again."""
     process, times = LearnedVariance(VPCosine(), 0.8), (0.9, 0.5, 0.2)

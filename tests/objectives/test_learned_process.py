@@ -148,6 +148,7 @@ def posterior_mean(parameters, xt, t, cond, **_):
     return gain * STD**2 / (gain**2 * STD**2 + sigma**2) * xt
 
 
+@pytest.mark.slow
 def test_a_straight_path_penalty_straightens_paths():
     """The flow maps x_1 to x_t by the widths m(t) of the marginals: straight where m is, bent by m''.
 

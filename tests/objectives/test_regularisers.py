@@ -26,6 +26,7 @@ from ddjax.schedules import VE, CondOT, VPCosine, VPLinear
 PROCESS, LAW = Gaussian(CondOT(), data_std=0.5), GaussianMixture(dims=1, components=2, scale=0.5)
 
 
+@pytest.mark.slow
 def test_contrastive_optimum_is_the_velocity_away_from_the_mean(x64, monkeypatch):
     """v = (E[u | x_t] - strength E[u]) / (1 - strength): flat there, over every ordered pair of examples."""
     x, wx = mixture_nodes(LAW, 8)
@@ -78,6 +79,7 @@ def test_contrast_of_nothing_is_flow_matching():
         contrastive_flow_matching(PROCESS)(jax.random.key(1), apply, {}, x0[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPLinear(), CondOT(), VE(0.1, 5.0)], ids=repr)
 def test_the_exact_score_has_no_residual(x64, schedule):
     """A mixture in two dimensions, whatever is predicted; the probes' mean is the exact divergence's residual."""
@@ -135,6 +137,7 @@ def test_the_residual_of_a_scaled_gaussian_score(x64):
         with_fokker_planck(plain, process, "score", weight=-1.0)
 
 
+@pytest.mark.slow
 def test_noisy_data_teach_the_clean_denoiser(x64, monkeypatch):
     """Flat at the clean law's exact denoiser, though only noisy data are seen; a shift costs (1 - r)^2 of itself."""
     level = 0.8

@@ -87,6 +87,7 @@ def noise_error(rows):
     return (((rows.noise - rows.x0 - apply({}, xt, t[:, 0], None)) * (1 - t))[:, 0]) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", DENSITIES)
 def test_every_combination_with_equal_products_has_the_same_loss(x64, monkeypatch, density):
     """10 weightings x 6 densities x 6 error spaces, against one integral over log-SNR that knows none of them."""
@@ -151,6 +152,7 @@ def _information(log_snr):
     return entropy - 0.5 * math.log(2 * math.pi * math.e)
 
 
+@pytest.mark.slow
 def test_a_network_not_told_the_time_learns_the_average(x64, monkeypatch):
     """The loss is flat at E[velocity | x_t] over the times that x_t may have (Sun et al. 2025)."""
     times = jnp.asarray([0.2, 0.5, 0.7])
@@ -203,6 +205,7 @@ def test_the_settings_in_print_are_the_weightings_in_print(x64):
     np.testing.assert_allclose(ours, np.exp(-3.0) / (1 + np.exp(-(snr + 3.0))), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [CondOT(), VPLinear(), VPCosine(), VE(), EDM()], ids=repr)
 def test_the_density_is_that_of_the_times(x64, schedule):
     """pdf(lambda(u)) |d lambda / du| = 1 wherever times are not moved to the ends."""

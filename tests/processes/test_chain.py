@@ -120,6 +120,7 @@ def test_gaussian_matrices_do_not_depend_on_how_finely_the_range_is_divided():
     np.testing.assert_allclose(spreads[1], np.sqrt(5 * 0.02 / 8), rtol=0.02)  # five jumps of variance beta / 8
 
 
+@pytest.mark.slow
 def test_nothing_is_added_to_probabilities():
     """D3PM's code takes log(q + 1e-6): at 256 symbols the impossible then have 2.6e-4 of the mass, and are drawn."""
     process, batch = chain.banded(64, 3, 1, (0.5, 0.5)), 200
@@ -160,6 +161,7 @@ def test_what_the_network_all_but_excludes_keeps_its_price(x64):
     np.testing.assert_allclose(process.reconstruction(x0, prediction, xt, t), expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_bound_and_objective_take_the_grid_and_are_finite():
     process, batch = CHAINS["banded"], 4000
     law, times = Categorical(2, 3), grids.uniform(4)

@@ -120,6 +120,7 @@ def test_without_uniform_noise_it_is_masked(x64):
     np.testing.assert_allclose(*kl, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_marginal():
     x0 = jnp.ones((40_000, 1), jnp.int32)
     xt = np.asarray(P.marginal(x0, full(0.5, 40_000)).sample(random.example_keys(jax.random.key(0), 40_000)))
@@ -129,6 +130,7 @@ def test_draws_follow_the_marginal():
     assert int(one[0, 0]) == P.mask
 
 
+@pytest.mark.slow
 def test_bound_and_gradient_in_float32():
     """Times as drawn, close to both ends, where rates are infinite."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 2, 3)), jnp.float32)

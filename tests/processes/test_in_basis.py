@@ -48,6 +48,7 @@ def states(seed, batch=3):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, SITES)))
 
 
+@pytest.mark.slow
 def test_bases_are_what_they_say(x64):
     x, (rows, columns) = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2))), (cosines(3), cosines(4))
     y = DCT((1, 2)).forward(x)
@@ -96,6 +97,7 @@ def test_draws_have_the_covariance():
     np.testing.assert_allclose(np.cov(np.asarray(prior).T), np.eye(SITES), atol=0.04)
 
 
+@pytest.mark.slow
 @both
 def test_nelbo_is_the_theory_on_gaussian_data(x64, schedule):
     """Full covariance, not diagonal in the basis; a shifted denoiser pays for the shift in units of information."""
@@ -135,6 +137,7 @@ def test_equal_schedules_are_the_process_itself(x64, schedule):
     assert turned.t_range == plain.t_range
 
 
+@pytest.mark.slow
 @both
 def test_conversions_are_their_definitions(x64, schedule):
     process, x0, noise = InBasis(Gaussian(schedule, 0.6), DCT((1,))), states(0), states(1)
@@ -211,6 +214,7 @@ def test_both_ends_are_finite_in_float32(schedule):
     assert np.isfinite(np.asarray(bound.total)).all()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("solver", [Heun, Ancestral], ids=lambda s: s.__name__)
 def test_samplers_reach_the_law(x64, schedule, solver):

@@ -223,6 +223,7 @@ def test_any_diffusion_transports_gaussians_at_first_order(x64, path, correlatio
     assert (slopes < 1.1).all(), (errors, slopes)
 
 
+@pytest.mark.slow
 def test_heun_transports_at_second_order(x64):
     """The ODE on a mixture against a fine solution, from x1 itself to x0 itself."""
     process, law = Interpolant(Straight(BUMP)), joint(2)
@@ -281,6 +282,7 @@ def test_a_bridge_from_a_known_end(x64):
     assert abs(x.var() / variance - 1) < 5 * np.sqrt(2 / n) + 0.03
 
 
+@pytest.mark.slow
 def test_a_gaussian_end_without_noise_is_cond_ot(x64):
     """The same marginal, prior, conversions and steps as `Gaussian(CondOT())`, x1 being its noise."""
     process, gaussian = Interpolant(Straight(), source_std=1.0), Gaussian(CondOT())

@@ -139,6 +139,7 @@ def test_rates_are_the_derivative_of_the_kernel(x64, process):
     np.testing.assert_allclose(rates[others], step[others], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_process
 def test_prior_kl_is_brute_force(x64, process):
     x0 = jnp.arange(3)[:, None]
@@ -346,6 +347,7 @@ def test_times_give_each_scale_its_share():
     assert counts.min() >= 8
 
 
+@pytest.mark.slow
 def test_draws_follow_the_law():
     process, batch = PROCESSES[1], 20_000
     keys = random.example_keys(jax.random.key(0), batch)

@@ -100,6 +100,7 @@ def test_everything_else_needs_the_first_half_alone(x64):
     assert hash(process) == hash(LearnedVariance(CondOT()))
 
 
+@pytest.mark.slow
 def test_ends_and_gradients_in_float32():
     process = LearnedVariance(VPLinear())
     xt, v = jnp.asarray([[0.3], [0.3]], jnp.float32), jnp.asarray([[0.5], [-0.5]], jnp.float32)

@@ -166,6 +166,7 @@ def test_short_times_keep_their_digits():
     np.testing.assert_allclose(np.asarray(root)[..., 0, 0].ravel() ** 2, scipy.special.gammainc(3, 2 * y), rtol=3e-5)
 
 
+@pytest.mark.slow
 @every
 def test_nelbo_is_the_theory_on_gaussian_data(x64, process):
     groups = 2 if process.data == 1 else 1
@@ -212,6 +213,7 @@ def test_conversions_are_their_definitions(x64, process):
         np.testing.assert_allclose(value, true[end], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [Heun, Ancestral], ids=lambda s: s.__name__)
 def test_samplers_reach_the_law(x64, solver):
     """Steps are affine for Gaussian data, so that the law of what they make is known exactly."""

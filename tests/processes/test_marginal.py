@@ -15,6 +15,7 @@ from ddjax.schedules import Cosine
 PROBABILITIES = [0.5, 0.2, 0.0, 0.3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("named", "probabilities"), [(Uniform, [1 / 3] * 3), (Masked, [0, 0, 0, 1])])
 def test_named_laws(x64, named, probabilities):
     """The same bridge and integrand as the processes that have these laws by construction."""

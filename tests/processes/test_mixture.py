@@ -296,6 +296,7 @@ def test_the_bound_is_finite_at_the_edge_of_float32(kind, schedule):
         assert np.isfinite(np.asarray(kl)).all(), (t_range, t, dt, kl)
 
 
+@pytest.mark.slow
 @both
 def test_draws_follow_the_law(kind):
     """Chi-squared of sample against log_prob for the marginal, the prior and the reverse step."""

@@ -58,6 +58,7 @@ def test_draws_have_the_beta_prime_radius_and_no_direction():
     assert abs(np.corrcoef(radius2 < np.median(radius2), angle[:, 0])[0, 1]) < 4.5 / np.sqrt(n)
 
 
+@pytest.mark.slow
 def test_large_d_tends_to_the_gaussian_at_first_order(x64):
     """The log-density's distance to the normal's halves when D doubles; in float32 it does not break."""
     x0, t, x = jnp.zeros((1, 3)), jnp.asarray([0.1]), jnp.asarray([[0.5, -1.0, 2.0]])
@@ -136,6 +137,7 @@ def test_the_posterior_mean_is_that_of_the_draws():
         assert abs(ATOMS[which[near]].mean() - expected) < 4.5 * ATOMS[which[near]].std() / np.sqrt(near.sum())
 
 
+@pytest.mark.slow
 def test_edm_samples_and_trains_it_unchanged():
     """Heun on the Karras grid from the heavy-tailed prior finds the atoms with their masses; EDM's loss is finite."""
     process, n = PFGM(EDM(8.0), data_std=1.0, D=4.0), 4000

@@ -55,6 +55,7 @@ def test_two_exact_steps_draw_the_law():
     np.testing.assert_allclose(counts, np.exp(np.asarray(law.log_p)), atol=0.015)
 
 
+@pytest.mark.slow
 @inner
 def test_equal_windows_are_the_process(x64, process):
     whole = Staggered(process, Windows(start=0.0, stop=1.0))
@@ -117,6 +118,7 @@ def test_a_networks_output_is_read_at_each_sites_own_time():
     np.testing.assert_allclose(prediction.value, [[0.5 * np.log(2.0), 0.0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_blocks_of_one_site_are_autoregression(x64):
     """One step a block: the chain's bound is the entropy. Each site's own time is told."""
     law, process = Categorical(3, 2), in_blocks(Masked(2), 3, 1)

@@ -261,6 +261,7 @@ def test_a_mislabelled_denoiser_is_dearer(x64):
     assert nelbo(POLYNOMIAL, denoise) > LAW.entropy + 0.05
 
 
+@pytest.mark.slow
 def test_equal_symbols_are_masked(x64):
     """With one pace for all symbols every method is that of `Masked`, whatever is predicted."""
     x0, xt = jnp.asarray(all_states(2, 3))[:8], jnp.asarray(all_states(2, 4))[8:]
@@ -301,6 +302,7 @@ def test_equal_symbols_are_masked(x64):
 # -- draws, shapes, float32 --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_draws_follow_the_law():
     """Chi-squared of sample against log_prob for the marginal, the prior, the bridge and the reverse step."""
     process, batch = StateMasked(4, SymbolPolynomial((0.5, 1.0, 2.0, 4.0))), 20_000
@@ -356,6 +358,7 @@ def test_small_steps_keep_small_probabilities():
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "process", [StateMasked(3, SymbolPolynomial((0.4, 1.0, 30.0))), SPINDLE], ids=["polynomial", "spindle"]
 )

@@ -38,6 +38,7 @@ def moves_made(clock, n):
     return made
 
 
+@pytest.mark.slow
 def test_the_clock_is_exact_at_its_knots_and_linear_between():
     """In float32 and compiled, as it is used; 49 and 7 are where k / n, times n, is not k."""
     for clock in (Sweeps.shuffled((7, 1), rounds=49), Sweeps.cyclic((3,)), Sweeps.cyclic((1,), rounds=3), BACKWARDS):

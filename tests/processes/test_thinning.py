@@ -163,6 +163,7 @@ def test_conversions_are_bayes_rule(x64):
             convert(exact["deaths"], kind, xt, t)
 
 
+@pytest.mark.slow
 @every_schedule
 def test_path_kl_is_the_limit_of_the_step_kl(x64, schedule):
     """(1 / dt) KL(bridge || reverse) as dt -> 0, extrapolated, for a wrong denoiser; and `step_kl` is that KL."""
@@ -411,6 +412,7 @@ def network(params, xt, t, cond, *, rng=None, train=False):
     return params[xt] + 0.3 * params[xt[:, ::-1]]
 
 
+@pytest.mark.slow
 def test_expected_loss_is_the_diffusion_term_per_site():
     process, params = Thinning(3), jnp.asarray([0.5, -1.0, 0.2])
     with jax.enable_x64(True):

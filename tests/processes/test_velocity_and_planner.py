@@ -82,6 +82,7 @@ def both_ways(logits, t):
     return total + (velocities**2).sum(), velocities
 
 
+@pytest.mark.slow
 def test_velocity_and_planner_at_both_ends_in_float32():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 3)), jnp.float32)
     run = jax.jit(jax.value_and_grad(both_ways, has_aux=True))

@@ -48,6 +48,7 @@ def optimal():
     return sc.KineticOptimal.from_errors(log_snrs, np.maximum(m - np.asarray(hats), 0.0), m, parts=512)
 
 
+@pytest.mark.slow
 def test_its_energy_is_its_closed_form_and_the_least(x64):
     best = optimal()
     found = energy(best)

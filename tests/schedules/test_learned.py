@@ -98,6 +98,7 @@ def test_so_does_that_of_a_mixture(x64):
     np.testing.assert_allclose(paths, paths[0], rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SHAPES[1:], ids=["first", "second"])
 def test_monotone_closed_forms(x64, schedule):
     t = jnp.linspace(0.0, 1.0, 33)
@@ -111,6 +112,7 @@ def test_monotone_closed_forms(x64, schedule):
     np.testing.assert_allclose(told, (ENDS[0] - schedule.log_snr(t)) / 15.0, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_inverse_has_the_derivatives_of_an_inverse(x64):
     schedule, nudge = wiggly(0), 1e-6
     p = schedule.parameters
@@ -123,6 +125,7 @@ def test_the_inverse_has_the_derivatives_of_an_inverse(x64):
     np.testing.assert_allclose(of_snr, 1 / schedule.log_snr_prime(schedule.time(1.3)), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", [wiggly(0), sc.PerSite(np.random.default_rng(0).normal(size=(3, 2)))], ids=["m", "p"]
 )
@@ -182,6 +185,7 @@ def chain_bound(coefficients):
     return expected(process, linear(process, STDS), step, t, X[:, None] * STDS, W).sum()
 
 
+@pytest.mark.slow
 def test_a_schedule_for_each_site_lowers_a_chains_bound_to_its_least(x64):
     """One site costs sum (y_{i-1} / y_i - 1) / 2, y = 1 + d^2 exp(log-SNR): least where the y are geometric."""
     y = lambda log_snr: 1 + STDS**2 * np.exp(log_snr)

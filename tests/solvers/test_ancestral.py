@@ -103,6 +103,7 @@ def draw(process, batch, **options):
     return ddjax.sample(jax.random.key(5), LAW.denoise(process), process, **settings)
 
 
+@pytest.mark.slow
 @both
 def test_samples_do_not_depend_on_the_batch(kind):
     process = kind(3)
@@ -113,6 +114,7 @@ def test_samples_do_not_depend_on_the_batch(kind):
     assert len(np.unique(np.asarray(draw(process, 64).x0), axis=0)) > 3
 
 
+@pytest.mark.slow
 @both
 def test_trajectory_and_init(kind):
     process = kind(3)

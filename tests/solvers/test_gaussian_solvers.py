@@ -81,6 +81,7 @@ def test_point_masses_are_reached_in_one_step(x64, schedule, kind):
     np.testing.assert_allclose(DDIM(process).step(keys, (), xt, t, s, denoise)[0], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 @every_schedule
 def test_ddim_with_eta_one_is_ancestral(schedule):
     """The same mean and the same standard deviation of the step."""

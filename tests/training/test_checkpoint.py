@@ -88,6 +88,7 @@ def test_round_trip_is_bitwise(tmp_path):
     assert extras["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_a_restored_state_trains_on_as_the_saved_one(tmp_path):
     step = jax.jit(training.make_train_step(toy.objective, toy.apply, OPTIMIZER))
     write(tmp_path, 3)
@@ -187,6 +188,7 @@ def test_load_ema(tmp_path):
         load_ema(tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path):
     # The state is donated and overwritten while the save still writes: what is stored must be the copy.
     optimizer = training.adamw(1e-2, 100)
@@ -206,6 +208,7 @@ def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
 def test_restoring_onto_another_mesh(tmp_path):
     import functools

@@ -9,6 +9,7 @@ from ddjax.training.step import Ema, make_train_step, update_ema
 from . import toy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ema", "decay"),
     [

@@ -53,6 +53,7 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_nothing_had_been(tmp_pat
     tiny.assert_same_run(tmp_path / "run", tiny.trained())
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing_but_time(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         whole = at_batch(patch, 0, kill)
@@ -77,6 +78,7 @@ def test_a_kill_loses_nothing_but_time(tmp_path, monkeypatch):
     tiny.assert_same_run(tmp_path / "run", tiny.trained())
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_reported_and_the_one_before_it_used(tmp_path):
     run = tiny.copy(tmp_path / "run")
     tiny.truncate(run, 10)
@@ -149,6 +151,7 @@ def test_a_claim_that_was_killed_does_not_block_the_folder(tmp_path):
         loop.claim(tmp_path / "other", tiny.config(), data)
 
 
+@pytest.mark.slow
 def test_a_number_that_is_none_stops_with_step_batch_and_last_good(tmp_path, monkeypatch):
     compiled = setup.compile_step
 

@@ -49,12 +49,14 @@ def test_eight_devices_are_one(x64, axes):
     toy.assert_same(train(axes, np.float64, accumulate=2), one, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [MESHES["data"], MESHES["both"]])
 def test_eight_devices_are_one_in_float32(axes):
     one = train({"data": 1}, np.float32, devices=jax.devices()[:1])
     toy.assert_same(train(axes, np.float32), one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_state_is_born_and_stays_in_place():
     mesh, state, step = setup({"data": 2, "fsdp": 4}, np.float32)
 
@@ -75,6 +77,7 @@ def test_state_is_born_and_stays_in_place():
     assert all(a.is_deleted() for a in kernel(state))
 
 
+@pytest.mark.slow
 def test_accumulation_moves_no_rows_between_devices():
     mesh, state, step = setup({"data": 8}, np.float32, accumulate=2)
     text = step.lower(state, meshes.shard_batch(toy.batch(), mesh)).compile().as_text()

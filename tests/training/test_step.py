@@ -20,6 +20,7 @@ def run(accumulate, batch, optimizer=None, steps=1, dtype=jnp.float64, objective
     return state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 4, 16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_accumulation_is_the_one_big_batch(x64, accumulate, weighted):
@@ -65,6 +66,7 @@ def test_split_keeps_rows_with_their_device():
     np.testing.assert_array_equal(split_batch(jnp.arange(16), 2)[0], np.arange(0, 16, 2))
 
 
+@pytest.mark.slow
 def test_a_microbatch_without_weight_has_no_say(x64):
     batch = toy.batch(8, dtype=np.float64, weighted=True)
     batch["weights"][1::2] = 0.0  # all of microbatch 1 of 2: its own mean is 0 / 0
@@ -87,6 +89,7 @@ def test_a_bad_loss_is_reported(accumulate):
     assert np.isnan(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_steps_draw_different_noise_and_the_same_seed_the_same():
     batch = toy.batch()
     first, second = (run(1, batch, optax.sgd(0.0), steps, jnp.float32)[1]["noise"] for steps in (1, 2))
