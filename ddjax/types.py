@@ -34,6 +34,11 @@ class Rows(NamedTuple):
         """Every row of a batch that is held whole."""
         return cls(jnp.arange(batch), batch)
 
+    @classmethod
+    def of(cls, x: State, rows: Rows | None) -> Rows:
+        """The given rows; None: x, `(batch, ...)`, is the whole batch."""
+        return cls.all(x.shape[0]) if rows is None else rows
+
 
 @runtime_checkable
 class Distribution(Protocol):

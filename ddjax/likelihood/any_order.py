@@ -43,7 +43,7 @@ def any_order(
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     if known is not None and known.shape != x0.shape:
         raise ValueError(f"known has shape {known.shape}; give one entry per site, {x0.shape}")
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     diffusion, error = _estimate(key, as_pytree(denoise), x0, cond, rows.index, known, process, num_draws)
     nothing = jnp.zeros_like(diffusion)
     return Bound(nothing, diffusion, nothing, error, t_range=(0.0, 1.0), dims=sites(x0))

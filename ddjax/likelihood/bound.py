@@ -71,7 +71,7 @@ def nelbo(
             f"costs infinitely many nats; end them where there is some (process.t_range begins at "
             f"{process.t_range[0]:g}): the decoder does the rest"
         )
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     terms = _terms(
         key, as_pytree(denoise), x0, cond, rows.index, times, known, process, num_times, (low, high), reconstruction
     )

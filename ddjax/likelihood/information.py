@@ -119,7 +119,7 @@ def _information(key, denoise, process, x0, cond, without, num_times, t_range, r
     low, high = process.t_range if t_range is None else (float(t_range[0]), float(t_range[1]))
     if not 0 <= low < high <= 1:
         raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     parts = _estimate(
         key, as_pytree(denoise), x0, cond, without, rows.index, process, num_times, (low, high), orthogonal
     )

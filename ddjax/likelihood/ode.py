@@ -130,7 +130,7 @@ def ode(
     else:
         times = check_grid(times)[::-1].astype(x0.dtype)
         low, high = float(times[0]), float(times[-1])
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     probes = num_probes if divergence == "hutchinson" else None
     terms = _terms(
         key, as_pytree(denoise), x0, cond, rows.index, times, process, probes, integrator, dequantise, reconstruction

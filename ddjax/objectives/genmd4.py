@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax import random
-from ddjax.objectives.base import Objective, site_weights, weighted_mean
+from ddjax.objectives.base import Objective, Reduction
 from ddjax.predictions import bind, check_kind
 from ddjax.processes import StateMasked
 from ddjax.processes.mixture import PerSite, Tokens
 from ddjax.symbol_schedules import SymbolPolynomial
-from ddjax.types import Rows, Time, left_broadcast, per_example, sites
+from ddjax.types import Rows, Time, left_broadcast, per_example
 
 
 def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[float, float] | None = None) -> Objective:
@@ -44,34 +44,24 @@ def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[floa
     ends = process.t_range if t_range is None else t_range
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
         time_key, noise_key, network_key = jax.random.split(key, 3)
         t, scale = process.time_at(random.stratified(time_key, rows), ends)
         learned = process.with_parameters(params["process"])
         marginal = learned.marginal(x0, t)
-        known = site_weights(weights, x0)
-        unknown, weight = (True, 1.0) if known is None else (known > 0, known)
-
-        def total(values):
-            return per_example(jnp.where(unknown, weight * values, 0.0))
 
         def draw(noise_keys, network_keys):
             """What one noisy draw costs, and its log-probability."""
-            z = jnp.where(unknown, marginal.sample(noise_keys), x0)
+            z = reduce.shown(learned, marginal.sample(noise_keys))
             rng = network_keys if train else None
             denoise = bind(apply, params["network"], learned, kind, rng=rng, train=train)
             costs = left_broadcast(scale, x0) * learned.path_kl(x0, denoise(z, t, cond), z, t)
-            return total(costs), per_example(marginal.log_prob(z))  # a known site's is the same in both draws
-
-        def mean(totals):
-            if known is None:
-                return weighted_mean(totals / sites(x0), weights)
-            return totals.sum() / jnp.maximum(known.sum(), 1e-12)
+            return reduce.totals(costs), per_example(marginal.log_prob(z))  # a known site's is the same in both draws
 
         noise_keys, network_keys = (random.split(random.example_keys(k, rows.index)) for k in (noise_key, network_key))
-        diffusion = mean(leave_one_out(*(draw(*keys) for keys in zip(noise_keys, network_keys, strict=True))))
+        diffusion = reduce.mean(leave_one_out(*(draw(*keys) for keys in zip(noise_keys, network_keys, strict=True))))
         low, high = (jnp.full(x0.shape[:1], end, t.dtype) for end in ends)
-        loss = diffusion + mean(total(closed_form_reconstruction(learned, x0, low) + learned.prior_kl(x0, high)))
+        loss = diffusion + reduce(closed_form_reconstruction(learned, x0, low) + learned.prior_kl(x0, high))
         powers = learned.schedule.powers
         return loss, {"loss": loss, "diffusion": diffusion, "least_power": powers.min(), "greatest_power": powers.max()}
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ddjax import random
-from ddjax.objectives.base import Objective, site_weights, weighted_mean
-from ddjax.predictions import bind, check_kind, check_sitewise
-from ddjax.types import Rows, per_example, sites
+from ddjax.objectives.base import Objective, Reduction
+from ddjax.predictions import bind, check_kind
+from ddjax.types import Rows, sites
 
 
 def learned_elbo(
@@ -45,43 +45,30 @@ def learned_elbo(
     names = process.variance_parameters
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
         time_key, *step_keys = jax.random.split(key, 5)
         noise_keys, low_keys, network_keys, low_network_keys = (
             random.example_keys(step_key, rows.index) for step_key in step_keys
         )
         t = low + (high - low) * random.stratified(time_key, rows, x0.dtype)
         first, last = (jnp.full(x0.shape[:1], end, x0.dtype) for end in t_range)
-        known = site_weights(weights, x0)
-        unknown, weight = (True, 1.0) if known is None else (known > 0, known)
-
-        def total(values):
-            return per_example(jnp.where(unknown, weight * values, 0.0))
-
-        def mean(totals):
-            if known is None:
-                return weighted_mean(totals / sites(x0), weights)
-            return totals.sum() / jnp.maximum(known.sum(), 1e-12)
 
         def noised(learned, t, keys, network_keys):
             """A noisy state and what the network says there."""
-            xt = learned.marginal(x0, t).sample(keys)
-            if known is not None:
-                check_sitewise(process, "a weight for each site")
-                xt = jnp.where(unknown, xt, x0)
+            xt = reduce.shown(learned, learned.marginal(x0, t).sample(keys))
             rng = network_keys if train else None
             return bind(apply, params["network"], learned, kind, rng=rng, train=train)(xt, t, cond), xt
 
         def diffusion(parameters):
             learned = process.with_parameters(parameters)
             prediction, xt = noised(learned, t, noise_keys, network_keys)
-            return total((high - low) * learned.path_kl(x0, prediction, xt, t))
+            return reduce.totals((high - low) * learned.path_kl(x0, prediction, xt, t))
 
         parameters, to_variance = params["process"], 0.0
         if names:
             shape = {name: parameters[name] for name in names}
             path, pull = jax.vjp(lambda shape: diffusion(parameters | shape), jax.lax.stop_gradient(shape))
-            (slope,) = pull(2.0 * path / sites(x0) * jax.grad(mean)(path))
+            (slope,) = pull(2.0 * path / sites(x0) * jax.grad(reduce.mean)(path))
             to_variance = sum(jnp.vdot(jax.lax.stop_gradient(slope[name]), shape[name]) for name in names)
             to_variance -= jax.lax.stop_gradient(to_variance)  # a slope and no value
         else:
@@ -91,9 +78,9 @@ def learned_elbo(
         prediction, x_low = noised(learned, first, low_keys, low_network_keys)
         decode = type(process).reconstruction if reconstruction is None else reconstruction
         terms = {
-            "diffusion": mean(path),
-            "prior": mean(total(learned.prior_kl(x0, last))),
-            "reconstruction": mean(total(decode(learned, x0, prediction, x_low, first))),
+            "diffusion": reduce.mean(path),
+            "prior": reduce(learned.prior_kl(x0, last)),
+            "reconstruction": reduce(decode(learned, x0, prediction, x_low, first)),
         }
         loss = sum(terms.values())
         return loss + to_variance, {"loss": loss, **terms}
