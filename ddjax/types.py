@@ -115,6 +115,12 @@ def left_broadcast(t: jax.Array, x: jax.Array, trailing: int = 0) -> jax.Array:
     return t.reshape(t.shape + (1,) * (x.ndim + trailing - t.ndim))
 
 
+def time_dtype(x: jax.Array) -> jnp.dtype:
+    """What times and totals for a state are computed in: its own floats, 32 bits at least; JAX's default for tokens."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.promote_types(x.dtype, jnp.float32) if floating else jnp.result_type(float)
+
+
 def per_example(x: Float[Array, batch * sites]) -> Float[Array, " batch"]:
     """Sum over sites."""
     return x.reshape(x.shape[0], -1).sum(axis=-1)

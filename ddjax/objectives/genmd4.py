@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax import random
+from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, Reduction
 from ddjax.predictions import bind, check_kind
 from ddjax.processes import StateMasked
@@ -41,7 +42,7 @@ def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[floa
     if not (isinstance(process, StateMasked) and isinstance(process.schedule, SymbolPolynomial)):
         raise ValueError(f"genmd4 learns the powers of a StateMasked with a SymbolPolynomial, got {process!r}")
     check_kind(kind, process.kinds, process)
-    ends = process.t_range if t_range is None else t_range
+    ends = range_of(process, t_range)
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ddjax import random
+from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, Reduction
 from ddjax.predictions import bind, check_kind
 from ddjax.types import Rows, sites
@@ -39,9 +40,7 @@ def learned_elbo(
     if not hasattr(process, "parameters"):
         raise ValueError(f"learned_elbo needs a process with parameters, got {process!r}; use elbo")
     check_kind(kind, process.kinds, process)
-    low, high = t_range
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {t_range}")
+    low, high = range_of(process, t_range)
     names = process.variance_parameters
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddjax import random
+from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, Reduction
 from ddjax.objectives.elbo import elbo
 from ddjax.predictions import bind
@@ -53,7 +54,7 @@ def whole_elbo(
 
     t_range: times to integrate; default `process.t_range`. reconstruction: as in `likelihood.nelbo`.
     """
-    ends = process.t_range if t_range is None else t_range
+    ends = range_of(process, t_range)
     path = elbo(process, kind, t_range=ends)
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
@@ -87,7 +88,7 @@ def curvature(process: Any, kind: str = "x0", *, t_range: tuple[float, float] | 
 
     t_range: times; default `process.t_range`. Sites of weight 0 move like the others.
     """
-    low, high = process.t_range if t_range is None else t_range
+    low, high = range_of(process, t_range)
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         rows = Rows.of(x0, rows)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import xlogy
 
+from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, at_times, noised
 from ddjax.objectives.elbo import Weighting, elbo
 from ddjax.predictions import Prediction
@@ -28,7 +29,7 @@ def score_entropy(process: Mixture, kind: str = "ratio", *, t_range: tuple[float
     are not converted. Its entry at x_t is not used. The ratios themselves go like alpha / (1 - alpha), which the
     authors' network adds to its output. For any other kind this is `elbo`.
     """
-    low_high = process.t_range if t_range is None else t_range
+    low_high = range_of(process, t_range)
 
     def site_loss(x0, prediction, xt, t):
         log_s = process.convert(prediction, "ratio", xt, t).value
