@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from ddjax import random
 from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, Reduction
-from ddjax.objectives.elbo import elbo
 from ddjax.predictions import bind
 from ddjax.types import Rows
 
@@ -36,45 +35,6 @@ def learned_process(process: Any, make: Callable[[Any], Objective]) -> Objective
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         learned = process.with_parameters(params["process"])
         return make(learned)(key, apply, params["network"], x0, cond, weights, rows, train)
-
-    return objective
-
-
-def whole_elbo(
-    process: Any,
-    kind: str,
-    *,
-    t_range: tuple[float, float] | None = None,
-    reconstruction: Callable[..., Any] | None = None,
-) -> Objective:
-    """The bound with its two ends, nats per site: `elbo`'s diffusion term in continuous time, the prior's and
-    the decoder's.
-
-    An unbiased estimate, one time per example, of what `likelihood.nelbo` estimates. Metrics: its three terms.
-
-    t_range: times to integrate; default `process.t_range`. reconstruction: as in `likelihood.nelbo`.
-    """
-    ends = range_of(process, t_range)
-    path = elbo(process, kind, t_range=ends)
-
-    def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
-        path_key, noise_key, network_key = jax.random.split(key, 3)
-        diffusion, _ = path(path_key, apply, params, x0, cond, weights, rows, train)
-        low, high = (jnp.full(x0.shape[:1], end, x0.dtype) for end in ends)
-        x_low = process.marginal(x0, low).sample(random.example_keys(noise_key, rows.index))
-        x_low = reduce.shown(process, x_low)
-        rng = random.example_keys(network_key, rows.index) if train else None
-        prediction = bind(apply, params, process, kind, rng=rng, train=train)(x_low, low, cond)
-        decode = type(process).reconstruction if reconstruction is None else reconstruction
-
-        terms = {
-            "diffusion": diffusion,
-            "prior": reduce(process.prior_kl(x0, high)),
-            "reconstruction": reduce(decode(process, x0, prediction, x_low, low)),
-        }
-        loss = sum(terms.values())
-        return loss, {"loss": loss, **terms}
 
     return objective
 
@@ -120,4 +80,4 @@ def weighted_sum(**parts: tuple[float, Objective]) -> Objective:
     return objective
 
 
-__all__ = ["curvature", "learned_process", "weighted_sum", "whole_elbo"]
+__all__ = ["curvature", "learned_process", "weighted_sum"]
