@@ -186,7 +186,7 @@ class CategoricalProcess:
 
     def reconstruction(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
         """-log p(x_0^i | x_t) under the posterior, nats per site."""
-        return -gather(jax.nn.log_softmax(self.convert(prediction, "posterior", xt, t).value), x0)
+        return cross_entropy(self.convert(prediction, "posterior", xt, t).value, x0)
 
     # -- predictions ------------------------------------------------------------------------------------------
 
@@ -260,8 +260,9 @@ def gather(values: PerState, x: Tokens) -> PerSite:
 
 def cross_entropy(logits: PerState, x: Tokens) -> PerSite:
     """-log softmax(logits)(x), nats per site. A sum of one term in place of a gather, whose gradient is a scatter."""
+    logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))  # a difference of large logits would cancel
     own = jnp.where(jnp.arange(logits.shape[-1]) == x[..., None], logits, 0.0).sum(-1)
-    return jax.nn.logsumexp(logits, axis=-1) - own
+    return jnp.log(jnp.exp(logits).sum(-1)) - own
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:
