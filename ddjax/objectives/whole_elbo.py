@@ -85,7 +85,7 @@ def learned_elbo(
         (slope,) = pull(2.0 * path / sites(x0) * jax.grad(Reduction.of(weights, x0).mean)(path))
         to_variance = sum(jnp.vdot(jax.lax.stop_gradient(slope[name]), shape[name]) for name in names)
         loss, metrics = whole(learned, path)
-        return loss + to_variance - jax.lax.stop_gradient(to_variance), metrics  # a slope and no value
+        return loss + (to_variance - jax.lax.stop_gradient(to_variance)), metrics  # a slope and no value
 
     return objective
 
