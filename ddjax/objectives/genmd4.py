@@ -83,6 +83,7 @@ def genmd4(
 
         noise_keys, network_keys = (random.split(random.example_keys(k, rows.index)) for k in (noise_key, network_key))
         # The first rows, not rows here and there: those of microbatches (`split_batch`) are then those of the whole.
+        # Over devices they are divided anew, at the price of moving their tokens.
         draws = map(draw, (batch, batch // parts), noise_keys, network_keys)
         diffusion = reduce.mean(leave_one_out(*draws))
         low, high = (jnp.full(x0.shape[:1], end, t.dtype) for end in ends)
