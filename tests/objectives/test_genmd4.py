@@ -186,7 +186,7 @@ def test_drawn_losses_average_to_the_exact_one(every):
     assert draws.std(0)[-1] / math.sqrt(repeats) < 0.01 * float(value)
 
 
-@pytest.mark.parametrize("per_site", [False, True], ids=["per_example", "per_site"])
+@pytest.mark.parametrize("per_site", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_whichever_rows_are_drawn_twice_they_stand_for_all(x64, monkeypatch, per_site):
     """With any weights: at fixed draws, the mean over which rows come first and over the order of the two draws."""
     rng = np.random.default_rng(0)
@@ -264,6 +264,7 @@ def test_rows_drawn_twice_span_the_times():
     np.testing.assert_array_equal(np.sort(np.floor(t * 16)), np.arange(16))
 
 
+@pytest.mark.slow
 def test_microbatches_with_rows_give_the_whole():
     x0, params, key = LAW.sample(random.example_keys(jax.random.key(5), 10)), parameters(), lambda: jax.random.key(7)
     run = jax.jit(
