@@ -63,38 +63,25 @@ def bench_train(config: Config, *, steps: int = 20, warmup: int = 3) -> dict[str
     """
     _check(steps=steps, warmup=warmup)
     data, experiment = _load(config)
-    start = time.perf_counter()
-    setup = jax.block_until_ready(prepare(experiment))
-    init_s = time.perf_counter() - start
-    state, size = setup.state, config.train.batch_size
-    parameters = _parameters(state.params)
-    batch = shard_batch(_rows(data, size), setup.mesh)
-    abstract_batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
-    step, compile_times = _compile(setup.step, state, batch)
-    del setup  # the step donates the state: nobody else may hold it
-
-    def once(_: int) -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    seconds = _time(once, steps, warmup)
+    stepper, size = _Stepper(experiment, data), config.train.batch_size
+    seconds = _time(lambda _: stepper(), steps, warmup)
     model = _model(experiment)
     abstract_state = jax.eval_shape(functools.partial(initial_state, model), jax.random.key(0))
+    abstract_batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stepper.batch)
     operations = flops.count(train_step(model), abstract_state, abstract_batch)
     devices = jax.devices()
     return {
         "benchmark": "train",
-        **_about(experiment, parameters, devices),
+        **_about(experiment, stepper.parameters, devices),
         "batch_size": size,
         "steps": steps,
         "warmup": warmup,
-        "init_s": init_s,
-        **compile_times,
+        "init_s": stepper.init_s,
+        **stepper.compile_times,
         "step_s": seconds,
         **_throughput(experiment, size, seconds["median"]),
         **_rates(operations, seconds["median"], devices),
-        "memory": _memory(step),
+        "memory": _memory(stepper.step),
     }
 
 
@@ -212,9 +199,10 @@ def bench_objectives(
         zipf = 1.0 / np.arange(1, vocabulary + 1)
         tokens = np.random.default_rng(0).choice(vocabulary, (size, *data.shape), p=zipf / zipf.sum())
         data = datasets.from_arrays(tokens.astype(np.int32), num_symbols=vocabulary)
-    steps = {name: _Stepper(_changed(config, *cases[name]), data) for name in names}
+    steps = {name: _Stepper(build(_changed(config, *cases[name]), data), data) for name in names}
     seconds = np.array([[stepper() for stepper in steps.values()] for _ in range(warmup + rounds)])[warmup:]
     ratios = np.percentile(seconds / seconds[:, :1], [10, 50, 90], axis=0).T
+    memory = {name: _memory(stepper.step)["executable"]["total"] for name, stepper in steps.items()}
     first = steps[names[0]]
     return {
         "benchmark": "objectives",
@@ -227,8 +215,8 @@ def bench_objectives(
         "objectives": {
             name: {
                 **dict(zip(("p10", "median", "p90"), map(float, row), strict=True)),
-                "memory": steps[name].memory,
-                "memory_ratio": steps[name].memory / first.memory,
+                "memory": memory[name],
+                "memory_ratio": memory[name] / memory[names[0]],
             }
             for name, row in zip(names, ratios, strict=True)
         },
@@ -238,14 +226,14 @@ def bench_objectives(
 class _Stepper:
     """A compiled training step with its state; each call makes one and returns its seconds."""
 
-    def __init__(self, config: Config, data: Dataset):
-        self.experiment = build(config, data)
-        setup = prepare(self.experiment)
-        self.state = setup.state
+    def __init__(self, experiment: Experiment, data: Dataset):
+        start = time.perf_counter()
+        setup = jax.block_until_ready(prepare(experiment))
+        self.init_s = time.perf_counter() - start
+        self.experiment, self.state = experiment, setup.state  # the step donates the state: nobody else may hold it
         self.parameters = _parameters(self.state.params)
-        self.batch = shard_batch(_rows(data, config.train.batch_size), setup.mesh)
-        self.step, _ = _compile(setup.step, self.state, self.batch)
-        self.memory = _memory(self.step)["executable"]["total"]
+        self.batch = shard_batch(_rows(data, experiment.config.train.batch_size), setup.mesh)
+        self.step, self.compile_times = _compile(setup.step, self.state, self.batch)
 
     def __call__(self) -> float:
         start = time.perf_counter()

@@ -79,7 +79,7 @@ class ObjectiveConfig:
     # block_elbo, gaussian
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
-    # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
+    # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at; genmd4: every;
     # d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top; gaussian: error, weighting, density and
     # their arguments
     options: dict = dataclasses.field(default_factory=dict)

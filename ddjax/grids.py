@@ -33,6 +33,14 @@ def check_grid(times: Grid | Sequence[float]) -> Grid:
     return times
 
 
+def range_of(process: Any, t_range: tuple[float, float] | None) -> tuple[float, float]:
+    """A range of times as two floats; None: `process.t_range`. Raises ValueError unless it is one, inside [0, 1]."""
+    low, high = map(float, process.t_range if t_range is None else t_range)
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
+    return low, high
+
+
 def chain_grid(process: Any, times: Grid | Sequence[float] | None, t_range: tuple[float, float] | None) -> Grid | None:
     """The grid of a chain: `times`, else that of a process that lives on one; None means continuous time.
 

@@ -42,6 +42,11 @@ def uniform(keys: Keys, shape: Sequence[int] = (), dtype=jnp.float32) -> Float[A
     return jax.vmap(lambda k: jax.random.uniform(k, tuple(shape), dtype))(keys)
 
 
+def stratum(keys: Keys, j: int | Array, num: int, dtype=jnp.float32) -> Float[Array, " batch"]:
+    """Uniforms on the j-th of `num` equal parts of [0, 1), one key per example."""
+    return (j + uniform(fold_in(keys, j), dtype=dtype)) / num
+
+
 def stratified(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Array, " batch"]:
     """Low-discrepancy uniforms on [0, 1): `((i + shift) mod total + u) / total` for row i, with one shared shift and u.
 

@@ -34,6 +34,11 @@ class Rows(NamedTuple):
         """Every row of a batch that is held whole."""
         return cls(jnp.arange(batch), batch)
 
+    @classmethod
+    def of(cls, x: State, rows: Rows | None) -> Rows:
+        """The given rows; None: x, `(batch, ...)`, is the whole batch."""
+        return cls.all(x.shape[0]) if rows is None else rows
+
 
 @runtime_checkable
 class Distribution(Protocol):
@@ -108,6 +113,12 @@ def left_broadcast(t: jax.Array, x: jax.Array, trailing: int = 0) -> jax.Array:
     if t.ndim > x.ndim:
         raise ValueError(f"a time of shape {t.shape} does not broadcast against a state of shape {x.shape}")
     return t.reshape(t.shape + (1,) * (x.ndim + trailing - t.ndim))
+
+
+def time_dtype(x: jax.Array) -> jnp.dtype:
+    """What times and totals for a state are computed in: its own floats, 32 bits at least; JAX's default for tokens."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.promote_types(x.dtype, jnp.float32) if floating else jnp.result_type(float)
 
 
 def per_example(x: Float[Array, batch * sites]) -> Float[Array, " batch"]:

@@ -13,7 +13,7 @@ from ddjax import random
 from ddjax.likelihood.bound import mean_and_error
 from ddjax.processes import Masked
 from ddjax.pytrees import as_pytree
-from ddjax.types import Bound, Rows, State, left_broadcast, per_example, sites
+from ddjax.types import Bound, Rows, State, left_broadcast, per_example, sites, time_dtype
 
 
 def any_order(
@@ -43,7 +43,7 @@ def any_order(
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     if known is not None and known.shape != x0.shape:
         raise ValueError(f"known has shape {known.shape}; give one entry per site, {x0.shape}")
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     diffusion, error = _estimate(key, as_pytree(denoise), x0, cond, rows.index, known, process, num_draws)
     nothing = jnp.zeros_like(diffusion)
     return Bound(nothing, diffusion, nothing, error, t_range=(0.0, 1.0), dims=sites(x0))
@@ -51,14 +51,13 @@ def any_order(
 
 @functools.partial(jax.jit, static_argnames=("process", "num_draws"))
 def _estimate(key, denoise, x0, cond, rows, known, process, num_draws):
-    batch, count = x0.shape[0], sites(x0)
-    dtype = jnp.result_type(float)
+    batch, count, dtype = x0.shape[0], sites(x0), time_dtype(x0)
     order_keys, count_keys = random.split(random.example_keys(key, rows))
     known = jnp.zeros(x0.shape, bool) if known is None else known
     unknown = count - known.reshape(batch, -1).sum(-1)
 
     def one_draw(j):
-        u = (j + random.uniform(random.fold_in(count_keys, j), dtype=dtype)) / num_draws
+        u = random.stratum(count_keys, j, num_draws, dtype)
         k = jnp.clip(jnp.floor(u * unknown).astype(jnp.int32) + 1, 1, jnp.maximum(unknown, 1))
         shuffled = jax.vmap(lambda key: jax.random.permutation(key, count))(random.fold_in(order_keys, j))
         # Ranks among the unknown sites, the known ones last.

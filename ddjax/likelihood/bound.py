@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from ddjax import random
-from ddjax.grids import chain_grid, step_at
+from ddjax.grids import chain_grid, range_of, step_at
 from ddjax.predictions import Prediction, check_sitewise
 from ddjax.pytrees import as_pytree
-from ddjax.types import Bound, Rows, State, Time, per_example, sites
+from ddjax.types import Bound, Rows, State, Time, per_example, sites, time_dtype
 
 # (process, x0, prediction, x_low, low) -> nats per site. Compared by value: `binned` and partials of it are fine.
 Reconstruction = Callable[[Any, State, Prediction, State, Time], Array]
@@ -62,16 +62,14 @@ def nelbo(
     times = chain_grid(process, times, t_range)
     if times is not None:
         t_range = times[-1], times[0]
-    low, high = process.t_range if t_range is None else (float(t_range[0]), float(t_range[1]))
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
+    low, high = range_of(process, t_range)
     if times is not None and process.state == "gaussian" and process.schedule.sigma(times[-1]) == 0:
         raise ValueError(
             f"times end at t={low:g}, where {process.schedule!r} has no noise and the last step of a Gaussian chain "
             f"costs infinitely many nats; end them where there is some (process.t_range begins at "
             f"{process.t_range[0]:g}): the decoder does the rest"
         )
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     terms = _terms(
         key, as_pytree(denoise), x0, cond, rows.index, times, known, process, num_times, (low, high), reconstruction
     )
@@ -80,9 +78,7 @@ def nelbo(
 
 @functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "reconstruction"))
 def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_range, reconstruction):
-    batch = x0.shape[0]
-    floating = jnp.issubdtype(x0.dtype, jnp.floating)
-    dtype = jnp.promote_types(x0.dtype, jnp.float32) if floating else jnp.result_type(float)
+    batch, dtype = x0.shape[0], time_dtype(x0)
     time_keys, noise_keys, low_keys = random.split(random.example_keys(key, rows), 3)
     low, high = (jnp.full((batch,), end, dtype) for end in t_range)
 
@@ -93,8 +89,7 @@ def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_ran
         return per_example(terms if known is None else jnp.where(known, 0.0, terms))
 
     def one_time(j):
-        # One stratum per step: j-th of num_times equal parts of the interval.
-        u = (j + random.uniform(random.fold_in(time_keys, j), dtype=dtype)) / num_times
+        u = random.stratum(time_keys, j, num_times, dtype)
         if times is None:
             t, weight = process.time_at(u, t_range)
         else:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ddjax.likelihood.bound import Reconstruction
 from ddjax.predictions import check_sitewise
+from ddjax.processes.categorical import cross_entropy
 from ddjax.types import left_broadcast
 
 
@@ -67,7 +68,7 @@ class _Binned:
         levels = jnp.asarray(self.levels, x0.dtype)
         logits = -0.5 * ((x_low[..., None] - alpha * levels) / sigma) ** 2
         nearest = _nearest(x0, levels)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), nearest[..., None], axis=-1)[..., 0]
+        return cross_entropy(logits, nearest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ddjax import random
+from ddjax.grids import range_of
 from ddjax.likelihood.bound import mean_and_error
 from ddjax.predictions import Prediction
 from ddjax.pytrees import as_pytree
-from ddjax.types import Rows, State, Time, per_example
+from ddjax.types import Rows, State, Time, per_example, time_dtype
 
 
 class Information(NamedTuple):
@@ -116,26 +117,19 @@ def mutual_information(
 def _information(key, denoise, process, x0, cond, without, num_times, t_range, rows, *, orthogonal) -> Information:
     if num_times < 1:
         raise ValueError(f"num_times must be at least 1, got {num_times}")
-    low, high = process.t_range if t_range is None else (float(t_range[0]), float(t_range[1]))
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
-    parts = _estimate(
-        key, as_pytree(denoise), x0, cond, without, rows.index, process, num_times, (low, high), orthogonal
-    )
-    return Information(*parts, t_range=(low, high))
+    t_range = range_of(process, t_range)
+    rows = Rows.of(x0, rows)
+    parts = _estimate(key, as_pytree(denoise), x0, cond, without, rows.index, process, num_times, t_range, orthogonal)
+    return Information(*parts, t_range=t_range)
 
 
 @functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "orthogonal"))
 def _estimate(key, denoise, x0, cond, without, rows, process, num_times, t_range, orthogonal):
-    batch = x0.shape[0]
-    floating = jnp.issubdtype(x0.dtype, jnp.floating)
-    dtype = jnp.promote_types(x0.dtype, jnp.float32) if floating else jnp.result_type(float)
+    batch, dtype = x0.shape[0], time_dtype(x0)
     time_keys, noise_keys = random.split(random.example_keys(key, rows))
 
     def one_time(j):
-        u = (j + random.uniform(random.fold_in(time_keys, j), dtype=dtype)) / num_times
-        t, weight = process.time_at(u, t_range)
+        t, weight = process.time_at(random.stratum(time_keys, j, num_times, dtype), t_range)
         xt = process.marginal(x0, t).sample(random.fold_in(noise_keys, j))
         informed, ignorant = denoise(xt, t, cond), denoise(xt, t, without)
         rate = information_rate(process, x0, informed, ignorant, xt, t, orthogonal=orthogonal)

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ddjax import random
-from ddjax.grids import check_grid
+from ddjax.grids import check_grid, range_of
 from ddjax.likelihood.bound import Reconstruction
 from ddjax.likelihood.dequantise import Dequantise
 from ddjax.likelihood.integrators import Integrator, rk4
 from ddjax.processes import Gaussian
 from ddjax.pytrees import as_pytree
-from ddjax.types import Rows, State, per_example, sites
+from ddjax.types import Rows, State, per_example, sites, time_dtype
 
 AT_ONCE = 16  # tangents pushed through the network together: bounds the memory of the exact divergence
 
@@ -121,16 +121,14 @@ def ode(
         raise ValueError("give dequantise (noise on the data) or reconstruction (a decoder at the low end), not both")
     if times is not None and t_range is not None:
         raise ValueError("give times (a grid) or t_range (steps equal in log-SNR), not both")
-    x0 = x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
+    x0 = x0.astype(time_dtype(x0))
     if times is None:
-        low, high = process.t_range if t_range is None else (float(t_range[0]), float(t_range[1]))
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"t_range must satisfy 0 <= low < high <= 1, got {(low, high)}")
+        low, high = range_of(process, t_range)
         times = process.time_at(jnp.linspace(0.0, 1.0, num_steps + 1, dtype=x0.dtype), (low, high))[0]
     else:
         times = check_grid(times)[::-1].astype(x0.dtype)
         low, high = float(times[0]), float(times[-1])
-    rows = Rows.all(x0.shape[0]) if rows is None else rows
+    rows = Rows.of(x0, rows)
     probes = num_probes if divergence == "hutchinson" else None
     terms = _terms(
         key, as_pytree(denoise), x0, cond, rows.index, times, process, probes, integrator, dequantise, reconstruction

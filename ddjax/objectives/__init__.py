@@ -21,11 +21,11 @@ from ddjax.objectives.gaussian import gaussian
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
 from ddjax.objectives.interpolant import independent, interpolant, paired
-from ddjax.objectives.learned_elbo import learned_elbo
-from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum, whole_elbo
+from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
+from ddjax.objectives.whole_elbo import learned_elbo, whole_elbo
 
 __all__ = [
     "ClipSearch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,22 +50,13 @@ def noised(process: Any, kind: str, draw: Draw, *, times_each: Callable[[State],
     """
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
         time_key, noise_key, network_key = jax.random.split(key, 3)
         u = random.stratified(time_key, rows) if times_each is None else random.latin(time_key, rows, times_each(x0))
         xt, t, errors = draw(u, random.example_keys(noise_key, rows.index), x0)
-        known = site_weights(weights, x0)
-        if known is not None:
-            check_sitewise(process, "a weight for each site")
-            xt = _shown_clean(known <= 0, xt, x0)
         rng = random.example_keys(network_key, rows.index) if train else None
         denoise = bind(apply, params, process, kind, rng=rng, train=train)
-        error = errors(denoise(xt, t, cond))
-        if known is not None:
-            error = jnp.where(known > 0, known * error, 0.0)
-            loss = error.sum() / jnp.maximum(known.sum(), 1e-12)
-        else:
-            loss = weighted_mean(per_example(error) / sites(x0), weights)
+        loss = reduce(errors(denoise(reduce.shown(process, xt), t, cond)))
         return loss, {"loss": loss}
 
     return objective
@@ -103,26 +94,54 @@ def on_grid(process: Any, times: Float[Array, " steps+1"]) -> Draw:
     return draw
 
 
-def _shown_clean(where: Array, xt: State | SoftTokens, x0: State) -> State | SoftTokens:
-    """The network's input with the clean symbols at some sites; soft tokens become certain there."""
-    if isinstance(xt, SoftTokens):
-        first = jnp.arange(xt.ids.shape[-1]) == 0
-        where = where[..., None]
-        return SoftTokens(jnp.where(where, x0[..., None], xt.ids), jnp.where(where, first, xt.weights))
-    if xt.ndim > x0.ndim:
-        return jnp.where(where[..., None], jax.nn.one_hot(x0, xt.shape[-1], dtype=xt.dtype), xt)
-    return jnp.where(where, x0, xt)
+class Reduction(NamedTuple):
+    """How errors at sites become one loss, by weights for examples, for sites, or none (`Objective`)."""
 
+    x0: State
+    examples: Float[Array, " batch"] | None = None
+    sites: Float[Array, batch * sites] | None = None
 
-def site_weights(weights: Array | None, x0: State) -> Array | None:
-    """Weights given per site, `(batch, *sites)`; None where they are per example or absent."""
-    if weights is None or weights.ndim == 1:
-        return None
-    if weights.shape != x0.shape:
-        raise ValueError(
-            f"weights have shape {weights.shape}; give one per example, {x0.shape[:1]}, or one per site, {x0.shape}"
-        )
-    return weights
+    @classmethod
+    def of(cls, weights: Array | None, x0: State) -> Reduction:
+        """Raises ValueError for weights of another shape than the examples' or the sites'."""
+        if weights is None or weights.ndim == 1:
+            return cls(x0, examples=weights)
+        if weights.shape != x0.shape:
+            raise ValueError(
+                f"weights have shape {weights.shape}; give one per example, {x0.shape[:1]}, or one per site, {x0.shape}"
+            )
+        return cls(x0, sites=weights)
+
+    def shown(self, process: Any, xt: State | SoftTokens) -> State | SoftTokens:
+        """The network's input: x_t, but the clean symbols at sites of weight 0; soft tokens become certain there.
+
+        Raises ValueError where there are weights for sites and the process mixes them.
+        """
+        if self.sites is None:
+            return xt
+        check_sitewise(process, "a weight for each site")
+        x0, known = self.x0, self.sites <= 0
+        if isinstance(xt, SoftTokens):
+            first = jnp.arange(xt.ids.shape[-1]) == 0
+            known = known[..., None]
+            return SoftTokens(jnp.where(known, x0[..., None], xt.ids), jnp.where(known, first, xt.weights))
+        if xt.ndim > x0.ndim:
+            return jnp.where(known[..., None], jax.nn.one_hot(x0, xt.shape[-1], dtype=xt.dtype), xt)
+        return jnp.where(known, x0, xt)
+
+    def totals(self, errors: Float[Array, batch * sites]) -> Float[Array, " batch"]:
+        """Sums over the sites of each example, weighted where sites have weights: those of weight 0 cost nothing."""
+        return per_example(errors if self.sites is None else jnp.where(self.sites > 0, self.sites * errors, 0.0))
+
+    def mean(self, totals: Float[Array, " batch"]) -> Float[Array, ""]:
+        """The weighted mean over sites."""
+        if self.sites is None:
+            return weighted_mean(totals / sites(self.x0), self.examples)
+        return totals.sum() / jnp.maximum(self.sites.sum(), 1e-12)
+
+    def __call__(self, errors: Float[Array, batch * sites]) -> Float[Array, ""]:
+        """`mean` of `totals`."""
+        return self.mean(self.totals(errors))
 
 
 def weighted_mean(values: Float[Array, " batch"], weights: Float[Array, " batch"] | None) -> Float[Array, ""]:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from ddjax.grids import check_grid
 from ddjax.objectives.base import Objective, at_times, noised, on_grid
 from ddjax.predictions import Prediction
-from ddjax.processes.mixture import Mixture, PerSite, Tokens, gather
+from ddjax.processes.categorical import cross_entropy as nats
+from ddjax.processes.mixture import Mixture, PerSite, Tokens
 from ddjax.types import Time, left_broadcast
 
 
@@ -102,7 +103,7 @@ def d3pm_hybrid(
         xt, t, kl = chain(u, keys, x0)
 
         def errors(prediction):
-            return kl(prediction) - ce_weight * gather(jax.nn.log_softmax(prediction.value), x0)
+            return kl(prediction) + ce_weight * nats(prediction.value, x0)
 
         return xt, t, errors
 
@@ -128,6 +129,5 @@ def _planning(process, x0, prediction, xt, t):
 
 
 def _denoising(process, x0, prediction, xt, t):
-    log_p = jax.nn.log_softmax(process.convert(prediction, "cavity", xt, t).value)
     p = p_corrupted(process, x0, xt, t)
-    return jnp.where(p > 0, -p * gather(log_p, x0), 0.0)
+    return jnp.where(p > 0, p * nats(process.convert(prediction, "cavity", xt, t).value, x0), 0.0)

@@ -30,7 +30,7 @@ def with_condition_dropout(objective: Objective, rate: float, null: Any) -> Obje
     def dropped(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         if cond is not None and train and rate > 0:
             key, drop_key = jax.random.split(key)
-            rows = Rows.all(x0.shape[0]) if rows is None else rows
+            rows = Rows.of(x0, rows)
             drop = bernoulli(random.example_keys(drop_key, rows.index), jnp.full((x0.shape[0],), rate))
             cond = jax.tree.map(lambda c, n: jnp.where(left_broadcast(drop, c), jnp.asarray(n, c.dtype), c), cond, null)
         return objective(key, apply, params, x0, cond, weights, rows, train)
@@ -52,7 +52,7 @@ def with_condition_noise(objective: Objective, gamma: float = 1.0) -> Objective:
     def perturbed(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         if cond is not None and train and gamma > 0:
             key, noise_key = jax.random.split(key)
-            rows = Rows.all(x0.shape[0]) if rows is None else rows
+            rows = Rows.of(x0, rows)
             leaves, tree = jax.tree.flatten(cond)
             floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 1]
             if not floats:

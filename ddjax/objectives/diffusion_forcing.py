@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddjax import random
+from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, at_times, noised
 from ddjax.types import left_broadcast
 
@@ -27,7 +28,7 @@ def diffusion_forcing(
     """
     if frame_axes < 1:
         raise ValueError(f"frame_axes must be at least 1 axis of sites, got {frame_axes}")
-    ends = process.t_range if t_range is None else t_range
+    ends = range_of(process, t_range)
 
     def draw(u, keys, x0):
         time_keys, noise_keys = random.split(keys)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddjax.grids import chain_grid
+from ddjax.grids import chain_grid, range_of
 from ddjax.objectives.base import Objective, at_times, noised, on_grid
 from ddjax.processes import Masked
 from ddjax.types import State, Time, left_broadcast, sites
@@ -48,7 +48,7 @@ def elbo(
         if weighting is not None:
             raise ValueError("elbo weighs sites in continuous time only: give weighting or times, not both")
         return noised(process, kind, on_grid(process, times))
-    low_high = process.t_range if t_range is None else t_range
+    low_high = range_of(process, t_range)
 
     def site_loss(x0, prediction, xt, t):
         kl = process.path_kl(x0, prediction, xt, t)

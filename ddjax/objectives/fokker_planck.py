@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ddjax import random
-from ddjax.objectives.base import Objective, weighted_mean
+from ddjax.objectives.base import Objective, Reduction
 from ddjax.objectives.densities import Density, uniform_time
 from ddjax.predictions import bind
 from ddjax.processes import Gaussian
-from ddjax.types import Denoise, Rows, State, Time, left_broadcast, per_example, sites
+from ddjax.types import Denoise, Rows, State, Time, left_broadcast, sites
 
 
 def fokker_planck_residual(
@@ -73,14 +73,14 @@ def with_fokker_planck(
         if weights is not None and weights.ndim > 1:
             raise ValueError("with_fokker_planck takes one weight per example, not one per site")
         key, *own = jax.random.split(key, 4)
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows = Rows.of(x0, rows)
         loss, metrics = objective(key, apply, params, x0, cond, weights, rows, train)
         t = density(random.stratified(own[0], rows))
         xt = process.marginal(x0, t).sample(random.example_keys(own[1], rows.index))
         probe = signs(random.example_keys(own[2], rows.index), xt)
         residual = fokker_planck_residual(bind(apply, params, process, kind), process, xt, t, cond, probe)
         scaled = left_broadcast(process.schedule.sigma(t), xt) * residual
-        penalty = weighted_mean(per_example(scaled**2) / sites(x0), weights)
+        penalty = Reduction.of(weights, x0)(scaled**2)
         total = loss + weight * penalty
         return total, metrics | {"loss": total, "fokker_planck": penalty}
 

@@ -5,73 +5,89 @@ the expected loss has a part that goes through the draw. It is estimated with tw
 (REINFORCE, each the other's baseline):
 
     d/dw E[l] = E[dl/dw] + E[1/2 (l(z1) - l(z2)) d/dw (log q(z1) - log q(z2))]
+
+There are few exponents to learn and many sites to learn them from, so the second draw, a second call of the network, is
+made for a part of the batch only.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax import random
-from ddjax.objectives.base import Objective, site_weights, weighted_mean
+from ddjax.grids import range_of
+from ddjax.objectives.base import Objective, Reduction
 from ddjax.predictions import bind, check_kind
 from ddjax.processes import StateMasked
 from ddjax.processes.mixture import PerSite, Tokens
 from ddjax.symbol_schedules import SymbolPolynomial
-from ddjax.types import Rows, Time, left_broadcast, per_example, sites
+from ddjax.types import Rows, Time, left_broadcast, per_example
 
 
-def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[float, float] | None = None) -> Objective:
+def genmd4(
+    process: StateMasked,
+    kind: str = "posterior",
+    *,
+    t_range: tuple[float, float] | None = None,
+    every: int = 8,
+) -> Objective:
     """The whole bound, nats per site, as a function of the network's parameters and of the schedule's.
 
-    Two network calls per example. The loss is an unbiased estimate of the bound with the paper's decoder in closed
-    form at the low end (`closed_form_reconstruction`), and so is its gradient of the bound's. Metrics: "diffusion",
-    the term that `elbo` estimates, and the least and greatest exponent.
+    1 + 1 / every network calls per example. The loss is an unbiased estimate of the bound with the paper's decoder in
+    closed form at the low end (`closed_form_reconstruction`), and so is its gradient of the bound's. Metrics:
+    "diffusion", the term that `elbo` estimates, and the least and greatest exponent.
 
     process: `StateMasked` with a `SymbolPolynomial`, whose powers are where learning starts and whose coordinate
         times are drawn in; neither time nor range moves with the learned powers.
     kind: what the network predicts, `"posterior"` in the paper. A cavity does not change with the schedule.
     t_range: times to integrate; default `process.t_range`, (1e-3, 1) for powers of 1.
+    every: one example in so many is drawn twice; 1 is the paper's. These are the first of a batch, and the part of the
+        gradient that goes through their draws, weighted as the loss is, counts `every` times: averaged over the orders
+        of a batch's rows it is that of all of them, whatever the weights. (Rows in an order that means something would
+        bias it.) Where `every` does not divide the batch, their greatest common divisor takes its place.
 
     params is `{"network": ..., "process": process.parameters}`. Train with no weight decay on "process". Sample and
     evaluate with `process.with_parameters(np.asarray(params["process"]))`.
-    Raises ValueError for another process, schedule or kind.
+    Raises ValueError for another process, schedule or kind, or `every` below 1.
     """
     if not (isinstance(process, StateMasked) and isinstance(process.schedule, SymbolPolynomial)):
         raise ValueError(f"genmd4 learns the powers of a StateMasked with a SymbolPolynomial, got {process!r}")
+    if every < 1:
+        raise ValueError(f"one example in `every` is drawn twice: it must be at least 1, got {every}")
     check_kind(kind, process.kinds, process)
-    ends = process.t_range if t_range is None else t_range
+    ends = range_of(process, t_range)
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
         time_key, noise_key, network_key = jax.random.split(key, 3)
-        t, scale = process.time_at(random.stratified(time_key, rows), ends)
+        batch, parts = len(x0), math.gcd(every, len(x0), rows.total)
+        # Neighbours have neighbouring times. They are dealt out, so that those drawn twice span the whole range.
+        dealt = rows.index % (rows.total // parts) * parts + rows.index // (rows.total // parts)
+        t, scale = process.time_at(random.stratified(time_key, Rows(dealt, rows.total)), ends)
         learned = process.with_parameters(params["process"])
-        marginal = learned.marginal(x0, t)
-        known = site_weights(weights, x0)
-        unknown, weight = (True, 1.0) if known is None else (known > 0, known)
 
-        def total(values):
-            return per_example(jnp.where(unknown, weight * values, 0.0))
-
-        def draw(noise_keys, network_keys):
-            """What one noisy draw costs, and its log-probability."""
-            z = jnp.where(unknown, marginal.sample(noise_keys), x0)
+        def draw(num, *keys):
+            """What one noisy draw of each of the first examples costs, and its log-probability."""
+            first = jax.tree.map(lambda v: v[:num], (x0, t, scale, cond, weights, *keys))
+            x, at, slope, shown, w, noise_keys, network_keys = first
+            some, marginal = Reduction.of(w, x), learned.marginal(x, at)
+            z = some.shown(learned, marginal.sample(noise_keys))
             rng = network_keys if train else None
             denoise = bind(apply, params["network"], learned, kind, rng=rng, train=train)
-            costs = left_broadcast(scale, x0) * learned.path_kl(x0, denoise(z, t, cond), z, t)
-            return total(costs), per_example(marginal.log_prob(z))  # a known site's is the same in both draws
-
-        def mean(totals):
-            if known is None:
-                return weighted_mean(totals / sites(x0), weights)
-            return totals.sum() / jnp.maximum(known.sum(), 1e-12)
+            costs = left_broadcast(slope, x) * learned.path_kl(x, denoise(z, at, shown), z, at)
+            return some.totals(costs), per_example(marginal.log_prob(z))  # a known site's is the same in both draws
 
         noise_keys, network_keys = (random.split(random.example_keys(k, rows.index)) for k in (noise_key, network_key))
-        diffusion = mean(leave_one_out(*(draw(*keys) for keys in zip(noise_keys, network_keys, strict=True))))
+        # The first rows, not rows here and there: those of microbatches (`split_batch`) are then those of the whole.
+        # Over devices they are divided anew, at the price of moving their tokens.
+        draws = map(draw, (batch, batch // parts), noise_keys, network_keys)
+        diffusion = reduce.mean(leave_one_out(*draws))
         low, high = (jnp.full(x0.shape[:1], end, t.dtype) for end in ends)
-        loss = diffusion + mean(total(closed_form_reconstruction(learned, x0, low) + learned.prior_kl(x0, high)))
+        loss = diffusion + reduce(closed_form_reconstruction(learned, x0, low) + learned.prior_kl(x0, high))
         powers = learned.schedule.powers
         return loss, {"loss": loss, "diffusion": diffusion, "least_power": powers.min(), "greatest_power": powers.max()}
 
@@ -80,16 +96,20 @@ def genmd4(process: StateMasked, kind: str = "posterior", *, t_range: tuple[floa
 
 def leave_one_out(
     first: tuple[Float[Array, " batch"], Float[Array, " batch"]],
-    second: tuple[Float[Array, " batch"], Float[Array, " batch"]],
+    second: tuple[Float[Array, " some"], Float[Array, " some"]],
 ) -> Float[Array, " batch"]:
-    """The mean of two draws' losses, with the gradient of their expectation also through the draws' distribution.
+    """Losses, of examples drawn twice the mean of both, with the gradient also through the draws' distribution.
 
-    Each draw is (loss, log-probability). (Shi et al. 2024, appendix I.2; Kool et al. 2019, "Buy 4 REINFORCE samples,
+    Each draw is (loss, log-probability), the second of the first examples alone; their gradients through the draws
+    stand for those of all. (Shi et al. 2024, appendix I.2; Kool et al. 2019, "Buy 4 REINFORCE samples,
     get a baseline for free".)
     """
-    (loss, log_q), (other_loss, other_log_q) = first, second
-    through_draws = 0.5 * jax.lax.stop_gradient(loss - other_loss) * (log_q - other_log_q)
-    return 0.5 * (loss + other_loss) + through_draws - jax.lax.stop_gradient(through_draws)
+    other_loss, other_log_q = second
+    (loss, rest), log_q = jnp.split(first[0], [len(other_loss)]), first[1][: len(other_loss)]
+    share = len(other_loss) / len(first[0])
+    through_draws = 0.5 / share * jax.lax.stop_gradient(loss - other_loss) * (log_q - other_log_q)
+    twice = 0.5 * (loss + other_loss) + through_draws - jax.lax.stop_gradient(through_draws)
+    return jnp.concatenate([twice, rest])
 
 
 def closed_form_reconstruction(process: StateMasked, x0: Tokens, t: Time) -> PerSite:

@@ -74,7 +74,7 @@ def interpolant(
     low, high = process.t_range
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows = Rows.of(x0, rows)
         key, coupling_key = jax.random.split(key)
         x1, shown = coupling(random.example_keys(coupling_key, rows.index), x0, cond)
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from ddjax import random
-from ddjax.objectives.base import Objective, site_weights, weighted_mean
-from ddjax.objectives.elbo import elbo
+from ddjax.grids import range_of
+from ddjax.objectives.base import Objective, Reduction
 from ddjax.predictions import bind
-from ddjax.types import Rows, per_example, sites
+from ddjax.types import Rows
 
 
 def learned_process(process: Any, make: Callable[[Any], Objective]) -> Objective:
@@ -39,51 +39,6 @@ def learned_process(process: Any, make: Callable[[Any], Objective]) -> Objective
     return objective
 
 
-def whole_elbo(
-    process: Any,
-    kind: str,
-    *,
-    t_range: tuple[float, float] | None = None,
-    reconstruction: Callable[..., Any] | None = None,
-) -> Objective:
-    """The bound with its two ends, nats per site: `elbo`'s diffusion term in continuous time, the prior's and
-    the decoder's.
-
-    An unbiased estimate, one time per example, of what `likelihood.nelbo` estimates. Metrics: its three terms.
-
-    t_range: times to integrate; default `process.t_range`. reconstruction: as in `likelihood.nelbo`.
-    """
-    ends = process.t_range if t_range is None else t_range
-    path = elbo(process, kind, t_range=ends)
-
-    def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
-        path_key, noise_key, network_key = jax.random.split(key, 3)
-        diffusion, _ = path(path_key, apply, params, x0, cond, weights, rows, train)
-        low, high = (jnp.full(x0.shape[:1], end, x0.dtype) for end in ends)
-        known = site_weights(weights, x0)
-        x_low = process.marginal(x0, low).sample(random.example_keys(noise_key, rows.index))
-        x_low = x_low if known is None else jnp.where(known > 0, x_low, x0)
-        rng = random.example_keys(network_key, rows.index) if train else None
-        prediction = bind(apply, params, process, kind, rng=rng, train=train)(x_low, low, cond)
-        decode = type(process).reconstruction if reconstruction is None else reconstruction
-
-        def mean(values):
-            if known is None:
-                return weighted_mean(per_example(values) / sites(x0), weights)
-            return jnp.where(known > 0, known * values, 0.0).sum() / jnp.maximum(known.sum(), 1e-12)
-
-        terms = {
-            "diffusion": diffusion,
-            "prior": mean(process.prior_kl(x0, high)),
-            "reconstruction": mean(decode(process, x0, prediction, x_low, low)),
-        }
-        loss = sum(terms.values())
-        return loss, {"loss": loss, **terms}
-
-    return objective
-
-
 def curvature(process: Any, kind: str = "x0", *, t_range: tuple[float, float] | None = None) -> Objective:
     """Mean square of the acceleration of the model's deterministic paths, per site: 0 where they are straight.
 
@@ -93,10 +48,10 @@ def curvature(process: Any, kind: str = "x0", *, t_range: tuple[float, float] | 
 
     t_range: times; default `process.t_range`. Sites of weight 0 move like the others.
     """
-    low, high = process.t_range if t_range is None else t_range
+    low, high = range_of(process, t_range)
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows = Rows.of(x0, rows)
         time_key, noise_key, network_key = jax.random.split(key, 3)
         t = low + (high - low) * random.stratified(time_key, rows, x0.dtype)
         xt = process.marginal(x0, t).sample(random.example_keys(noise_key, rows.index))
@@ -107,11 +62,7 @@ def curvature(process: Any, kind: str = "x0", *, t_range: tuple[float, float] | 
             return process.convert(denoise(xt, t, cond), "velocity", xt, t).value
 
         _, acceleration = jax.jvp(velocity, (xt, t), (velocity(xt, t), jnp.ones_like(t)))
-        known = site_weights(weights, x0)
-        if known is None:
-            loss = weighted_mean(per_example(acceleration**2) / sites(x0), weights)
-        else:
-            loss = jnp.sum(known * acceleration**2) / jnp.maximum(known.sum(), 1e-12)
+        loss = Reduction.of(weights, x0)(acceleration**2)
         return loss, {"loss": loss}
 
     return objective
@@ -129,4 +80,4 @@ def weighted_sum(**parts: tuple[float, Objective]) -> Objective:
     return objective
 
 
-__all__ = ["curvature", "learned_process", "weighted_sum", "whole_elbo"]
+__all__ = ["curvature", "learned_process", "weighted_sum"]

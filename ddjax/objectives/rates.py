@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import xlogy
 
+from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, at_times, noised
 from ddjax.objectives.elbo import Weighting, elbo
 from ddjax.predictions import Prediction
+from ddjax.processes.categorical import cross_entropy
 from ddjax.processes.mixture import Mixture, PerSite, Tokens, gather
 from ddjax.types import Time, left_broadcast
 
@@ -28,7 +30,7 @@ def score_entropy(process: Mixture, kind: str = "ratio", *, t_range: tuple[float
     are not converted. Its entry at x_t is not used. The ratios themselves go like alpha / (1 - alpha), which the
     authors' network adds to its output. For any other kind this is `elbo`.
     """
-    low_high = process.t_range if t_range is None else t_range
+    low_high = range_of(process, t_range)
 
     def site_loss(x0, prediction, xt, t):
         log_s = process.convert(prediction, "ratio", xt, t).value
@@ -76,11 +78,11 @@ class FlowBound:
 
     def path_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
         """The generalised KL's integrand over t, nats per site."""
-        log_p = jax.nn.log_softmax(self.process.convert(prediction, "posterior", xt, t).value)
+        posterior = self.process.convert(prediction, "posterior", xt, t).value
         symbol = xt < self.process.num_symbols
-        shown = gather(log_p, jnp.where(symbol, xt, 0))
-        leave = jnp.where(symbol, -jnp.expm1(shown), 1.0)  # 1 - posterior(x_t)
-        kl = leave - jnp.where(xt == x0, 0.0, 1.0 + gather(log_p, x0))
+        shown = cross_entropy(posterior, jnp.where(symbol, xt, 0))
+        leave = jnp.where(symbol, -jnp.expm1(-shown), 1.0)  # 1 - posterior(x_t)
+        kl = leave - jnp.where(xt == x0, 0.0, 1.0 - cross_entropy(posterior, x0))
         return self.process.flow_rate(left_broadcast(jnp.asarray(t), xt)) * kl
 
     def __getattr__(self, name: str) -> Any:

@@ -2,7 +2,6 @@
 
     q(x_t | x), for each x                   `marginal`, `_log_likelihood`, `_blur`
     Q_{t|s}(x_s -> x_t), for each x_s        `_into`
-    R_t(y -> x_t), for each y                `rates_into`
 
     bridge  q(x_s | x_t, x) ∝ Q_{t|s}(x_s -> x_t) q(x_s | x)
     reverse p(x_s | x_t)    ∝ Q_{t|s}(x_s -> x_t) sum_k cavity(k) q(x_s | k)
@@ -49,7 +48,7 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class CategoricalProcess:
-    """Bridge, reverse step, bound and conversions, from the few functions that a family gives.
+    """Bridge, reverse step, a step's bound and conversions, from the few functions that a family gives.
 
     num_symbols: how many symbols clean data has; they are 0 ... num_symbols - 1.
     """
@@ -74,10 +73,6 @@ class CategoricalProcess:
         """q(x_t | x_0)."""
         raise NotImplementedError
 
-    def rates_into(self, y: Tokens, t: Time) -> PerState:
-        """R_t(x -> y) for every state x != y, on the last axis (of length 1 where all x share it)."""
-        raise NotImplementedError
-
     def prior_kl(self, x0: Tokens, t: Time) -> PerSite:
         """KL(q(x_t | x_0) || prior at t), nats per site."""
         raise NotImplementedError
@@ -96,10 +91,6 @@ class CategoricalProcess:
 
     def _unblur(self, law: PerState, xt: Tokens, t: Time) -> PerState:
         """Undo `_blur`, up to a factor."""
-        raise NotImplementedError
-
-    def _change(self, law: PerState, clean: PerState, xt: Tokens, t: Time) -> PerState:
-        """`_blur(law) - _blur(clean)`, precise also where both are almost the noise."""
         raise NotImplementedError
 
     def _prior(self, t: Array) -> Float[Array, "*time states"]:
@@ -141,40 +132,6 @@ class CategoricalProcess:
 
     # -- the bound --------------------------------------------------------------------------------------------
 
-    def path_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
-        """The bound's integrand over t, nats per site (Campbell et al. 2022, prop. 2; UDLM and SEDD are cases).
-
-            sum_y R_t(y -> z) r(y) phi(log r_model(y) - log r(y)),   r(y) = q_t(y | x_0) / q_t(z | x_0),  z = x_t,
-            phi(d) = exp(d) - 1 - d,
-
-        r_model being r with the cavity law in the place of x_0. This form never subtracts two large numbers, so
-        it keeps its precision where alpha -> 0 and both ratios tend to the noise's.
-        """
-        t = jnp.asarray(t)
-        law = self._cavity(prediction, xt, t)
-        clean = jax.nn.one_hot(x0, self.num_symbols, dtype=law.dtype)
-        change = self._change(law, clean, xt, t)
-        true, model = self._blur(clean, xt, t), self._blur(law, xt, t)
-        possible = true > 0
-        relative = jnp.where(possible, change, 0.0) / jnp.where(possible, true, 1.0)
-        # log(model / true): from the difference where they are close, from the two where the model has lost most of
-        # the mass.
-        close = (relative > -0.5) | ~possible
-        log_change = jnp.where(
-            close,
-            jnp.log1p(jnp.where(close, relative, 0.0)),
-            log_or_floor(model) - log_or_floor(true),
-        )
-        d = log_change - gather(log_change, xt)[..., None]
-        here_true, here_model = gather(true, xt)[..., None], gather(model, xt)[..., None]
-        here_true, here_model = (jnp.where(here_true > 0, q, 1.0) for q in (here_true, here_model))  # impossible: 0
-        # r phi(d) = r_model - r (1 + d), which does not overflow where r is tiny, and r_model at impossible y.
-        r, small = true / here_true, jnp.abs(d) < 1.0
-        large = model / here_model - r * (1.0 + jnp.where(possible, d, 0.0))
-        terms = jnp.where(small & possible, r * phi(jnp.where(small, d, 0.0)), large)
-        terms = jnp.where(jnp.arange(self.num_states) == xt[..., None], 0.0, terms)
-        return (self.rates_into(xt, t) * terms).sum(-1)
-
     def step_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, s: Time, t: Time) -> PerSite:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of one step of a chain, nats per site (Austin et al. 2021, eq. 1).
 
@@ -186,7 +143,7 @@ class CategoricalProcess:
 
     def reconstruction(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
         """-log p(x_0^i | x_t) under the posterior, nats per site."""
-        return -gather(jax.nn.log_softmax(self.convert(prediction, "posterior", xt, t).value), x0)
+        return cross_entropy(self.convert(prediction, "posterior", xt, t).value, x0)
 
     # -- predictions ------------------------------------------------------------------------------------------
 
@@ -260,8 +217,9 @@ def gather(values: PerState, x: Tokens) -> PerSite:
 
 def cross_entropy(logits: PerState, x: Tokens) -> PerSite:
     """-log softmax(logits)(x), nats per site. A sum of one term in place of a gather, whose gradient is a scatter."""
+    logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))  # a difference of large logits would cancel
     own = jnp.where(jnp.arange(logits.shape[-1]) == x[..., None], logits, 0.0).sum(-1)
-    return jax.nn.logsumexp(logits, axis=-1) - own
+    return jnp.log(jnp.exp(logits).sum(-1)) - own
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:

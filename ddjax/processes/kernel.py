@@ -39,6 +39,7 @@ from ddjax.processes.categorical import (
     PerState,
     Tokens,
     check_survival,
+    gather,
     phi,
 )
 from ddjax.processes.generators import decay_rates, stationary_law
@@ -81,9 +82,6 @@ class MatrixProcess(CategoricalProcess):
         # The symbols' own columns determine the law; late, when all rows are almost the noise, only in float64.
         matrix = self._from_data(t)[..., : self.num_symbols]
         return _apply(law[..., : self.num_symbols], jnp.linalg.inv(matrix))
-
-    def _change(self, law: PerState, clean: PerState, xt: Tokens, t: Time) -> PerState:
-        return self._blur(law, xt, t) - self._blur(clean, xt, t)
 
     def _prior(self, t: Array) -> Float[Array, "*time states"]:
         return self._from_data(t).mean(-2)
@@ -168,14 +166,50 @@ class Kernel(MatrixProcess):
         beta = self.schedule.sigma_prime(t) / self.schedule.alpha(t)
         return beta * jnp.asarray(rates.T, t.dtype)[y]
 
-    def _change(self, law: PerState, clean: PerState, xt: Tokens, t: Time) -> PerState:
-        early = super()._change(law, clean, xt, t)
-        # Once all states are likely, what is left of the difference is had without subtracting two laws.
+    # -- the bound --------------------------------------------------------------------------------------------
+
+    def path_kl(self, x0: Tokens, prediction: Prediction, xt: Tokens, t: Time) -> PerSite:
+        """The bound's integrand over t, nats per site (Campbell et al. 2022, prop. 2; UDLM and SEDD are cases).
+
+            sum_y R_t(y -> z) r(y) phi(log r_model(y) - log r(y)),   r(y) = q_t(y | x_0) / q_t(z | x_0),  z = x_t,
+            phi(d) = exp(d) - 1 - d,
+
+        r_model being r with the cavity law in the place of x_0. This form never subtracts two large numbers, so
+        it keeps its precision where alpha -> 0 and both ratios tend to the noise's.
+        """
+        t = jnp.asarray(t)
+        law = self._cavity(prediction, xt, t)
+        clean = jax.nn.one_hot(x0, self.num_symbols, dtype=law.dtype)
+        true, model = self._blur(clean, xt, t), self._blur(law, xt, t)
+        change = self._change(law - clean, model - true, xt, t)
+        possible = true > 0
+        relative = jnp.where(possible, change, 0.0) / jnp.where(possible, true, 1.0)
+        # log(model / true): from the difference where they are close, from the two where the model has lost most of
+        # the mass.
+        close = (relative > -0.5) | ~possible
+        log_change = jnp.where(
+            close,
+            jnp.log1p(jnp.where(close, relative, 0.0)),
+            log_or_floor(model) - log_or_floor(true),
+        )
+        d = log_change - gather(log_change, xt)[..., None]
+        here_true, here_model = gather(true, xt)[..., None], gather(model, xt)[..., None]
+        here_true, here_model = (jnp.where(here_true > 0, q, 1.0) for q in (here_true, here_model))  # impossible: 0
+        # r phi(d) = r_model - r (1 + d), which does not overflow where r is tiny, and r_model at impossible y.
+        r, small = true / here_true, jnp.abs(d) < 1.0
+        large = model / here_model - r * (1.0 + jnp.where(possible, d, 0.0))
+        terms = jnp.where(small & possible, r * phi(jnp.where(small, d, 0.0)), large)
+        terms = jnp.where(jnp.arange(self.num_states) == xt[..., None], 0.0, terms)
+        return (self.rates_into(xt, t) * terms).sum(-1)
+
+    def _change(self, clean: PerState, noisy: PerState, xt: Tokens, t: Time) -> PerState:
+        """What a difference of clean laws has become at t: `noisy`, the difference of the laws at t, but precise."""
+        # Once all states are likely, what is left is had without subtracting two laws.
         powers, b = _powers(self.generator), self.elapsed(jnp.zeros_like(t), t)
         left = jnp.exp(-self.absorb * b)[..., None, None] * _exponential(powers, (1.0 - self.absorb) * b, decaying=True)
-        late = _apply(law - clean, left)
+        late = _apply(clean, left)
         late = jnp.pad(late, [(0, 0)] * (late.ndim - 1) + [(0, self.num_states - self.num_symbols)])
-        return jnp.where(left_broadcast((1.0 - self.absorb) * b > powers.mixed, xt, 1), late, early)
+        return jnp.where(left_broadcast((1.0 - self.absorb) * b > powers.mixed, xt, 1), late, noisy)
 
     # -- times ------------------------------------------------------------------------------------------------
 

@@ -135,10 +135,6 @@ class Mixture(CategoricalProcess):
         t = left_broadcast(jnp.asarray(t), y)
         return -self.schedule.alpha_prime(t) / self.schedule.alpha(t) * self._pi_of(y, t.dtype)
 
-    def rates_into(self, y: Tokens, t: Time) -> PerState:
-        """`rate_into`, which all sources share, on a new last axis of length 1."""
-        return self.rate_into(y, t)[..., None]
-
     # -- the forward process ----------------------------------------------------------------------------------
 
     def marginal(self, x0: Tokens, t: Time) -> Corrupted:
@@ -170,8 +166,8 @@ class Mixture(CategoricalProcess):
             R_t(z) / q_t(z | x_0) [KL(q_t(. | x_0) || q_t(. | model)) + phi(-log r)],
             r = q_t(z | model) / q_t(z | x_0),    z = x_t,    phi(d) = exp(d) - 1 - d
 
-        The same as the sum over jumps (`CategoricalProcess.path_kl`), since all of them into z have one rate. No term
-        is negative, so it keeps its precision where alpha -> 0 and both marginals tend to the noise.
+        The same as the sum over jumps (`Kernel.path_kl`), since all of them into z have one rate. No term is negative,
+        so it keeps its precision where alpha -> 0 and both marginals tend to the noise.
         """
         t = left_broadcast(jnp.asarray(t), xt)
         kl, log_r, here, _ = self._divergence(x0, prediction, xt, t, t)

@@ -12,7 +12,7 @@ import ddjax
 from ddjax import random
 from ddjax.fixtures import Categorical, exact_nelbo
 from ddjax.objectives import any_order, elbo
-from ddjax.objectives.base import weighted_mean
+from ddjax.objectives.base import Reduction, weighted_mean
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian, Masked, Uniform
 from ddjax.schedules import CondOT, Cosine, Polynomial
@@ -88,7 +88,19 @@ def test_microbatches_with_rows_give_the_whole(make):
     assert abs(float(alone - halves[0][0])) > 1e-4
 
 
-@pytest.mark.slow
+def test_errors_are_reduced_by_weights_of_sites_or_of_examples():
+    """Nats per site; what a known site costs is not looked at."""
+    errors = jnp.asarray([[1.0, 2.0], [4.0, jnp.nan]])
+    by_site = Reduction.of(jnp.asarray([[1.0, 3.0], [0.5, 0.0]]), errors)
+    np.testing.assert_array_equal(by_site.totals(errors), [7.0, 2.0])
+    assert by_site(errors) == 2.0
+    by_example = Reduction.of(jnp.asarray([3.0, 1.0]), errors)
+    assert by_example(jnp.asarray([[1.0, 3.0], [4.0, 8.0]])) == 3.0
+    assert Reduction.of(None, errors)(jnp.asarray([[1.0, 3.0], [4.0, 8.0]])) == 4.0
+    with pytest.raises(ValueError, match="or one per site"):
+        Reduction.of(jnp.ones((2, 3)), errors)
+
+
 def test_weights():
     np.testing.assert_allclose(weighted_mean(jnp.asarray([1.0, 2.0, 6.0]), None), 3.0)
     np.testing.assert_allclose(weighted_mean(jnp.asarray([1.0, 2.0, 6.0]), jnp.asarray([1.0, 1.0, 2.0])), 15 / 4)

@@ -1,5 +1,6 @@
 """The learned schedule's gradient is that of the exact expected bound: every pair of draws is enumerated."""
 
+import functools
 import itertools
 import math
 
@@ -13,11 +14,13 @@ import ddjax
 from ddjax import random
 from ddjax.fixtures import Categorical, exact_nelbo
 from ddjax.objectives import genmd4
+from ddjax.objectives.genmd4 import leave_one_out
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked, StateMasked, state_masked
 from ddjax.schedules import Linear
 from ddjax.symbol_schedules import Spindle, SymbolPolynomial
-from ddjax.training import Ema, TrainState, make_train_step
+from ddjax.training import Ema, TrainState, init_state, make_train_step
+from ddjax.training.mesh import compile_step, init_sharded, make_mesh, shard_batch
 
 LAW, MASK, EPS = Categorical(2, 3), 3, 0.02
 START = StateMasked(3, SymbolPolynomial((1.0, 1.0, 1.0), eps=EPS))
@@ -91,12 +94,16 @@ def exact_bound(params, kind, t, dt, known=None, drawn_by=None):
 def enumerated(monkeypatch):
     """The objective at one u, its two draws and their probabilities replaced by every pair at once."""
 
-    def run(params, kind, u, known=None):
-        """(loss, metrics), the sum over all pairs weighed by their (constant) probabilities."""
+    def run(params, kind, u, known=None, every=1):
+        """(loss, metrics), the sum over all pairs weighed by their (constant) probabilities.
+
+        every: so often do all pairs come, the first time alone with their second draw.
+        """
         z1, z2 = (jnp.asarray(v if known is None else np.where(known, X0, v)) for v in (Z1, Z2))
+        x0, z1 = (jnp.tile(v, (every, 1)) for v in (jnp.asarray(X0), z1))
         draws = iter((z1, z2))
         monkeypatch.setattr(state_masked.Survived, "sample", lambda self, keys: next(draws))
-        monkeypatch.setattr(random, "stratified", lambda key, rows: jnp.full(len(X0), u))
+        monkeypatch.setattr(random, "stratified", lambda key, rows: jnp.full(len(rows.index), u))
         t, _ = START.time_at(u, RANGE)
         powers = jax.lax.stop_gradient(jax.nn.softplus(params["process"]))
         weights = jnp.exp(LAW.log_prob(jnp.asarray(X0)))
@@ -104,19 +111,23 @@ def enumerated(monkeypatch):
             weights = weights * chances(powers, t, jnp.asarray(X0), jnp.asarray(z)).prod(-1)
         if known is not None:
             weights = weights[:, None] * (1.0 - np.asarray(known))
-        return genmd4(START, kind, t_range=RANGE)(
-            jax.random.key(0), apply, params, jnp.asarray(X0), weights=weights, train=False
+        weights = jnp.concatenate([weights] * every)
+        return genmd4(START, kind, t_range=RANGE, every=every)(
+            jax.random.key(0), apply, params, x0, weights=weights, train=False
         )
 
     return run
 
 
-@pytest.mark.parametrize(("kind", "known"), [("posterior", None), ("cavity", None), ("posterior", (0, 1))])
-def test_the_gradient_is_unbiased(x64, enumerated, kind, known):
+@pytest.mark.parametrize(
+    ("kind", "known", "every"),
+    [("posterior", None, 1), ("posterior", (0, 1), 2), ("posterior", None, 2), ("cavity", None, 1)],
+)
+def test_the_gradient_is_unbiased(x64, enumerated, kind, known, every):
     """By autodiff of the enumerated expectation, to rounding; the part through the draws is not small."""
     params, u = parameters(), jnp.asarray(0.4)
     t, dt = START.time_at(u, RANGE)
-    ours = jax.jit(jax.value_and_grad(lambda p: enumerated(p, kind, u, known)[0]))
+    ours = jax.jit(jax.value_and_grad(lambda p: enumerated(p, kind, u, known, every)[0]))
     exact = jax.jit(jax.value_and_grad(lambda p: exact_bound(p, kind, t, dt, known)[0]))
     (value, gradient), (expected, expected_gradient) = ours(params), exact(params)
     np.testing.assert_allclose(value, expected, atol=1e-12)
@@ -150,10 +161,11 @@ def test_the_value_is_the_bounds_diffusion_term(x64, enumerated):
     assert float(exact.total[0] - exact.reconstruction[0] + ends.reconstruction[0]) > LAW.entropy
 
 
-def test_drawn_losses_average_to_the_exact_one():
+@pytest.mark.parametrize("every", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_drawn_losses_average_to_the_exact_one(every):
     """The objective as it is called, with its own draws, in float32; and its gradient by the schedule."""
     params, batch, repeats = parameters(dtype=jnp.float32), 512, 60
-    objective = genmd4(START, t_range=RANGE)
+    objective = genmd4(START, t_range=RANGE, every=every)
 
     @jax.jit
     def run(i):
@@ -174,10 +186,91 @@ def test_drawn_losses_average_to_the_exact_one():
     assert draws.std(0)[-1] / math.sqrt(repeats) < 0.01 * float(value)
 
 
+@pytest.mark.parametrize("per_site", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_whichever_rows_are_drawn_twice_they_stand_for_all(x64, monkeypatch, per_site):
+    """With any weights: at fixed draws, the mean over which rows come first and over the order of the two draws."""
+    rng = np.random.default_rng(0)
+    x0, (z1, z2) = jnp.asarray(rng.integers(0, 3, (6, 2))), rng.random((2, 6, 2)) < 0.5
+    weights, z1, z2 = jnp.asarray(rng.random((6, 2)[: 1 + per_site])), jnp.where(z1, MASK, x0), jnp.where(z2, MASK, x0)
+    monkeypatch.setattr(random, "stratified", lambda key, rows: jnp.full(len(rows.index), 0.4))
+
+    def gradient(every, x0, weights, z1, z2):
+        draws = iter((z1, z2[: 6 // every]))
+        monkeypatch.setattr(state_masked.Survived, "sample", lambda self, keys: next(draws))
+        loss = lambda p: genmd4(START, t_range=RANGE, every=every)(
+            jax.random.key(0), apply, p, x0, weights=weights, train=False
+        )
+        return jax.grad(lambda p: loss(p)[0])(parameters())
+
+    @jax.jit
+    def both(*given):
+        turned = [[jnp.roll(v, shift, axis=0) for v in given] for shift in (0, 2, 4)]
+        turned += [[x0, weights, z2, z1] for x0, weights, z1, z2 in turned]
+        stacked = map(jnp.stack, zip(*turned, strict=True))
+        return gradient(1, *given), jax.vmap(functools.partial(gradient, 3))(*stacked)
+
+    exact, each = both(x0, weights, z1, z2)
+    for name in exact:
+        np.testing.assert_allclose(each[name].mean(0), exact[name], atol=1e-12)
+    assert np.abs(each["process"][0] - exact["process"]).max() > 0.01
+
+
+def test_microbatches_and_devices_take_the_whole_batchs_step(x64):
+    """As `make_train_step` cuts them; the rows drawn twice are the same ones, with the same times and noise."""
+    rng = np.random.default_rng(0)
+    batch = {"x0": rng.integers(0, 3, (16, 2)), "weights": rng.uniform(0, 2, (16, 2))}
+    optimizer, params = optax.sgd(1.0), parameters()
+    state = lambda key: init_state(lambda key: params, optimizer, key)
+    step = functools.partial(make_train_step, genmd4(START, every=4), apply, optimizer)
+    whole, _ = jax.jit(step())(state(jax.random.key(1)), batch)
+    mesh = make_mesh({"data": 4}, jax.devices()[:4])
+    start, shardings = init_sharded(state, mesh, (), jax.random.key(1))
+    split, _ = compile_step(step(accumulate=2), shardings, mesh)(start, shard_batch(batch, mesh))
+    for name in params:
+        assert np.abs(whole.params[name] - params[name]).max() > 0.01
+        np.testing.assert_allclose(split.params[name], whole.params[name], atol=1e-12)
+
+
+def test_two_draws_of_an_example_cost_their_mean():
+    """And one half of the difference, times how many examples one stands for, pushes their log-probabilities apart."""
+    losses, others = jnp.asarray([1.0, 5.0, 7.0, 9.0]), jnp.asarray([3.0, 1.0])
+    run = lambda p, q: leave_one_out((losses, p), (others, q))
+    np.testing.assert_array_equal(run(jnp.ones(4), jnp.zeros(2)), [2.0, 3.0, 7.0, 9.0])
+    first, second = jax.grad(lambda *q: run(*q).sum(), argnums=(0, 1))(jnp.ones(4), jnp.zeros(2))
+    np.testing.assert_array_equal(first, [-2.0, 4.0, 0.0, 0.0])
+    np.testing.assert_array_equal(second, [2.0, -4.0])
+
+
+def test_rows_drawn_twice_span_the_times():
+    """Of 16 rows the first 4 come twice, their times one in each quarter; all times, one in each sixteenth."""
+    process = StateMasked(3, SymbolPolynomial((1.0, 1.0, 1.0)))
+
+    @jax.jit
+    def seen(labels):
+        calls = []
+
+        def spy(params, xt, t, cond, **options):
+            calls.append((t, cond))
+            return params[xt]
+
+        x0, objective = jnp.zeros((16, 2), int), genmd4(process, t_range=(0.0, 1.0), every=4)
+        objective(jax.random.key(7), spy, parameters(), x0, labels)
+        return calls
+
+    (t, all_labels), (again, labels) = seen(jnp.arange(16))
+    np.testing.assert_array_equal(again, t[:4])
+    np.testing.assert_array_equal(labels, all_labels[:4])
+    np.testing.assert_array_equal(np.sort(np.floor(again * 4)), np.arange(4))
+    np.testing.assert_array_equal(np.sort(np.floor(t * 16)), np.arange(16))
+
+
+@pytest.mark.slow
 def test_microbatches_with_rows_give_the_whole():
     x0, params, key = LAW.sample(random.example_keys(jax.random.key(5), 10)), parameters(), lambda: jax.random.key(7)
     run = jax.jit(
-        jax.value_and_grad(lambda p, x, index: genmd4(START)(key(), apply, p, x, rows=ddjax.Rows(index, 10))[0])
+        jax.value_and_grad(
+            lambda p, x, index: genmd4(START, every=1)(key(), apply, p, x, rows=ddjax.Rows(index, 10))[0]
+        )
     )
     whole, gradient = run(params, x0, jnp.arange(10))
     halves = [run(params, x0[i : i + 5], jnp.arange(i, i + 5)) for i in (0, 5)]
@@ -206,7 +299,7 @@ def test_sites_of_weight_zero_are_shown_clean():
         return params[xt]
 
     weights = jnp.ones((16, 2)).at[:, 0].set(0.0)
-    genmd4(START)(jax.random.key(7), spy, parameters(), x0, weights=weights)
+    genmd4(START, every=1)(jax.random.key(7), spy, parameters(), x0, weights=weights)
     for xt in seen:  # both draws
         np.testing.assert_array_equal(xt[:, 0], x0[:, 0])
         assert (xt[:, 1] == MASK).any()
@@ -238,7 +331,7 @@ def test_the_network_gets_train_and_its_own_keys_only_while_training():
         return params[xt]
 
     def run(x0, train):
-        genmd4(START)(jax.random.key(0), spy, parameters(), x0, train=train)
+        genmd4(START, every=1)(jax.random.key(0), spy, parameters(), x0, train=train)
         return [jax.random.key_data(options["rng"]) for options in seen if train]
 
     x0 = jnp.zeros((4, 2), jnp.int32)
@@ -261,3 +354,5 @@ def test_powers_start_where_the_process_is_and_errors():
             genmd4(bad)
     with pytest.raises(ValueError, match="does not understand"):
         genmd4(START, "velocity")
+    with pytest.raises(ValueError, match="at least 1"):
+        genmd4(START, every=0)

@@ -8,6 +8,7 @@ import pytest
 from ddjax import random
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked
+from ddjax.processes.categorical import cross_entropy
 from ddjax.schedules import Cosine, LogLinear
 
 PROCESS = Masked(4, Cosine())
@@ -64,6 +65,15 @@ def test_path_kl_is_weighted_cross_entropy(x64):
     weight = -jax.grad(PROCESS.schedule.alpha)(t[0]) / (1 - alpha)
     expected = -weight * jax.nn.log_softmax(value)[0, 0, 1]
     np.testing.assert_allclose(PROCESS.path_kl(x0, Prediction(value, "posterior"), xt, t)[0, 0], expected, rtol=1e-12)
+
+
+def test_cross_entropy_of_large_logits_keeps_its_digits():
+    """log(1 + exp(-8)) far from 0, where logits are rounded to 6e-5 in float32; finite where p = 0."""
+    logits = 1000.0 + jnp.asarray([[0.0, -8.0], [0.0, -1e30]])
+    value, gradient = jax.value_and_grad(lambda z: cross_entropy(z, jnp.asarray([0, 0])).sum())(logits)
+    np.testing.assert_allclose(value, np.log1p(np.exp(-8.0)), rtol=1e-3)
+    np.testing.assert_allclose(gradient, np.asarray([[-1, 1], [0, 0]]) / (1 + np.exp(8.0)), atol=1e-7)
+    assert cross_entropy(logits[1:], jnp.asarray([1])) == np.float32(1e30)
 
 
 def test_small_steps_keep_small_probabilities():
