@@ -21,7 +21,7 @@ from ddjax.objectives.weightings import Weighting
 from ddjax.processes import Gaussian
 from ddjax.types import left_broadcast, per_example, sites
 
-# Waves over log-SNR / 8, EDM's c_noise (Karras et al. 2024, "MP-Fourier"): drawn once for all.
+# Waves over log-SNR / 8, EDM's c_noise (Karras et al. 2024, eq. 75, "MP-Fourier"): drawn once for all.
 _RNG = np.random.default_rng(0)
 _FREQUENCIES, _PHASES = 2.0 * math.pi * _RNG.normal(size=128), 2.0 * math.pi * _RNG.uniform(size=128)
 
