@@ -148,7 +148,7 @@ class Residual(Path):
     """RDDM: x_t = x_0 + a (x_1 - x_0) + gamma z with a = t (2 - t), at a speed that falls linearly.
 
     (Liu et al. 2024, "Residual denoising diffusion models", in the limit of many steps.) With `Noise(scale, 1, 0)` the
-    speed of the noise's variance rises linearly, their other schedule.
+    speed of the noise's variance rises linearly, their other schedule; scale is 1 to generate, 0.1 to restore.
     """
 
     def alpha(self, t):

@@ -13,7 +13,15 @@ from ddjax.duality import Duality
 SURVIVAL = [sc.Linear(), sc.LogLinear(1e-3), sc.Polynomial(), sc.Polynomial(2.0), sc.Polynomial(0.5), sc.Cosine()]
 SURVIVAL += [Duality(sc.VE(0.1, 100.0), 27)]
 GAUSSIAN = [sc.VPLinear(), sc.VPCosine(), sc.VPCosine(0.0), sc.VE(), sc.EDM(), sc.CondOT()]
-GAUSSIAN += [sc.SubVP(), sc.Trigonometric(), sc.PolynomialPath(3.0), sc.LinearVP(), sc.LogSNRLinear()]
+GAUSSIAN += [
+    sc.VPLinear(4.0, 4.0),
+    sc.SubVP(3.0, 3.0),
+    sc.SubVP(),
+    sc.Trigonometric(),
+    sc.PolynomialPath(3.0),
+    sc.LinearVP(),
+    sc.LogSNRLinear(),
+]
 GAUSSIAN += [sc.Laplace(), sc.Laplace(1.0, 2.0, 14.0, -9.0, "cond_ot"), sc.Sigmoid(), sc.Sigmoid(0.0, 3.0, 0.7)]
 GAUSSIAN += [sc.Table.ddpm_linear(), sc.Table.ddpm_cosine(20), sc.Table((9.0, 1.0, -7.0), "ve")]
 GAUSSIAN += [sc.Shifted(sc.VPCosine(), 4.0), sc.Shifted(sc.CondOT(), 3.0, "cond_ot"), sc.Shifted(sc.EDM(), 0.5, "ve")]
@@ -112,6 +120,7 @@ def test_both_ends_in_float32(schedule):
         (sc.Polynomial(3.0), (1, 0), (0, 1)),
         (sc.Cosine(), (1, 0), (0, 1)),
         (sc.VPLinear(0.1, 20.0), (1, np.exp(-0.25 * 20.1)), (0, np.sqrt(1 - np.exp(-0.5 * 20.1)))),
+        (sc.VPLinear(3.0, 3.0), (1, np.exp(-1.5)), (0, np.sqrt(1 - np.exp(-3.0)))),
         (sc.VPCosine(0.0), (1, 0), (0, 1)),
         (sc.VPCosine(0.008), (np.cos(np.pi / 2 * 0.008 / 1.008), 0), (np.sin(np.pi / 2 * 0.008 / 1.008), 1)),
         (sc.VE(0.01, 50.0), (1, 1), (0.01, 50)),

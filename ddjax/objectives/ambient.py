@@ -57,7 +57,7 @@ def ambient(
             share = jnp.where(counts, share, 0.0)
             # Where it does not count, x_t is only shown: any noise will do.
             xt = Normal(alpha * y, jnp.broadcast_to(sigma * jnp.sqrt(1.0 - share), y.shape)).sample(keys)
-            weight = left_broadcast(weighting(process.schedule.log_snr(t)), y)
+            weight = left_broadcast(weighting(process.schedule.common.log_snr(t)), y)
 
             def errors(prediction):
                 guess = (1.0 - share) * process.convert(prediction, "x0", xt, t).value + share * xt / alpha

@@ -19,6 +19,8 @@ class Density:
 
     times: uniforms on [0, 1) -> times, increasing. Beyond `process.t_range` they are moved to its ends.
     pdf: log-SNR -> density of the log-SNR there, the ends left out of account.
+
+    Under a schedule with a log-SNR for each site, log-SNRs are those of its `common` schedule.
     """
 
     times: Callable[[Array], Time]
@@ -123,20 +125,20 @@ def binned(process: Gaussian, probabilities: Array) -> Density:
 
 def _ends(process: Gaussian, of: Array) -> Array:
     """The log-SNRs at the ends of the range, the greater first."""
-    return process.schedule.log_snr(jnp.asarray(process.t_range, of.dtype))
+    return process.schedule.common.log_snr(jnp.asarray(process.t_range, of.dtype))
 
 
 def _in_log_snr(process: Gaussian, log_snr: Callable[[Array], Array], pdf: Callable[[Array], Array]) -> Density:
     t_range = process.t_range
-    return Density(lambda u: jnp.clip(process.schedule.time(log_snr(u)), *t_range), pdf)
+    return Density(lambda u: jnp.clip(process.schedule.common.time(log_snr(u)), *t_range), pdf)
 
 
 def _on_the_clock(process: Gaussian, times: Callable[[Array], Time], pdf: Callable[[Time], Array]) -> Density:
     """From a density of t: |d lambda / dt| times that of the log-SNR."""
 
     def of_log_snr(log_snr):
-        t = process.schedule.time(log_snr)
-        return -pdf(t) / process.schedule.log_snr_prime(t)
+        t = process.schedule.common.time(log_snr)
+        return -pdf(t) / process.schedule.common.log_snr_prime(t)
 
     t_range = process.t_range
     return Density(lambda u: jnp.clip(times(u), *t_range), of_log_snr)

@@ -21,7 +21,7 @@ from ddjax.objectives.weightings import Weighting
 from ddjax.processes import Gaussian
 from ddjax.types import left_broadcast, per_example, sites
 
-# Waves over log-SNR / 8, EDM's c_noise (Karras et al. 2024, "MP-Fourier"): drawn once for all.
+# Waves over log-SNR / 8, EDM's c_noise (Karras et al. 2024, eq. 75, "MP-Fourier"): drawn once for all.
 _RNG = np.random.default_rng(0)
 _FREQUENCIES, _PHASES = 2.0 * math.pi * _RNG.normal(size=128), 2.0 * math.pi * _RNG.uniform(size=128)
 
@@ -46,7 +46,7 @@ def learned_uncertainty(
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         def draw(u, keys, x0):
             xt, t, errors = base(u, keys, x0)
-            log_error = left_broadcast(uncertainty(params["objective"], process.schedule.log_snr(t)), x0)
+            log_error = left_broadcast(uncertainty(params["objective"], process.schedule.common.log_snr(t)), x0)
             return xt, t, lambda prediction: jnp.exp(-log_error) * errors(prediction) + log_error
 
         return noised(process, kind, draw)(key, apply, params["network"], x0, cond, weights, rows, train)
@@ -100,7 +100,7 @@ def adaptive(
 
         def draw(u, keys, x0):
             xt, t, errors = base(u, keys, x0)
-            log_p = jnp.log(learned.pdf(process.schedule.log_snr(t)))
+            log_p = jnp.log(learned.pdf(process.schedule.common.log_snr(t)))
 
             def descending(prediction):
                 values = errors(prediction)

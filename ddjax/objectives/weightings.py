@@ -70,8 +70,10 @@ def likelihood(process: Any) -> Weighting:
     """g(t)^2 / 2, of the score error, for times uniform on the clock: the bound (Song et al. 2021b, theorem 1).
 
     g is the process's diffusion coefficient. The mean over `uniform_time` times the length of `t_range` is the bound's
-    diffusion term, nats per site.
+    diffusion term, nats per site. Raises ValueError where sites have log-SNRs, and so weights, of their own.
     """
+    if process.schedule.common is not process.schedule:
+        raise ValueError(f"likelihood() is one weight for all sites, but {process.schedule!r} has one each; use elbo")
     return lambda log_snr: 0.5 * process.sde(process.schedule.time(log_snr))[1]
 
 

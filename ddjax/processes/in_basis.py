@@ -134,6 +134,11 @@ class InBasis:
         """That of the coordinates."""
         return self.process.schedule
 
+    @property
+    def data_std(self) -> float:
+        """The process's."""
+        return self.process.data_std
+
     def _coordinates(self, prediction: Prediction) -> Prediction:
         return Prediction(self.basis.forward(prediction.value), prediction.kind)
 

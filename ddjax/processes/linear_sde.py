@@ -383,10 +383,11 @@ def _t_range(process: LinearSDE) -> tuple[float, float]:
     """Where the mean log J of a data part passes 13 and -10, to three digits."""
     with jax.ensure_compile_time_eval():
         first, last = (float(process.schedule.log_snr(jnp.asarray(end))) for end in (1e-7, 1.0))
-        t = jnp.clip(process.schedule.time(jnp.linspace(last, min(first, 14.0), 2000)), 0.0, 1.0)
+        first = min(first, 14.0 + 2.0 * math.log(max(process.scale)))  # J is in units of the data
+        t = jnp.clip(process.schedule.time(jnp.linspace(last, first, 2000)), 0.0, 1.0)
         info = process._information(process._tau(t, t[:, None]))[2]
         log_j = 2.0 * jnp.log(jnp.diagonal(info, axis1=-2, axis2=-1) / jnp.asarray(process.scale[: process.data]))
-        t, log_j = np.asarray(t)[::-1], np.minimum.accumulate(np.asarray(log_j).mean(-1)[::-1])
+        t, log_j = np.asarray(t)[::-1], np.asarray(log_j).mean(-1)[::-1]
     low, high = (float(t[np.argmax(log_j <= end)]) if (log_j <= end).any() else 1.0 for end in (13.0, -10.0))
     return low, high
 

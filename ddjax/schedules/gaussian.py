@@ -13,7 +13,7 @@ from ddjax.schedules.base import Gaussian, require
 
 @dataclasses.dataclass(frozen=True)
 class VPLinear(Gaussian):
-    """The variance-preserving SDE with beta(t) linear in t (Song et al. 2021, eq. 32; DDPM's limit).
+    """The variance-preserving SDE with beta(t) linear in t, or constant (Song et al. 2021, eq. 32; DDPM's limit).
 
     log alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2,   sigma^2 = 1 - alpha^2.
     """
@@ -22,7 +22,7 @@ class VPLinear(Gaussian):
     beta_max: float = 20.0
 
     def __post_init__(self):
-        require(0 < self.beta_min < self.beta_max, self, "needs 0 < beta_min < beta_max")
+        require(0 < self.beta_min <= self.beta_max, self, "needs 0 < beta_min <= beta_max")
 
     def _log_alpha(self, t):
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min

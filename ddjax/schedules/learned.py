@@ -100,18 +100,17 @@ class Monotone(ByLogSNR):
         """By bisection; 0 or 1 beyond the ends. Its derivatives are those of the inverse function."""
         log_snr = jnp.asarray(log_snr)
         dtype = jnp.result_type(log_snr, float)
-        schedule = self.with_parameters(jax.lax.stop_gradient(self.parameters))
 
         def halve(_, interval):
             low, high = interval
             middle = 0.5 * (low + high)
-            early = schedule.log_snr(middle) > log_snr
+            early = self.log_snr(middle) > log_snr
             return jnp.where(early, middle, low), jnp.where(early, high, middle)
 
         low, high = jnp.zeros(log_snr.shape, dtype), jnp.ones(log_snr.shape, dtype)
         low, high = jax.lax.fori_loop(0, jnp.finfo(dtype).nmant + 2, halve, (low, high))
-        t = jax.lax.stop_gradient(0.5 * (low + high))
-        step = (self.log_snr(t) - log_snr) / self.log_snr_prime(t)  # Newton's, which also carries the derivatives
+        t = 0.5 * (low + high)  # by comparisons alone, which have no derivatives
+        step = (self.log_snr(t) - log_snr) / self.log_snr_prime(t)  # Newton's, which carries them
         return jnp.clip(t - step, 0.0, 1.0)
 
     def network_time(self, t):

@@ -226,6 +226,7 @@ def test_with_a_decoder_it_is_the_probability_of_a_level(x64, decoder):
     assert found.discrete
 
 
+@pytest.mark.slow
 def test_adaptive_agrees(x64):
     pytest.importorskip("diffrax")
     x0, denoise = draws(LAW), LAW.denoise(FLOW, "x0")
@@ -236,6 +237,8 @@ def test_adaptive_agrees(x64):
     np.testing.assert_allclose(loose.log_prob, LAW.log_prob(x0), atol=0.1)
     alone = ode(KEY, denoise, FLOW, x0[:1], integrator=Adaptive(1e-3, 1e-3), **options)
     np.testing.assert_allclose(alone.log_prob, loose.log_prob[:1], rtol=1e-9)
+    with pytest.raises(Exception, match="maximum number of solver steps"):
+        jax.block_until_ready(ode(KEY, denoise, FLOW, x0, integrator=Adaptive(1e-8, 1e-8, max_steps=2), **options))
 
 
 def test_errors(monkeypatch):

@@ -20,7 +20,7 @@ from ddjax.objectives import (
     weightings,
 )
 from ddjax.processes import Gaussian, LearnedVariance
-from ddjax.schedules import CondOT, VPCosine, VPLinear
+from ddjax.schedules import CondOT, LogSNRLinear, PerSite, VPCosine, VPLinear
 
 PROCESS, LAW = Gaussian(CondOT(), data_std=0.5), GaussianMixture(dims=1, components=2, scale=0.5)
 ENDS = tuple(2 * np.log((1 - t) / t) for t in PROCESS.t_range)  # of log-SNR, the greater first
@@ -162,6 +162,34 @@ def test_the_hybrid_teaches_the_mean_by_the_simple_loss_and_the_variance_by_the_
     ours, of_mean, of_variance = (jax.grad(f)(at) for f in (lambda p: run(p, 0.05), simple, bound))
     np.testing.assert_allclose(ours, [of_mean[0], 0.05 * of_variance[1]], rtol=1e-9)
     assert abs(of_variance[0]) > 0.1  # which the mean does not see
+
+
+def test_the_uncertaintys_waves(x64):
+    """EDM2's: sqrt(2) cos(2 pi (f c + phase)), c = log(sigma) / 4, over the root of their number."""
+    sigma = np.asarray([0.01, 0.3, 1.0, 20.0])
+    waves = jax.jacobian(learned_weights.uncertainty)(uncertainty_parameters(), jnp.asarray(-2 * np.log(sigma)))
+    angle = 0.25 * np.log(sigma)[:, None] * learned_weights._FREQUENCIES + learned_weights._PHASES
+    np.testing.assert_allclose(waves["weights"], np.sqrt(2 / 128) * np.cos(angle), rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(waves["bias"], 1.0)
+
+
+@pytest.mark.slow
+def test_sites_share_the_density_and_their_schedules_its_log_snr(x64):
+    """Straight lines at every site are one straight line; the logits follow the square of the mean over sites."""
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2)))
+    lines = Gaussian(PerSite.initial((2,))), Gaussian(LogSNRLinear())
+    for make, own in ((learned_uncertainty, uncertainty_parameters()), (adaptive, adaptive_parameters(8))):
+        params = {"network": jnp.asarray(0.3), "objective": jax.tree.map(lambda v: v + 0.1, own)}
+        found = [
+            jax.value_and_grad(lambda p, q=q, m=make: m(q, "velocity")(jax.random.key(1), apply, p, x0)[0])(params)
+            for q in lines
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
+    params = {"network": jnp.asarray(0.3), "objective": adaptive_parameters(8)}
+    loss = lambda p: adaptive(PROCESS, "velocity", floor=0.04)(jax.random.key(1), apply, p, x0[:1])[0]
+    value, gradient = jax.value_and_grad(loss)(params)
+    # - value^2 d log p, p = 0.96 softmax + 0.04 / 8, at the bin that was drawn
+    np.testing.assert_allclose(gradient["objective"]["logits"].min(), -(value**2) * 0.96 * (1 - 1 / 8), rtol=1e-6)
 
 
 def test_all_start_and_move_in_float32():

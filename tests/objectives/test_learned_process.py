@@ -107,6 +107,37 @@ def test_hidden_sites_cost_nothing_and_examples_weigh():
     )
 
 
+@pytest.mark.slow
+def test_means_are_over_sites_examples_and_weights(x64):
+    """The prior's term has no draw in it, and `curvature` none that weights change: all means are exact."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    x0, key = jnp.asarray([[0.3, -0.2], [0.1, 0.9]]), lambda: jax.random.key(0)
+    bound, bend = objectives.learned_process(PROCESS, whole), objectives.curvature(PROCESS, t_range=RANGE)
+    nats = np.asarray(PROCESS.prior_kl(x0, jnp.full(2, RANGE[1])))
+    sites = np.asarray([[2.0, 0.0], [1.0, 1.0]])
+    for weights in (None, np.asarray([3.0, 1.0]), sites):
+        given = None if weights is None else jnp.asarray(weights)
+        shares = np.ones((2, 2)) if weights is None else np.broadcast_to(weights.reshape(2, -1), (2, 2))
+        prior = bound(key(), apply, params, x0, weights=given, train=False)[1]["prior"]
+        np.testing.assert_allclose(prior, (shares * nats).sum() / shares.sum(), rtol=1e-12)
+    # One weight on one site at a time gives the parts, and these the others.
+    bent = lambda weights: float(bend(key(), apply, params["network"], x0, weights=weights, train=False)[0])
+    parts = np.asarray([[bent(jnp.zeros((2, 2)).at[i, j].set(1.0)) for j in (0, 1)] for i in (0, 1)])
+    assert parts.min() > 0
+    assert np.unique(parts).size == 4
+    np.testing.assert_allclose(bent(None), parts.mean(), rtol=1e-10)
+    np.testing.assert_allclose(bent(jnp.asarray([3.0, 1.0])), (3 * parts[0] + parts[1]).sum() / 8, rtol=1e-10)
+    np.testing.assert_allclose(bent(jnp.asarray(sites)), (sites * parts).sum() / 4, rtol=1e-10)
+
+
+def test_a_sum_has_its_weights_and_each_part_a_key_of_its_own():
+    part = lambda key, *_, **__: (jax.random.uniform(key), {})
+    total, metrics = objectives.weighted_sum(a=(2.0, part), b=(3.0, part))(jax.random.key(0), None, {}, None)
+    assert metrics["a"] != metrics["b"]
+    np.testing.assert_allclose(total, 2 * metrics["a"] + 3 * metrics["b"], rtol=1e-6)
+    assert metrics["loss"] == total
+
+
 def test_what_cannot_be_learned_is_an_error_at_once():
     with pytest.raises(ValueError, match="needs a process with parameters"):
         objectives.learned_process(object(), whole)

@@ -13,8 +13,8 @@ from quadrature import HIGH, LOW, Rows
 from ddjax import Prediction, schedules
 from ddjax.fixtures import GaussianMixture
 from ddjax.objectives import densities, gaussian, weightings
-from ddjax.processes import Gaussian
-from ddjax.schedules import EDM, VE, CondOT, VPCosine, VPLinear
+from ddjax.processes import DCT, Gaussian, InBasis
+from ddjax.schedules import EDM, VE, CondOT, PerSite, ShortestPath, VPCosine, VPLinear
 
 PROCESS = Gaussian(CondOT(), data_std=0.5)
 D2 = 0.25
@@ -178,6 +178,7 @@ def test_a_network_not_told_the_time_learns_the_average(x64, monkeypatch):
 def test_the_settings_in_print_are_the_weightings_in_print(x64):
     """Kingma & Gao 2023: weighting x density of each published loss, as a weight of the noise error."""
     snr = np.linspace(-4, 4, 9)
+    np.testing.assert_allclose(weightings.p2(2.0, 0.3)(jnp.asarray(snr)), (0.3 + np.exp(snr)) ** -2.0, rtol=1e-12)
     cosine, straight = Gaussian(VPCosine(s=0.0)), PROCESS
     clock = lambda process: np.asarray(densities.uniform_time(process).pdf(jnp.asarray(snr))) * np.diff(process.t_range)
     sech = 1 / np.cosh(0.5 * snr)
@@ -205,11 +206,16 @@ def test_the_settings_in_print_are_the_weightings_in_print(x64):
     np.testing.assert_allclose(ours, np.exp(-3.0) / (1 + np.exp(-(snr + 3.0))), rtol=1e-9)
 
 
+PER_SITE = PerSite(np.random.default_rng(0).normal(size=(3, 2)))
+PROCESSES = [Gaussian(s) for s in (CondOT(), VPLinear(), VPCosine(), VE(), EDM(), PER_SITE)]
+PROCESSES += [InBasis(Gaussian(ShortestPath([3.0, 0.2])), DCT((1,)))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [CondOT(), VPLinear(), VPCosine(), VE(), EDM()], ids=repr)
-def test_the_density_is_that_of_the_times(x64, schedule):
-    """pdf(lambda(u)) |d lambda / du| = 1 wherever times are not moved to the ends."""
-    process = Gaussian(schedule)
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p.schedule).__name__)
+def test_the_density_is_that_of_the_times(x64, process):
+    """pdf(lambda(u)) |d lambda / du| = 1 wherever times are not moved to the ends; lambda is the common log-SNR."""
+    schedule = process.schedule.common
     u = jnp.linspace(0.02, 0.98, 25)
     for name, (make, *_) in DENSITIES.items():
         density = make(process)
@@ -245,6 +251,9 @@ def test_binned_density(x64):
     assert (np.diff(ours) < 0).all()
     middles = 0.5 * (edges[1:] + edges[:-1])
     np.testing.assert_allclose(density.pdf(jnp.asarray(middles)), p * 4 / (high - low), rtol=1e-12)
+    np.testing.assert_allclose(
+        density.pdf(jnp.asarray([high + 0.1, low - 0.1])), p[jnp.asarray([0, 3])] * 4 / (high - low)
+    )
     np.testing.assert_allclose(density(jnp.cumsum(p)[:-1]), PROCESS.schedule.time(jnp.asarray(edges[1:-1])), rtol=1e-9)
 
 
@@ -275,6 +284,8 @@ def test_errors():
         (lambda: gaussian(PROCESS, "x0", density=lambda u: u, measure="log_snr"), "knows its pdf"),
         (lambda: weightings.soft_min_snr(0.0), "gamma must be positive"),
         (lambda: weightings.p2(k=-1.0), "k must be positive"),
+        (lambda: weightings.p2(k=0.0), "k must be positive"),
+        (lambda: weightings.likelihood(Gaussian(PER_SITE)), "one weight for all sites"),
         (lambda: densities.laplace(PROCESS, scale=0.0), "width of a density"),
         (lambda: densities.log_normal_sigma(PROCESS, std=-1.0), "width of a density"),
         (lambda: densities.logit_normal(PROCESS, std=0.0), "width of a density"),

@@ -88,6 +88,22 @@ def test_marginal_bridge_and_reverse_are_matrices(x64, schedule):
         np.testing.assert_allclose(ours.sum(-1), kl, rtol=1e-8)
 
 
+def test_prior_draws_and_times_are_those_of_the_coordinates(x64):
+    """With the same keys: what the basis makes of the same normals."""
+    process, t = InBasis(Gaussian(SCHEDULES[0], data_std=0.7), DCT((1,))), jnp.asarray(0.6)
+    keys, x0 = lambda: random.example_keys(jax.random.key(0), 3), states(0)
+    z = np.asarray(random.normal(keys(), (SITES,), jnp.float64))
+    a, v = moments(SCHEDULES[0], 0.6)
+    prior = process.prior((3, SITES), 0.6)
+    np.testing.assert_allclose(covariance(prior), v + 0.49 * a @ a.T, atol=1e-12)
+    np.testing.assert_allclose(
+        prior.sample(keys()), z * np.sqrt(np.diag(U.T @ (v + 0.49 * a @ a.T) @ U)) @ U.T, atol=1e-12
+    )
+    shown = x0 @ a.T + z * np.sqrt(np.diag(U.T @ v @ U)) @ U.T
+    np.testing.assert_allclose(process.observe(keys(), x0, jnp.full(3, t)), shown, atol=1e-12)
+    np.testing.assert_allclose(process.time_at(jnp.asarray([0.0, 1.0]), (0.2, 0.8))[0], [0.2, 0.8], atol=1e-12)
+
+
 def test_draws_have_the_covariance():
     process, batch = InBasis(Gaussian(SCHEDULES[0]), DCT((1,))), 20_000
     law = process.marginal(jnp.ones((batch, SITES)), jnp.full(batch, 0.6))
@@ -172,6 +188,22 @@ def test_schedules_are_consistent(x64, schedule):
         np.testing.assert_allclose(schedule.log_snr(t), 2 * np.log(schedule.alpha(t) / schedule.sigma(t)), rtol=1e-9)
         np.testing.assert_allclose(schedule.log_snr_prime(t), jax.jacfwd(schedule.log_snr)(t), rtol=1e-9)
         assert (np.asarray(schedule.log_snr_prime(t)) < 0).all()
+        for f in (schedule.alpha, schedule.sigma, schedule.alpha_prime, schedule.sigma_prime, schedule.log_snr):
+            assert f(t).shape == (SITES,)
+
+
+def test_heat_is_a_gaussian_blur(x64):
+    """A kernel of standard deviation b leaves exp(-(frequency b)^2 / 2) of a wave; b grows to `blur` like sin^2."""
+    heat = Heat(squared_frequencies((SITES,), (1,)), VPCosine(), blur=1.5, floor=0.2)
+    assert heat.common == VPCosine()
+    for t in (0.0, 0.3, 1.0):
+        b, x = 1.5 * np.sin(0.5 * np.pi * t) ** 2, np.linspace(-40.0, 40.0, 8001)
+        kernel = np.exp(-0.5 * (x / b) ** 2) / (b * np.sqrt(2 * np.pi)) if b else np.where(x == 0, 100.0, 0.0)
+        left = [np.trapezoid(kernel * np.cos(np.pi * k / SITES * x), x) for k in range(SITES)]
+        ours = heat.alpha(jnp.asarray(t)), heat.sigma(jnp.asarray(t))
+        plain = np.asarray(VPCosine().alpha(jnp.asarray(t)))
+        np.testing.assert_allclose(ours[0], plain * (0.2 + 0.8 * np.array(left)), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(ours[1], np.full(SITES, VPCosine().sigma(jnp.asarray(t))), rtol=1e-12)
 
 
 def test_the_shortest_path_is_the_geodesic_of_variances(x64):
@@ -193,6 +225,10 @@ def test_the_shortest_path_is_the_geodesic_of_variances(x64):
     np.testing.assert_allclose(length(schedule), np.linalg.norm(np.log(POWER)), rtol=1e-9)
     assert length(VPCosine(0.0)) > 1.05 * length(schedule)
     assert float(schedule.alpha(jnp.asarray(1.0)).max()) == 0.0
+    for name in ("alpha", "sigma"):  # coordinates of variance 1
+        np.testing.assert_allclose(
+            getattr(schedule.common, name)(t), getattr(ShortestPath([1.0]), name)(t), rtol=1e-12, atol=1e-15
+        )
     # Near 1 it is its own limit.
     near, at = (ShortestPath([p]).alpha(t) for p in (1.0 + 1e-9, 1.0))
     np.testing.assert_allclose(near, at, atol=1e-8)
@@ -210,6 +246,10 @@ def test_both_ends_are_finite_in_float32(schedule):
         value, gradient = jax.jit(jax.value_and_grad(loss))(x0, jnp.full(3, t))
         assert np.isfinite(float(value))
         assert np.isfinite(np.asarray(gradient)).all()
+    if schedule is SCHEDULES[0]:  # rounding must not lead out of the sine's range
+        many = ShortestPath(np.geomspace(1e-4, 1e4, 4001))
+        ends = jax.jit(many.time)(jnp.asarray([[60.0], [-60.0]], jnp.float32))
+        np.testing.assert_allclose(ends, np.broadcast_to([[0.0], [1.0]], ends.shape), atol=0.02)
     bound = nelbo(jax.random.key(0), lambda xt, t, cond: Prediction(xt, "x0"), process, x0)
     assert np.isfinite(np.asarray(bound.total)).all()
 
@@ -243,7 +283,7 @@ def test_samplers_reach_the_law(x64, schedule, solver):
             mean, c = matrix @ mean + offset, matrix @ c @ matrix.T + (fresh if solver is Ancestral else 0.0)
         errors.append(np.abs(c - noisy_law(times[-1])[1]).max() + np.abs(mean - noisy_law(times[-1])[0]).max())
     order = np.log2(errors[0] / errors[1])
-    assert errors[1] < (0.02 if solver is Heun else 0.15)
+    assert errors[1] < (0.02 if solver is Heun else 0.2)
     assert abs(order - (2 if solver is Heun else 1)) < 0.35, errors
 
 

@@ -155,7 +155,51 @@ def test_noise_alone_is_the_variance_preserving_process(x64):
     bridge = plain.bridge(x0, xt, s, t)
     np.testing.assert_allclose(ours["bridge"][0], bridge.mean, atol=1e-11)
     np.testing.assert_allclose(np.ravel(ours["bridge"][1])[0], bridge.std[0, 0], rtol=1e-10)
-    np.testing.assert_allclose(process.t_range, plain.t_range, atol=2e-3)
+    # The default range is one of log J, in the data's own units; while it learns, the schedule's.
+    np.testing.assert_allclose(VPLinear().log_snr(jnp.asarray(process.t_range)), [13.0, -10.0], atol=0.02)
+    wide = LinearSDE([[1.0]], [[0.0]], scale=(2.0,)).t_range
+    np.testing.assert_allclose(
+        VPLinear().log_snr(jnp.asarray(wide)), 2 * np.log(2) + np.array([13.0, -10.0]), atol=0.02
+    )
+    learned = process.with_parameters(process.parameters)
+    assert learned.t_range == plain.t_range
+    np.testing.assert_allclose(process.time_at(jnp.asarray([0.0, 1.0]), (0.2, 0.8))[0], [0.2, 0.8], rtol=1e-12)
+
+
+def test_critically_damped_is_the_papers_sde(x64):
+    """Dockhorn et al. 2022, eq. 5-6, with their beta = 4 and M = 1/4: a constant rate, the same at all times."""
+    mass, beta = 0.25, 4.0
+    friction = 2 * np.sqrt(mass)
+    process = critically_damped(VPLinear(beta, beta), mass=mass)
+    for t in (0.01, 0.7):
+        drift, spread = process.sde(jnp.asarray(t))
+        np.testing.assert_allclose(drift, beta * np.array([[0, 1 / mass], [-1, -friction / mass]]), atol=1e-12)
+        np.testing.assert_allclose(spread, [[0, 0], [0, 2 * friction * beta]], atol=1e-12)
+    # The data's variance from rest (x_0 = v_0 = 0), and E[x_t] = (1 + y) exp(-y) x_0 with y = 2 tau = 2 beta t.
+    law = critically_damped(VPLinear(beta, beta), start=0.0).marginal(jnp.ones((1, 1)), jnp.asarray([0.3]))
+    np.testing.assert_allclose(law.mean[0, 0], (1 + 2.4) * np.exp(-2.4), rtol=1e-10)
+    np.testing.assert_allclose(law.root[0, 0, 0] ** 2, scipy.special.gammainc(3, 4.8), rtol=1e-10)
+
+
+def test_draws_priors_and_data(x64):
+    """Draws are the centre and the root times normals; the prior is the marginal of data of the given width."""
+    keys = lambda: random.example_keys(jax.random.key(0), 3)
+    process, t = GENERAL, jnp.full(3, 0.6)
+    x0, _, xt = states(process, 0)
+    law, z = process.marginal(x0, t), np.asarray(random.normal(keys(), (3, 2), jnp.float64))
+    m, c = moments(process, 2, 0.6)
+    root = np.kron(np.linalg.cholesky(one_site(process, 0.6)[1]), np.eye(2))
+    np.testing.assert_allclose(law.sample(keys()), x0 @ m.T + z.reshape(3, -1) @ root.T, atol=1e-7)
+    np.testing.assert_array_equal(process.observe(keys(), x0, t), law.sample(keys()))
+    np.testing.assert_allclose(square(process.prior((3, 6), 0.6).root), c + m @ m.T, atol=1e-7)
+    assert process.clean(xt).shape == x0.shape
+    np.testing.assert_array_equal(FLEXIBLE.clean(xt), xt)
+    # Learned: as many doublings as any parameters may need.
+    learned = process.with_parameters(process.parameters).marginal(x0, jnp.ones(3))
+    np.testing.assert_allclose(learned.root, process.marginal(x0, jnp.ones(3)).root, atol=1e-12)
+    # At t = 0 the state's own data are what it says, whatever its noise is said to be.
+    said = process.convert(Prediction(xt, "noise"), "x0", xt, jnp.zeros(3)).value
+    np.testing.assert_allclose(said, process.clean(xt), rtol=1e-12)
 
 
 def test_short_times_keep_their_digits():

@@ -166,6 +166,11 @@ def test_conversions_are_those_of_the_gaussian(x64):
     process, other = PFGM(CondOT(), 0.5, D=3.0), Gaussian(CondOT(), 0.5)
     value, xt = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 2))) for i in (0, 1))
     t = jnp.asarray([0.1, 0.5, 0.9])
+    law, prior = process.marginal(value, t), process.prior((3, 2), 0.4)
+    np.testing.assert_allclose(law.mean, (1 - t)[:, None] * value, rtol=1e-12)
+    np.testing.assert_allclose(jnp.broadcast_to(law.scale, (3, 2)), jnp.broadcast_to(t[:, None], (3, 2)), rtol=1e-12)
+    np.testing.assert_allclose(prior.scale, np.hypot(0.4, 0.5 * 0.6), rtol=1e-12)
+    np.testing.assert_array_equal(prior.mean, 0.0)
     assert set(process.kinds) == {"x0", "noise", "velocity", "v", "edm"}
     for kind in process.kinds:
         ours = process.convert(Prediction(value, kind), "x0", xt, t).value
@@ -179,6 +184,15 @@ def test_errors():
             PFGM(D=D)
     with pytest.raises(ValueError, match="does not understand"):
         process.convert(Prediction(x, "score"), "x0", x, t)
-    for call in (lambda: process.bridge(x, x, t, t), lambda: process.sde(t), lambda: process.prior_kl(x, t)):
+    said = Prediction(x, "x0")
+    for name, arguments in {
+        "bridge": (x, x, t, t),
+        "reverse": (said, x, t, t),
+        "sde": (t,),
+        "prior_kl": (x, t),
+        "path_kl": (x, said, x, t),
+        "step_kl": (x, said, x, t, t),
+        "reconstruction": (x, said, x, t),
+    }.items():
         with pytest.raises(ValueError, match="is an ODE"):
-            call()
+            getattr(process, name)(*arguments)

@@ -112,6 +112,17 @@ def test_monotone_closed_forms(x64, schedule):
     np.testing.assert_allclose(told, (ENDS[0] - schedule.log_snr(t)) / 15.0, rtol=1e-12, atol=1e-14)
 
 
+def test_monotone_is_the_network_it_says(x64):
+    """By its definition, with signs that must not matter; what networks are told stays when the ends move."""
+    slope, (a, b, c) = -0.4, np.asarray([[-6.0, 2.0], [1.0, -0.5], [3.0, -2.0]])
+    schedule, t = sc.Monotone((7.0, -5.0), slope, np.stack([a, b, c]), clock=ENDS), np.linspace(0.0, 1.0, 7)
+    f = lambda t: abs(slope) * t + np.mean(np.abs(c) * np.tanh((np.abs(a) * (2 * t[..., None] - 1) + b) / 2), axis=-1)
+    start, stop = f(np.zeros(())), f(np.ones(()))
+    expected = 7.0 - 12.0 * (f(t) - start) / (stop - start)
+    np.testing.assert_allclose(schedule.log_snr(jnp.asarray(t)), expected, rtol=1e-12)
+    np.testing.assert_allclose(schedule.network_time(jnp.asarray(t)), (9.0 - expected) / 15.0, rtol=1e-12)
+
+
 @pytest.mark.slow
 def test_the_inverse_has_the_derivatives_of_an_inverse(x64):
     schedule, nudge = wiggly(0), 1e-6
@@ -168,6 +179,7 @@ def test_per_site_is_mulans_polynomial(x64):
         ours = getattr(schedule, f"{name}_prime")(jnp.asarray(0.4))
         np.testing.assert_allclose(ours, jax.jacfwd(getattr(schedule, name))(0.4), rtol=1e-10)
     assert schedule.alpha(jnp.full((5, 1, 1), 0.3)).shape == (5, 2, 2)
+    assert sc.PerSite(coefficients, *ENDS, "ve").common == sc.LogSNRLinear(*ENDS, "ve")
     with pytest.raises(NotImplementedError, match="common"):
         schedule.time(0.0)
 
