@@ -9,8 +9,8 @@ A config file defines `get_config()`, starting from `default()` and changing wha
         config.denoiser.options = dict(width=96, depth=3, heads=4)
         return config
 
-Every key is listed and explained here. Names (of processes, schedules, networks, solvers) become objects in
-`ddjax.experiment`, the only place that knows them.
+Every key is listed and explained here. What names (of processes, schedules, networks, solvers) stand for is in
+`ddjax.names`, the only place that knows them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""From a config to objects: the one place where names stand for things."""
+"""From a config to objects. What its names stand for is in `ddjax.names`."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,157 +16,13 @@ import optax
 from jaxtyping import Array
 
 from ddjax import data as datasets
-from ddjax import denoisers, grids, guidance, likelihood, objectives, processes, schedules, solvers, symbol_schedules
+from ddjax import denoisers, grids, guidance, likelihood, names, objectives, processes
 from ddjax.config import Config, ConfigError, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
 from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction
 from ddjax.training import Ema, adamw
 from ddjax.types import Apply, Denoise, Params
-
-
-def _shifted(schedule: str, factor: float, scaling: str = "vp", **options: Any) -> schedules.Shifted:
-    """`Shifted`, of one of `SCHEDULES`; the options are its own."""
-    base = _make(SCHEDULES, schedule, None, "config.process.schedule_options.schedule", **options)
-    return schedules.Shifted(base, factor, scaling)
-
-
-SCHEDULES = {
-    "linear": schedules.Linear,
-    "polynomial": schedules.Polynomial,
-    "cosine": schedules.Cosine,
-    "log_linear": schedules.LogLinear,
-    "vp_linear": schedules.VPLinear,
-    "vp_cosine": schedules.VPCosine,
-    "ve": schedules.VE,
-    "edm": schedules.EDM,
-    "cond_ot": schedules.CondOT,
-    "sub_vp": schedules.SubVP,
-    "trigonometric": schedules.Trigonometric,
-    "polynomial_path": schedules.PolynomialPath,
-    "linear_vp": schedules.LinearVP,
-    "log_snr_linear": schedules.LogSNRLinear,
-    "laplace": schedules.Laplace,
-    "sigmoid": schedules.Sigmoid,
-    "ddpm_linear": schedules.Table.ddpm_linear,
-    "ddpm_cosine": schedules.Table.ddpm_cosine,
-    "shifted": _shifted,
-    "monotone": schedules.Monotone.initial,
-    "per_site": schedules.PerSite.initial,
-}
-GENERATORS = {
-    "uniform": processes.generators.uniform,
-    "birth_death": processes.generators.birth_death,
-    "banded": processes.generators.banded,
-    "gaussian": processes.generators.gaussian,
-}
-
-
-def _marginal(
-    num_symbols: int,
-    counts: np.ndarray,
-    schedule: Any,
-    smoothing: float = 1.0,
-    probabilities: Sequence[float] | None = None,
-) -> processes.Marginal:
-    """`Marginal`; where no probabilities are given, with the frequencies of the training data."""
-    p = counts + smoothing if probabilities is None else np.asarray(probabilities)
-    return processes.Marginal(num_symbols, schedule, probabilities=p / p.sum())
-
-
-def _kernel(num_symbols: int, schedule: Any, generator: str, absorb: float = 0.0, **options: Any) -> processes.Kernel:
-    """`Kernel` with one of `GENERATORS`; the options are its own."""
-    rates = _make(GENERATORS, generator, None, "config.process.options.generator", num_symbols, **options)
-    return processes.Kernel(num_symbols, rates, schedule, absorb=absorb)
-
-
-def _spindle(num_symbols: int, counts: np.ndarray, strength: float = 0.3) -> processes.StateMasked:
-    """`StateMasked` with DiffusionBERT's schedule for the frequencies of the training data."""
-    return processes.StateMasked(num_symbols, symbol_schedules.Spindle.from_frequencies(counts, strength))
-
-
-def _symbol_polynomial(num_symbols: int, power: float = 1.0, eps: float = 0.0) -> processes.StateMasked:
-    """`StateMasked` with the same power for each symbol: where the objective `genmd4` begins to learn them."""
-    return processes.StateMasked(num_symbols, symbol_schedules.SymbolPolynomial((power,) * num_symbols, eps=eps))
-
-
-# Of the arguments, num_symbols, schedule and counts (of the symbols of the training data) are given where they are
-# taken; the others are config.process.options.
-PROCESSES = {
-    "masked": processes.Masked,
-    "uniform": processes.Uniform,
-    "marginal": _marginal,
-    "hybrid": processes.Hybrid,
-    "kernel": _kernel,
-    "spindle": _spindle,
-    "symbol_polynomial": _symbol_polynomial,
-    "discretized_gaussian": processes.chain.discretized_gaussian,
-    "thinning": processes.Thinning,
-    "glauber": processes.staggered.glauber,
-    "gaussian": processes.Gaussian,
-    "learned_variance": processes.LearnedVariance,
-}
-GAUSSIAN_PROCESSES = ("gaussian", "learned_variance")
-DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
-OBJECTIVES = {
-    "elbo": objectives.elbo,
-    "any_order": objectives.any_order,
-    "block_elbo": objectives.block_elbo,
-    "cross_entropy": objectives.cross_entropy,
-    "ddpd": objectives.ddpd,
-    "genmd4": objectives.genmd4,
-    "learned_elbo": objectives.learned_elbo,
-    "d3pm_hybrid": objectives.d3pm_hybrid,
-    "generalised_kl": objectives.generalised_kl,
-    "score_entropy": objectives.score_entropy,
-    "glauber": objectives.glauber,
-    "duo": objectives.duo,
-    "gaussian": objectives.gaussian,
-    "learned_uncertainty": objectives.learned_uncertainty,
-    "adaptive": objectives.adaptive,
-    "contrastive_flow_matching": objectives.contrastive_flow_matching,
-    "ddpm_hybrid": objectives.ddpm_hybrid,
-}
-WEIGHTINGS = {
-    "elbo": {"clipped": objectives.clipped, "dynamic": objectives.dynamic},
-    "gaussian": {
-        "unit": lambda: objectives.unit,
-        "snr": objectives.weightings.snr,
-        "truncated_snr": objectives.weightings.truncated_snr,
-        "min_snr": objectives.min_snr,
-        "soft_min_snr": objectives.weightings.soft_min_snr,
-        "p2": objectives.weightings.p2,
-        "edm": objectives.weightings.edm,
-        "likelihood": objectives.weightings.likelihood,
-        "sigmoid": objectives.weightings.sigmoid,
-        "flow_matching": objectives.weightings.flow_matching,
-    },
-}
-WEIGHTINGS |= dict.fromkeys(("learned_uncertainty", "adaptive"), WEIGHTINGS["gaussian"])
-LEARN_PROCESS = ("genmd4", "learned_elbo")
-# Objectives with parameters of their own, dropped when training is done: where these begin.
-OBJECTIVE_PARAMETERS = {
-    "learned_uncertainty": objectives.uncertainty_parameters,
-    "adaptive": objectives.adaptive_parameters,
-}
-EXTRA_HEADS = {"ddpd": 1}  # outputs beside the network's own: DDPD's planner
-DENSITIES = {
-    "uniform_time": objectives.uniform_time,
-    "uniform_log_snr": objectives.uniform_log_snr,
-    "log_normal_sigma": objectives.log_normal_sigma,
-    "logit_normal": objectives.densities.logit_normal,
-    "sech": objectives.densities.sech,
-    "laplace": objectives.densities.laplace,
-}
-SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
-GAUSSIAN_SOLVERS = ("ddim", "heun")
-GRIDS = {
-    "uniform": grids.uniform,
-    "cosine": grids.cosine,
-    "karras": grids.karras,
-    "uniform_log_snr": grids.uniform_log_snr,
-}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +73,15 @@ class Experiment:
         """The training objective, with condition dropout for labelled data, teacher forced for blocks."""
         c = self.config.objective
         options, key = dict(c.options), "config.objective.options"
-        if "weighting" in options and c.name in WEIGHTINGS:
-            table, name = WEIGHTINGS[c.name], options["weighting"]
-            taken = inspect.signature(_pick(table, name, f"{key}.weighting")).parameters
+        if "weighting" in options and c.name in names.WEIGHTINGS:
+            table, name = names.WEIGHTINGS[c.name], options["weighting"]
+            taken = inspect.signature(names.pick(table, name, f"{key}.weighting")).parameters
             process = {"process": self.process} if "process" in taken else {}
-            options["weighting"] = _make(table, name, options, f"{key}.weighting", **process)
+            options["weighting"] = names.make(table, name, options, f"{key}.weighting", **process)
         if "density" in options:
-            options["density"] = _make(DENSITIES, options["density"], options, f"{key}.density", self.process)
+            options["density"] = names.make(
+                names.DENSITIES, options["density"], options, f"{key}.density", self.process
+            )
         if "steps" in options:
             options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
         if c.name == "learned_elbo":
@@ -235,7 +92,9 @@ class Experiment:
                     "config.objective.name='block_elbo' is for networks in blocks: set config.denoiser.options.block"
                 )
             options["block"] = self.block
-        objective = _make(OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options)
+        objective = names.make(
+            names.OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options
+        )
         if self.block is not None and c.name != "block_elbo":  # which does so itself
             objective = objectives.teacher_forced(objective)
         return (
@@ -247,7 +106,7 @@ class Experiment:
     @property
     def learns_process(self) -> bool:
         """Whether the process has parameters that train with the network."""
-        return self.config.objective.name in LEARN_PROCESS
+        return self.config.objective.name in names.LEARN_PROCESS
 
     def trained(self, params: Params) -> tuple[Experiment, Params]:
         """What samples and scores when training is done, and the network's parameters, from those that were trained.
@@ -258,9 +117,9 @@ class Experiment:
         if self.learns_process:
             process = self.process.with_parameters(jax.tree.map(np.asarray, params["process"]))
             experiment, params = dataclasses.replace(experiment, process=process), params["network"]
-        if self.config.objective.name in OBJECTIVE_PARAMETERS:
+        if self.config.objective.name in names.OBJECTIVE_PARAMETERS:
             params = params["network"]
-        if heads := EXTRA_HEADS.get(self.config.objective.name, 0):
+        if heads := names.EXTRA_HEADS.get(self.config.objective.name, 0):
             experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
         return experiment, params
 
@@ -296,12 +155,14 @@ class Experiment:
         """The sampler's step, by name; default that of the config."""
         c = self.config.sample
         options = options if name is not None else {**c.solver_options, **options}
-        if (name or c.solver) in GAUSSIAN_SOLVERS and self.process.state != "gaussian":
+        if (name or c.solver) in names.GAUSSIAN_SOLVERS and self.process.state != "gaussian":
             raise ConfigError(
                 f"config.sample.solver={name or c.solver!r} is for the gaussian process, "
                 f"not for {self.config.process.name!r}"
             )
-        return _make(SOLVERS, name or c.solver, None, "config.sample.solver", self.sampling_process, **options)
+        return names.make(
+            names.SOLVERS, name or c.solver, None, "config.sample.solver", self.sampling_process, **options
+        )
 
     def times(self, steps: int | None = None) -> Array:
         """The sampler's grid; where the network goes block by block, that of all blocks, each with as many steps."""
@@ -317,7 +178,7 @@ class Experiment:
                 f"config.sample.steps={count} must be a multiple of the {self.blocks} blocks, one after the other"
             )
         count //= self.blocks
-        times = _make(GRIDS, c.grid, None, "config.sample.grid", *first, steps=count, **c.grid_options)
+        times = names.make(names.GRIDS, c.grid, None, "config.sample.grid", *first, steps=count, **c.grid_options)
         if not (np.diff(np.asarray(times)) < 0).all():
             raise ConfigError(
                 f"config.sample.grid={c.grid!r} repeats times under "
@@ -365,15 +226,15 @@ def build(config: Config, data: Dataset) -> Experiment:
             f"{', '.join(process.kinds)}"
         )
     init, apply = _network(config, data, process)
-    if config.objective.name in LEARN_PROCESS:
+    if config.objective.name in names.LEARN_PROCESS:
         if not hasattr(process, "parameters"):
             raise ConfigError(
                 f"config.objective.name={config.objective.name!r} learns the process, but "
                 f"config.process.name={config.process.name!r} has nothing to learn"
             )
         init = functools.partial(_with, init, "process", lambda: process.parameters)
-    if config.objective.name in OBJECTIVE_PARAMETERS:
-        init = functools.partial(_with, init, "objective", OBJECTIVE_PARAMETERS[config.objective.name])
+    if config.objective.name in names.OBJECTIVE_PARAMETERS:
+        init = functools.partial(_with, init, "objective", names.OBJECTIVE_PARAMETERS[config.objective.name])
     experiment = Experiment(config, data, process, init, apply)
     if experiment.block is not None and hasattr(process, "times"):
         raise ConfigError(
@@ -417,18 +278,18 @@ def _with(init: Callable[[Array], Params], name: str, parameters: Callable[[], P
 def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     """The process, and the data with what had to be found out about them."""
     c = config.process
-    make_schedule = _pick(SCHEDULES, c.schedule, "config.process.schedule")
+    make_schedule = names.pick(names.SCHEDULES, c.schedule, "config.process.schedule")
     shape = {"shape": data.shape} if "shape" in inspect.signature(make_schedule).parameters else {}
-    schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **shape, **c.schedule_options)
-    categorical = c.name not in GAUSSIAN_PROCESSES
-    if c.name in PROCESSES and categorical != (data.num_symbols is not None):
+    schedule = names.make(names.SCHEDULES, c.schedule, None, "config.process.schedule", **shape, **c.schedule_options)
+    categorical = c.name not in names.GAUSSIAN_PROCESSES
+    if c.name in names.PROCESSES and categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
         raise ConfigError(
             f"config.process.name={c.name!r} corrupts {wants}, but the data {data.name!r} are {has}; "
             f"set config.data.tokens={categorical}"
         )
     options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
-    taken = inspect.signature(_pick(PROCESSES, c.name, "config.process.name")).parameters
+    taken = inspect.signature(names.pick(names.PROCESSES, c.name, "config.process.name")).parameters
     if "counts" in taken:
         data = datasets.count_symbols(data)
         options["counts"] = data.counts
@@ -440,18 +301,18 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")
     if clash := options.keys() & c.options.keys():
         raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
-    return _make(PROCESSES, c.name, None, "config.process.options", **options, **c.options), data
+    return names.make(names.PROCESSES, c.name, None, "config.process.options", **options, **c.options), data
 
 
 def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
     c = config.denoiser
     options = dict(c.options)
     if "dtype" in options:
-        options["dtype"] = _pick(DTYPES, options["dtype"], "config.denoiser.options.dtype")
+        options["dtype"] = names.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
     if data.num_symbols is not None:
         numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
-        numbers += EXTRA_HEADS.get(config.objective.name, 0)
+        numbers += names.EXTRA_HEADS.get(config.objective.name, 0)
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     options |= {"num_classes": data.num_classes}
     if c.name == "text":
@@ -468,8 +329,8 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
         options["shape"] = data.shape
         if isinstance(process, processes.LearnedVariance):
             options["out_channels"] = 2 * data.shape[-1]  # the prediction and its variance
-    network = _pick(DENOISERS, c.name, "config.denoiser.name")
-    _check_options(network, options, "config.denoiser.options")
+    network = names.pick(names.DENOISERS, c.name, "config.denoiser.name")
+    names.check_options(network, options, "config.denoiser.options")
 
     def make(rngs):
         try:
@@ -479,44 +340,3 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
 
     init, apply = denoisers.functional_init(make)
     return init, _Ratios(apply, process) if c.kind == "ratio" else apply
-
-
-def _pick(table: Mapping[str, Any], name: str, key: str) -> Any:
-    if name not in table:
-        raise ConfigError(f"{key}={name!r} is unknown; it is one of {', '.join(table)}")
-    return table[name]
-
-
-def _make(table: Mapping[str, Callable], name: str, options: dict | None, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Call what `name` stands for. With `options`, its arguments are taken out of there, e.g. `gamma` for min_snr."""
-    make = _pick(table, name, key)
-    if options is not None:
-        taken = [p for p in inspect.signature(make).parameters if p in options]
-        kwargs |= {p: options.pop(p) for p in taken}
-    _check_options(make, kwargs, key, given=len(args))
-    try:
-        return make(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {name!r}: {error}") from error
-
-
-def _check_options(make: Callable, options: Mapping[str, Any], key: str, given: int = 0) -> None:
-    """Raise ConfigError for options that `make` does not take, or needs and lacks.
-
-    Its first `given` arguments are not options.
-    """
-    # Of a class, its __init__: NNX's metaclass hides the signature of the call.
-    parameters = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
-    taken = [p for name, p in parameters.items() if name not in ("self", "rngs")][given:]
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in taken)  # to something that checks them itself
-    taken = [p for p in taken if p.kind is not p.VAR_KEYWORD]
-    names, name = [p.name for p in taken], make.__name__.lstrip("_")
-    for option in options:
-        if option not in names and not passes_on:
-            near = difflib.get_close_matches(option, names, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}" if names else "it takes none"
-            )
-            raise ConfigError(f"{key}: {name} has no option {option!r}; {hint}")
-    if missing := [p.name for p in taken if p.default is p.empty and p.name not in options]:
-        raise ConfigError(f"{key}: {name} needs {', '.join(missing)}")
