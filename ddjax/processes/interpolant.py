@@ -138,6 +138,10 @@ class Interpolant:
             return Normal(alpha * x0 + beta * x1, jnp.broadcast_to(gamma, x0.shape))
         return Normal(alpha * x0, jnp.broadcast_to(jnp.hypot(self._source("marginal") * beta, gamma), x0.shape))
 
+    def noiseless(self, x0: X, t: Time) -> X:
+        """The state at a time without noise and without x_1 (t = 0): alpha_t x_0."""
+        return self._weights(x0, t)[0] * x0
+
     def bridge(self, x0: X, xt: X, s: Time, t: Time, x1: X) -> Normal:
         """q(x_s | x_t, x_0, x_1) for s < t."""
         alpha, beta, gamma = self._weights(xt, t)

@@ -204,6 +204,10 @@ class LinearSDE:
         m, c = self._moments(self._tau(t, x0))
         return self._scaled(Correlated(m @ self._units(x0, self.data), _root(c)))
 
+    def noiseless(self, x0: X, t: Time) -> X:
+        """The state at a time without noise; auxiliary variables at their mean, 0 at t = 0."""
+        return self.marginal(x0, t).mean
+
     def _gain(self, tau_s: Array, tau_t: Array) -> tuple[Array, ...]:
         """M_s, M_t, K and the covariance: u_s given u_t and x_0 has mean M_s x_0 + K (u_t - M_t x_0)."""
         (m_s, c_s), (m_t, c_t) = self._moments(tau_s), self._moments(tau_t)
