@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,11 +16,11 @@ import optax
 from jaxtyping import Array
 
 from ddjax import data as datasets
-from ddjax import denoisers, grids, guidance, likelihood, names, objectives, processes
+from ddjax import denoisers, grids, guidance, likelihood, names, objectives, processes, random
 from ddjax.config import Config, ConfigError, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
-from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction
+from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction, bind
 from ddjax.training import Ema, adamw
 from ddjax.types import Apply, Denoise, Params
 
@@ -69,33 +69,44 @@ class Experiment:
         """The condition under which the network is trained and scored on x0."""
         return cond if self.block is None else objectives.with_clean(x0, cond)
 
-    def objective(self) -> Objective:
-        """The training objective, with condition dropout for labelled data, teacher forced for blocks."""
-        c = self.config.objective
-        options, key = dict(c.options), "config.objective.options"
-        if "weighting" in options and c.name in names.WEIGHTINGS:
-            table, name = names.WEIGHTINGS[c.name], options["weighting"]
-            taken = inspect.signature(names.pick(table, name, f"{key}.weighting")).parameters
-            process = {"process": self.process} if "process" in taken else {}
-            options["weighting"] = names.make(table, name, options, f"{key}.weighting", **process)
-        if "density" in options:
-            options["density"] = names.make(
-                names.DENSITIES, options["density"], options, f"{key}.density", self.process
-            )
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of one state: that of the data, or longer where the process adds variables to them."""
+        return _state_shape(self.process, self.data.shape)
+
+    def clean(self, xt: Array) -> Array:
+        """The data in a state."""
+        return self.process.clean(xt) if hasattr(self.process, "clean") else xt
+
+    @property
+    def _named(self) -> names.Named:
+        return names.pick(names.OBJECTIVES, self.config.objective.name, "config.objective.name")
+
+    def _objective_options(self) -> dict[str, Any]:
+        """The objective's options, with objects in the place of names."""
+        options, key = dict(self.config.objective.options), "config.objective.options"
+        for option, table in self._named.tables.items():
+            if option in options:
+                names.make_option(table, option, options, key, self.process)
         if "steps" in options:
             options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
-        if c.name == "learned_elbo":
+        return options
+
+    def objective(self) -> Objective:
+        """The training objective, with condition dropout for labelled data, teacher forced for blocks."""
+        c, named, options = self.config.objective, self._named, self._objective_options()
+        own = inspect.signature(named.make).parameters
+        if "reconstruction" in own:
             options["reconstruction"] = self.reconstruction()
-        if c.name == "block_elbo":
+        if "block" in own:
             if self.block is None:
                 raise ConfigError(
-                    "config.objective.name='block_elbo' is for networks in blocks: set config.denoiser.options.block"
+                    f"config.objective.name={c.name!r} is for networks in blocks: set config.denoiser.options.block"
                 )
             options["block"] = self.block
-        objective = names.make(
-            names.OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options
-        )
-        if self.block is not None and c.name != "block_elbo":  # which does so itself
+        made = {c.name: named.make}
+        objective = names.make(made, c.name, "config.objective.name", self.process, self.kind, **options)
+        if self.block is not None and "block" not in own:  # the others force the teacher's hand themselves
             objective = objectives.teacher_forced(objective)
         return (
             objectives.with_condition_dropout(objective, c.condition_dropout, self.null)
@@ -104,9 +115,33 @@ class Experiment:
         )
 
     @property
+    def _group(self) -> int | None:
+        """How many items of a batch the coupling pairs with noise; None where it pairs none."""
+        return getattr(self._objective_options().get("coupling"), "group", None)
+
+    def batches(self, data: Dataset, *, process_index: int = 0, process_count: int = 1) -> Any:
+        """The training batches of one process (`data.batches`), with x_1 where the coupling needs it there."""
+        c = self.config.train
+        batches = datasets.batches(
+            data,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=c.prefetch,
+        )
+        if self._group is None:
+            return batches
+
+        def source(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+            return np.float32(self.process.source_std) * datasets.transport.gaussian_source(rng, shape)
+
+        return datasets.Transported(batches, group=self._group, seed=c.seed, source=source, process_index=process_index)
+
+    @property
     def learns_process(self) -> bool:
         """Whether the process has parameters that train with the network."""
-        return self.config.objective.name in names.LEARN_PROCESS
+        return self._named.learns_process
 
     def trained(self, params: Params) -> tuple[Experiment, Params]:
         """What samples and scores when training is done, and the network's parameters, from those that were trained.
@@ -117,9 +152,9 @@ class Experiment:
         if self.learns_process:
             process = self.process.with_parameters(jax.tree.map(np.asarray, params["process"]))
             experiment, params = dataclasses.replace(experiment, process=process), params["network"]
-        if self.config.objective.name in names.OBJECTIVE_PARAMETERS:
+        if self._named.parameters is not None:
             params = params["network"]
-        if heads := names.EXTRA_HEADS.get(self.config.objective.name, 0):
+        if heads := self._named.heads:
             experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
         return experiment, params
 
@@ -148,37 +183,37 @@ class Experiment:
         return max(low, float(self.process.schedule.common.time(jnp.float32(log_snr)))), high
 
     def reconstruction(self) -> Any:
-        """The bound's decoder: bins for continuous data with known levels, else the process's own."""
-        return likelihood.binned(self.data.levels) if self.data.levels is not None else None
+        """The bound's decoder: for data with known levels a probability of these, else the process's own density.
+
+        Levels are told from x_low by the site (`binned`); where the process mixes sites, from the network's x_0, with
+        the width at which the bound begins (`t_range`).
+        """
+        if (levels := self.data.levels) is None:
+            return None
+        if getattr(self.process, "sitewise", True):
+            return likelihood.binned(levels)
+        return likelihood.discretised(levels, std=float(np.diff(levels).min()) / 8.0)
 
     def solver(self, name: str | None = None, **options: Any) -> Any:
         """The sampler's step, by name; default that of the config."""
         c = self.config.sample
         options = options if name is not None else {**c.solver_options, **options}
-        if (name or c.solver) in names.GAUSSIAN_SOLVERS and self.process.state != "gaussian":
-            raise ConfigError(
-                f"config.sample.solver={name or c.solver!r} is for the gaussian process, "
-                f"not for {self.config.process.name!r}"
-            )
-        return names.make(
-            names.SOLVERS, name or c.solver, None, "config.sample.solver", self.sampling_process, **options
-        )
+        return names.make(names.SOLVERS, name or c.solver, "config.sample.solver", self.sampling_process, **options)
 
     def times(self, steps: int | None = None) -> Array:
         """The sampler's grid; where the network goes block by block, that of all blocks, each with as many steps."""
         c = self.config.sample
-        if c.grid == "karras" and self.process.state != "gaussian":
-            raise ConfigError(
-                f"config.sample.grid='karras' is for the gaussian process, not for {self.config.process.name!r}"
-            )
-        first = (self.process.schedule.common,) if c.grid in ("karras", "uniform_log_snr") else ()
+        schedule = getattr(self.process, "schedule", None)
+        own = names.taken(
+            names.pick(names.GRIDS, c.grid, "config.sample.grid"), {"schedule": getattr(schedule, "common", schedule)}
+        )
         count = c.steps if steps is None else steps
         if count % self.blocks:
             raise ConfigError(
                 f"config.sample.steps={count} must be a multiple of the {self.blocks} blocks, one after the other"
             )
         count //= self.blocks
-        times = names.make(names.GRIDS, c.grid, None, "config.sample.grid", *first, steps=count, **c.grid_options)
+        times = names.make(names.GRIDS, c.grid, "config.sample.grid", **own, steps=count, **c.grid_options)
         if not (np.diff(np.asarray(times)) < 0).all():
             raise ConfigError(
                 f"config.sample.grid={c.grid!r} repeats times under "
@@ -226,22 +261,74 @@ def build(config: Config, data: Dataset) -> Experiment:
             f"{', '.join(process.kinds)}"
         )
     init, apply = _network(config, data, process)
-    if config.objective.name in names.LEARN_PROCESS:
-        if not hasattr(process, "parameters"):
+    named = names.pick(names.OBJECTIVES, config.objective.name, "config.objective.name")
+    if named.learns_process:
+        if getattr(process, "parameters", None) is None:
             raise ConfigError(
                 f"config.objective.name={config.objective.name!r} learns the process, but "
                 f"config.process.name={config.process.name!r} has nothing to learn"
             )
         init = functools.partial(_with, init, "process", lambda: process.parameters)
-    if config.objective.name in names.OBJECTIVE_PARAMETERS:
-        init = functools.partial(_with, init, "objective", names.OBJECTIVE_PARAMETERS[config.objective.name])
+    if named.parameters is not None:
+        init = functools.partial(_with, init, "objective", named.parameters)
     experiment = Experiment(config, data, process, init, apply)
     if experiment.block is not None and hasattr(process, "times"):
         raise ConfigError(
             f"config.denoiser.options.block goes with processes in continuous time, not with {config.process.name!r}"
         )
-    experiment.objective(), experiment.solver(), experiment.times()  # a wrong name is an error now, not after training
+    if config.train.eval_every and not getattr(process, "has_bound", True):
+        raise ConfigError(
+            f"config.train.eval_every={config.train.eval_every}: the process {config.process.name!r} has no bound to "
+            "evaluate; set it to 0"
+        )
+    experiment.times()  # what is wrong is an error now, not after training
+    if process.state == "gaussian":
+        _rehearse(experiment)
+    else:
+        experiment.objective(), experiment.solver()
     return experiment
+
+
+def _rehearse(experiment: Experiment) -> None:
+    """Run the objective and a step of the sampler on shapes alone. Raises ConfigError where they do not go together."""
+    c, process, kind, named = experiment.config, experiment.process, experiment.kind, experiment._named
+    objective, solver = experiment.objective(), experiment.solver()
+    outputs = _output_shape(process, experiment.data.shape, kind)
+
+    def network(params, xt, t, cond=None, **_):
+        return jnp.zeros((xt.shape[0], *outputs))
+
+    params = {"process": process.parameters} if named.learns_process else {}
+    params |= {} if named.parameters is None else {"objective": named.parameters()}
+
+    def train(key, x0, cond):
+        cond = {"x1": x0, "cond": cond} if experiment._group is not None else cond
+        return objective(key, network, {"network": {}, **params} if params else {}, x0, cond)
+
+    def draw(key, xt, t, s):
+        denoise = bind(network, {}, process, kind)
+        return solver.step(random.example_keys(key, 2), solver.init(xt), xt, t, s, denoise)
+
+    batch, key = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.random.key(0)
+    cond = None if experiment.null is None else batch((2,), dtype=jnp.int32)
+    parts = {
+        f"config.objective.name={c.objective.name!r}": (train, key, batch((2, *experiment.data.shape)), cond),
+        f"config.sample.solver={c.sample.solver!r}": (
+            draw,
+            key,
+            batch((2, *experiment.state_shape)),
+            batch(()),
+            batch(()),
+        ),
+    }
+    for name, part in parts.items():
+        try:
+            jax.eval_shape(*part)
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"{name} does not go with config.process.name={c.process.name!r} and config.denoiser.kind={kind!r}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,44 +362,52 @@ def _with(init: Callable[[Array], Params], name: str, parameters: Callable[[], P
     return {"network": init(key), name: parameters()}
 
 
+def _state_shape(process: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return process.state_shape(shape) if hasattr(process, "state_shape") else shape
+
+
+def _output_shape(process: Any, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Of what a network says of one continuous example of this shape."""
+    return process.output_shape(shape, kind) if hasattr(process, "output_shape") else shape
+
+
 def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     """The process, and the data with what had to be found out about them."""
     c = config.process
+    given = {"shape": data.shape, "data_std": c.data_std}
     make_schedule = names.pick(names.SCHEDULES, c.schedule, "config.process.schedule")
-    shape = {"shape": data.shape} if "shape" in inspect.signature(make_schedule).parameters else {}
-    schedule = names.make(names.SCHEDULES, c.schedule, None, "config.process.schedule", **shape, **c.schedule_options)
-    categorical = c.name not in names.GAUSSIAN_PROCESSES
-    if c.name in names.PROCESSES and categorical != (data.num_symbols is not None):
+    own = names.taken(make_schedule, given)
+    schedule = names.make(names.SCHEDULES, c.schedule, "config.process.schedule", **own, **c.schedule_options)
+    make_process = names.pick(names.PROCESSES, c.name, "config.process.name")
+    takes = inspect.signature(make_process).parameters
+    categorical = "num_symbols" in takes
+    if categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
         raise ConfigError(
             f"config.process.name={c.name!r} corrupts {wants}, but the data {data.name!r} are {has}; "
             f"set config.data.tokens={categorical}"
         )
-    options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
-    taken = inspect.signature(names.pick(names.PROCESSES, c.name, "config.process.name")).parameters
-    if "counts" in taken:
-        data = datasets.count_symbols(data)
-        options["counts"] = data.counts
-    if "shape" in taken:
-        options["shape"] = data.shape
-    if "schedule" in taken:
-        options["schedule"] = schedule
-    elif c.schedule != ProcessConfig.schedule:
+    if "schedule" not in takes and c.schedule != ProcessConfig.schedule:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")
+    if "counts" in takes:
+        data = datasets.count_symbols(data)
+    given |= {"num_symbols": data.num_symbols, "counts": data.counts, "schedule": schedule}
+    options = names.taken(make_process, given)
     if clash := options.keys() & c.options.keys():
         raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
-    return names.make(names.PROCESSES, c.name, None, "config.process.options", **options, **c.options), data
+    return names.make(names.PROCESSES, c.name, "config.process.options", **options, **c.options), data
 
 
 def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
     c = config.denoiser
     options = dict(c.options)
+    shared = options.pop("shared_times", None)
     if "dtype" in options:
         options["dtype"] = names.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
     if data.num_symbols is not None:
         numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
-        numbers += names.EXTRA_HEADS.get(config.objective.name, 0)
+        numbers += names.pick(names.OBJECTIVES, config.objective.name, "config.objective.name").heads
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     options |= {"num_classes": data.num_classes}
     if c.name == "text":
@@ -326,9 +421,9 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
             raise ConfigError(
                 f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}"
             )
-        options["shape"] = data.shape
-        if isinstance(process, processes.LearnedVariance):
-            options["out_channels"] = 2 * data.shape[-1]  # the prediction and its variance
+        options["shape"] = _state_shape(process, data.shape)
+        if data.num_symbols is None:
+            options["out_channels"] = _output_shape(process, data.shape, c.kind)[-1]
     network = names.pick(names.DENOISERS, c.name, "config.denoiser.name")
     names.check_options(network, options, "config.denoiser.options")
 
@@ -339,4 +434,20 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
             raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
 
     init, apply = denoisers.functional_init(make)
+    if shared is not None:
+        apply = _sharing_times(apply, process, data, config, shared)
     return init, _Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _sharing_times(apply: Apply, process: Any, data: Dataset, config: Config, options: Mapping[str, Any]) -> Apply:
+    """The network, told one time for each of a few parts of the first times (E-TSDM)."""
+    key, t = "config.denoiser.options.shared_times", jnp.full((1,), 0.37)
+    with jax.ensure_compile_time_eval():
+        xt = jnp.zeros((1, *_state_shape(process, data.shape)), jnp.int32 if data.num_symbols is not None else None)
+        told = process.network_inputs(xt, t, config.denoiser.kind)[1]
+    if not np.array_equal(told, t):
+        raise ConfigError(
+            f"{key} is for networks that are told the clock, not for config.denoiser.kind={config.denoiser.kind!r} "
+            f"under config.process.schedule={config.process.schedule!r}"
+        )
+    return names.make({"shared_times": denoisers.SharedEarlyTimes}, "shared_times", key, apply, **options)

@@ -182,7 +182,7 @@ def test_every_name_builds(place):
 
 def test_every_table_is_covered():
     tables = {"schedule": names.SCHEDULES, "solver": names.SOLVERS, "grid": names.GRIDS}
-    tables |= {"weighting": names.WEIGHTINGS["gaussian"], "density": names.DENSITIES}
+    tables |= {"weighting": names.WEIGHTINGS, "density": names.DENSITIES}
     for name, table in tables.items():
         assert {place[2] for place in MINIMAL if place[1] == name} == set(table)
 
@@ -340,8 +340,11 @@ WRONG = {
         config(sample={"solver": "rk4"}),
         IMAGES,
     ),
-    r"config.sample.solver='ddim' is for the gaussian process": (config(sample={"solver": "ddim"}), IMAGES),
-    r"config.sample.grid='karras' is for the gaussian process": (config(sample={"grid": "karras"}), IMAGES),
+    r"config.sample.solver: 'ddim': DDIM is for processes.Gaussian, got Masked": (
+        config(sample={"solver": "ddim"}),
+        IMAGES,
+    ),
+    r"config.sample.grid: 'karras': karras is a grid of noise levels": (config(sample={"grid": "karras"}), IMAGES),
     r"config.sample.grid: uniform_log_snr needs start, end": (gaussian(sample={"grid": "uniform_log_snr"}), FLOATS),
     r"config.sample.grid='karras' repeats times under config.process.schedule='vp_cosine'": (
         gaussian(sample={"grid": "karras"}),

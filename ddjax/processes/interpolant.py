@@ -105,6 +105,7 @@ class Interpolant:
     source_std: float | None = None
 
     state = "gaussian"
+    has_bound = False
 
     def __post_init__(self):
         if not isinstance(self.schedule, Path):
@@ -181,6 +182,10 @@ class Interpolant:
     def network_inputs(self, xt: X, t: Time, kind: str) -> tuple[Array, Array]:
         """What the network is fed: (x_t, t)."""
         return xt, jnp.asarray(t)
+
+    def output_shape(self, shape: Sequence[int], kind: str) -> tuple[int, ...]:
+        """The shape of what a network says of one example of this shape: pairs side by side on the last axis."""
+        return (*shape[:-1], 2 * shape[-1]) if "+" in kind else tuple(shape)
 
     def network_outputs(self, output: Array, xt: X, t: Time, kind: str) -> Array:
         """The prediction's value in what a network gives back: for pairs, the two halves of a doubled last axis."""

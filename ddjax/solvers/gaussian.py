@@ -69,6 +69,10 @@ class Heun:
 
     process: Any
 
+    def __post_init__(self):
+        if self.process.state != "gaussian":
+            raise ValueError(f"Heun is for Gaussian states, got {type(self.process).__name__}: use Ancestral")
+
     def init(self, xt, cond=None):
         """Nothing to carry."""
         return ()
