@@ -41,6 +41,9 @@ class DataConfig:
     tokens: bool = True  # categorical states; False: values in [-1, 1]
     options: dict = dataclasses.field(default_factory=dict)  # of the source: length, size, vocabulary, valid_path, ...
     eval_split: str = "test"  # the split on which bounds are reported
+    # sigma, share, seed: a share of the training items is seen through noise of standard deviation sigma, drawn once
+    # for each, for the objective ambient; empty for none
+    noise: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,8 @@ class ObjectiveConfig:
 
     # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
     # block_elbo, diffusion_forcing; of values elbo, gaussian, learned_uncertainty, adaptive, fokker_planck,
-    # contrastive_flow_matching, ddpm_hybrid, interpolant; with the process's parameters learned_elbo, learned_process
+    # contrastive_flow_matching, ddpm_hybrid, ambient, interpolant; with the process's parameters learned_elbo,
+    # learned_process
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;

@@ -120,8 +120,10 @@ class Experiment:
         return getattr(self._objective_options().get("coupling"), "group", None)
 
     def batches(self, data: Dataset, *, process_index: int = 0, process_count: int = 1) -> Any:
-        """The training batches of one process (`data.batches`), with x_1 where the coupling needs it there."""
+        """The training batches of one process (`data.batches`), with the noise and the x_1 that the config asks for."""
         c = self.config.train
+        if self.config.data.noise:
+            data = names.make({"noise": datasets.noisy}, "noise", "config.data.noise", data, **self.config.data.noise)
         batches = datasets.batches(
             data,
             batch_size=c.batch_size,
@@ -296,12 +298,15 @@ def _rehearse(experiment: Experiment) -> None:
     outputs = _output_shape(process, experiment.data.shape, kind)
 
     def network(params, xt, t, cond=None, **_):
+        if isinstance(cond, dict):
+            raise ValueError(f"the batch's condition has entries {', '.join(cond)}, which are not for the network")
         return jnp.zeros((xt.shape[0], *outputs))
 
     params = {"process": process.parameters} if named.learns_process else {}
     params |= {} if named.parameters is None else {"objective": named.parameters()}
 
     def train(key, x0, cond):
+        cond = {"sigma": jnp.ones(x0.shape[:1]), "cond": cond} if c.data.noise else cond
         cond = {"x1": x0, "cond": cond} if experiment._group is not None else cond
         return objective(key, network, {"network": {}, **params} if params else {}, x0, cond)
 

@@ -296,6 +296,7 @@ OBJECTIVES = {
     "adaptive": Named(objectives.adaptive, {"weighting": WEIGHTINGS}, parameters=objectives.adaptive_parameters),
     "contrastive_flow_matching": Named(objectives.contrastive_flow_matching, {"density": DENSITIES}),
     "ddpm_hybrid": Named(objectives.ddpm_hybrid),
+    "ambient": Named(objectives.ambient, _FACTORS),
     "interpolant": Named(_interpolant_loss, {"coupling": COUPLINGS, "density": CLOCK_DENSITIES}),
 }
 SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}

@@ -8,7 +8,7 @@ import pytest
 
 from ddjax import names, objectives, processes, transforms
 from ddjax.config import ConfigError, typed
-from ddjax.data import from_arrays
+from ddjax.data import from_arrays, noisy
 from ddjax.experiment import build
 from ddjax.run import Run
 from ddjax.training import init_state, make_train_step
@@ -24,7 +24,9 @@ BRIDGE = {"scale": 0.5, "start": 1.0, "end": 1.0}
 GROWING = {"scale": 1.0, "start": 1.0, "end": 0.0}
 
 
-def config(process, schedule, kind, objective="gaussian", solver="ancestral", *, data=FLOATS, extra=None, **options):
+def config(
+    process, schedule, kind, objective="gaussian", solver="ancestral", *, data=FLOATS, extra=None, noise=None, **options
+):
     """A tiny config. process, objective: a name, or a name and options. extra: options of the network."""
     process, objective = ((v, {}) if isinstance(v, str) else v for v in (process, objective))
     schedule = {} if schedule is None else {"schedule": schedule}
@@ -32,6 +34,7 @@ def config(process, schedule, kind, objective="gaussian", solver="ancestral", *,
     if data is TEXT:
         network = {"name": "text", "options": {"width": 8, "depth": 1, "heads": 2}, "kind": kind}
     sections = {
+        "data": {"noise": noise or {}},
         "process": {"name": process[0], "options": process[1], **schedule},
         "denoiser": network,
         "objective": {"name": objective[0], "options": objective[1], "condition_dropout": 0.5},
@@ -68,6 +71,7 @@ CONFIGS = {
     "transport": config(
         ("interpolant", {"source_std": 2.0}), None, "velocity", ("interpolant", {"coupling": "transported", "group": 4})
     ),
+    "ambient": config("gaussian", "ve", "x0", ("ambient", {"density": "uniform_log_snr"}), noise={"sigma": 0.3}),
     "fokker-planck": config("gaussian", "vp_cosine", "score", ("fokker_planck", {"weight": 0.1, "weighting": "unit"})),
     "e-tsdm": config("gaussian", "vp_cosine", "noise", extra={"shared_times": {"until": 0.2, "parts": 4}}),
     "diffusion forcing": config("masked", None, "posterior", "diffusion_forcing", data=TEXT),
@@ -144,6 +148,24 @@ def test_transport_pairs_a_batch_with_noise_of_the_sources_width():
         assert ((a - b) ** 2).sum() < ((a - swapped) ** 2).sum()
 
 
+def test_noise_is_drawn_once_for_each_item_and_its_level_goes_along():
+    data = noisy(FLOATS, sigma=0.5, share=0.5, seed=3)
+    assert data.levels is None
+    whole, again = data[np.arange(16)], data[np.asarray([5, 2])]
+    np.testing.assert_array_equal(again["x0"], whole["x0"][[5, 2]])
+    np.testing.assert_array_equal(whole["cond"]["cond"], LABELS)
+    sigma, added = whole["cond"]["sigma"], (whole["x0"] - FLOATS[:]["x0"]).reshape(16, -1)
+    assert set(sigma) == {np.float32(0.0), np.float32(0.5)}
+    assert (added[sigma == 0] == 0).all()
+    spread = added[sigma > 0].std()
+    assert abs(spread - 0.5) < 4 * 0.5 / np.sqrt(2 * added[sigma > 0].size)
+    for wrong in ({"sigma": 0.0}, {"sigma": 1.0, "share": 1.5}):
+        with pytest.raises(ValueError, match="needs sigma > 0"):
+            noisy(FLOATS, **wrong)
+    with pytest.raises(ValueError, match="are tokens"):
+        noisy(TEXT, sigma=1.0)
+
+
 def test_dropout_hides_the_networks_own_condition_alone():
     seen = []
     base = lambda key, apply, params, x0, cond, *rest: seen.append(cond)
@@ -203,6 +225,12 @@ def test_what_makes_no_sense_is_named(message):
 def test_what_else_makes_no_sense():
     with pytest.raises(ConfigError, match="eval_every=5: the process 'pfgm' has no bound"):
         build(*config("pfgm", "edm", "edm", solver="heun", eval_every=5))
+    with pytest.raises(ConfigError, match=r"objective.name='gaussian' does not go with .* has entries sigma, cond"):
+        build(*config("gaussian", "ve", "x0", noise={"sigma": 0.1}))
+    with pytest.raises(ConfigError, match=r"objective.name='ambient' .* needs the examples' noise levels"):
+        build(*config("gaussian", "ve", "x0", "ambient"))
+    with pytest.raises(ConfigError, match=r"config.data.noise: noisy has no option 'std'"):
+        build(*config("gaussian", "ve", "x0", "ambient", noise={"std": 0.1})).batches(FLOATS)
     with pytest.raises(ConfigError, match=r"shared_times is for networks that are told the clock, not for .*'edm'"):
         build(*config("gaussian", "edm", "edm", extra={"shared_times": {}}))
     with pytest.raises(ConfigError, match="has no option 'till'"):
