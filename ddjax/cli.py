@@ -76,9 +76,16 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, help="of the samples; the same seed gives the same samples")
     sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
-    evaluate = _command(commands, "eval", _eval, "report the bound on held-out data, in bits per dimension")
+    evaluate = _command(commands, "eval", _eval, "report the likelihood of held-out data, in bits per dimension")
     _add_workdir(evaluate, "folder of the run")
-    evaluate.add_argument("--num-times", type=int, help="times per example (default: the config's)")
+    evaluate.add_argument(
+        "--likelihood",
+        choices=("bound", "ode"),
+        default="bound",
+        help="bound: the variational bound (default); ode: that of the probability-flow ODE, for Gaussian processes "
+        "(data with levels are dequantised by uniform noise)",
+    )
+    evaluate.add_argument("--num-times", type=int, help="bound: times per example (default: the config's)")
     evaluate.add_argument(
         "--labels", type=int, default=None, metavar="N",
         help="for labelled images: also the fraction of N samples that a classifier fitted on the training data "
@@ -227,7 +234,7 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     run = _load(arguments)
     config = _with_data(run.config, arguments.data, arguments.num_times)
-    values = evaluate(run, config)
+    values = evaluate(run, config, likelihood=arguments.likelihood)
     print(describe_bound(values, config.data.eval_split))
     if arguments.labels:
         scale = run.config.sample.guidance if arguments.guidance is None else arguments.guidance

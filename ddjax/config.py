@@ -9,8 +9,8 @@ A config file defines `get_config()`, starting from `default()` and changing wha
         config.denoiser.options = dict(width=96, depth=3, heads=4)
         return config
 
-Every key is listed and explained here. Names (of processes, schedules, networks, solvers) become objects in
-`ddjax.experiment`, the only place that knows them.
+Every key is listed and explained here. What names (of processes, schedules, networks, solvers) stand for is in
+`ddjax.names`, the only place that knows them.
 """
 
 from __future__ import annotations
@@ -41,22 +41,30 @@ class DataConfig:
     tokens: bool = True  # categorical states; False: values in [-1, 1]
     options: dict = dataclasses.field(default_factory=dict)  # of the source: length, size, vocabulary, valid_path, ...
     eval_split: str = "test"  # the split on which bounds are reported
+    # sigma, share, seed: a share of the training items is seen through noise of standard deviation sigma, drawn once
+    # for each, for the objective ambient; empty for none
+    noise: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessConfig:
     """The forward corruption."""
 
-    # masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning,
-    # glauber, gaussian
+    # of tokens: masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning,
+    # glauber; of values: gaussian, learned_variance, learned_gaussian (DiffEnc, NDM, NFDM), pfgm, interpolant,
+    # blurring, shortest_path, linear_sde, critically_damped
     name: str = "masked"
-    # linear, polynomial, cosine, log_linear; for the gaussian process vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
+    # linear, polynomial, cosine, log_linear; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
     # trigonometric, polynomial_path, linear_vp, log_snr_linear, laplace, sigmoid, ddpm_linear, ddpm_cosine, shifted,
     # and monotone and per_site, which the objective learned_elbo trains
     schedule: str = "linear"
     schedule_options: dict = dataclasses.field(default_factory=dict)
-    data_std: float = 1.0  # gaussian only: standard deviation of the data
-    # of the process: smoothing, probabilities, uniform_share, generator and its own, absorb, strength, power, ...
+    data_std: float = 1.0  # of values: their standard deviation
+    # of the process: smoothing, probabilities, uniform_share, generator and its own, absorb, strength, power, ...;
+    # pfgm: D; interpolant: path (straight, trigonometric, residual), noise (scale, start, end, or left out),
+    # correlation (markov, deterministic, accumulating), source_std; learned_gaussian: gate (elapsed, noise_share),
+    # outputs (1 or 2), width, seed; blurring: blur, floor; shortest_path: power, offset; linear_sde: noise, rotation,
+    # data, scale, start; critically_damped: mass, start
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -65,10 +73,13 @@ class DenoiserConfig:
     """The network."""
 
     name: str = "dit"  # dit, text
-    kind: str = "posterior"  # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm
-    options: dict = dataclasses.field(
-        default_factory=dict
-    )  # constructor arguments: width, depth, heads, dropout, time, block (text), dtype, scan, remat, ...
+    # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm; encoded
+    # (learned_gaussian); of an interpolant x0, x1, noise, score, velocity, residual, and where it has noise pairs
+    # such as velocity+noise
+    kind: str = "posterior"
+    # constructor arguments: width, depth, heads, dropout, time, block (text), dtype, scan, remat, ...; and
+    # shared_times, a dict of until and parts: one time for each part of the first times (E-TSDM)
+    options: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +87,15 @@ class ObjectiveConfig:
     """What is minimised."""
 
     # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
-    # block_elbo, gaussian
+    # block_elbo, diffusion_forcing; of values elbo, gaussian, learned_uncertainty, adaptive, fokker_planck,
+    # contrastive_flow_matching, ddpm_hybrid, ambient, interpolant; with the process's parameters learned_elbo,
+    # learned_process
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at; genmd4: every;
-    # d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top; gaussian: error, weighting, density and
-    # their arguments
+    # d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top; diffusion_forcing: t_range, frame_axes;
+    # gaussian, learned_uncertainty: error, weighting, density and their arguments; fokker_planck: these and weight;
+    # learned_process: t_range, curvature; interpolant: error, density, coupling (independent; transported and group)
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -134,9 +148,11 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How bounds are estimated."""
+    """How bounds and likelihoods are estimated."""
 
     num_times: int = 32  # times per example
+    steps: int = 64  # of the ODE (ddjax eval --likelihood ode)
+    probes: int = 8  # of its divergence
     batch_size: int = 100
     max_examples: int = 0  # 0: the whole split
     seed: int = 0

@@ -1,13 +1,12 @@
-"""From a config to objects: the one place where names stand for things."""
+"""From a config to objects. What its names stand for is in `ddjax.names`."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,157 +16,13 @@ import optax
 from jaxtyping import Array
 
 from ddjax import data as datasets
-from ddjax import denoisers, grids, guidance, likelihood, objectives, processes, schedules, solvers, symbol_schedules
+from ddjax import denoisers, grids, guidance, likelihood, names, objectives, processes, random
 from ddjax.config import Config, ConfigError, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
-from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction
+from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction, bind
 from ddjax.training import Ema, adamw
 from ddjax.types import Apply, Denoise, Params
-
-
-def _shifted(schedule: str, factor: float, scaling: str = "vp", **options: Any) -> schedules.Shifted:
-    """`Shifted`, of one of `SCHEDULES`; the options are its own."""
-    base = _make(SCHEDULES, schedule, None, "config.process.schedule_options.schedule", **options)
-    return schedules.Shifted(base, factor, scaling)
-
-
-SCHEDULES = {
-    "linear": schedules.Linear,
-    "polynomial": schedules.Polynomial,
-    "cosine": schedules.Cosine,
-    "log_linear": schedules.LogLinear,
-    "vp_linear": schedules.VPLinear,
-    "vp_cosine": schedules.VPCosine,
-    "ve": schedules.VE,
-    "edm": schedules.EDM,
-    "cond_ot": schedules.CondOT,
-    "sub_vp": schedules.SubVP,
-    "trigonometric": schedules.Trigonometric,
-    "polynomial_path": schedules.PolynomialPath,
-    "linear_vp": schedules.LinearVP,
-    "log_snr_linear": schedules.LogSNRLinear,
-    "laplace": schedules.Laplace,
-    "sigmoid": schedules.Sigmoid,
-    "ddpm_linear": schedules.Table.ddpm_linear,
-    "ddpm_cosine": schedules.Table.ddpm_cosine,
-    "shifted": _shifted,
-    "monotone": schedules.Monotone.initial,
-    "per_site": schedules.PerSite.initial,
-}
-GENERATORS = {
-    "uniform": processes.generators.uniform,
-    "birth_death": processes.generators.birth_death,
-    "banded": processes.generators.banded,
-    "gaussian": processes.generators.gaussian,
-}
-
-
-def _marginal(
-    num_symbols: int,
-    counts: np.ndarray,
-    schedule: Any,
-    smoothing: float = 1.0,
-    probabilities: Sequence[float] | None = None,
-) -> processes.Marginal:
-    """`Marginal`; where no probabilities are given, with the frequencies of the training data."""
-    p = counts + smoothing if probabilities is None else np.asarray(probabilities)
-    return processes.Marginal(num_symbols, schedule, probabilities=p / p.sum())
-
-
-def _kernel(num_symbols: int, schedule: Any, generator: str, absorb: float = 0.0, **options: Any) -> processes.Kernel:
-    """`Kernel` with one of `GENERATORS`; the options are its own."""
-    rates = _make(GENERATORS, generator, None, "config.process.options.generator", num_symbols, **options)
-    return processes.Kernel(num_symbols, rates, schedule, absorb=absorb)
-
-
-def _spindle(num_symbols: int, counts: np.ndarray, strength: float = 0.3) -> processes.StateMasked:
-    """`StateMasked` with DiffusionBERT's schedule for the frequencies of the training data."""
-    return processes.StateMasked(num_symbols, symbol_schedules.Spindle.from_frequencies(counts, strength))
-
-
-def _symbol_polynomial(num_symbols: int, power: float = 1.0, eps: float = 0.0) -> processes.StateMasked:
-    """`StateMasked` with the same power for each symbol: where the objective `genmd4` begins to learn them."""
-    return processes.StateMasked(num_symbols, symbol_schedules.SymbolPolynomial((power,) * num_symbols, eps=eps))
-
-
-# Of the arguments, num_symbols, schedule and counts (of the symbols of the training data) are given where they are
-# taken; the others are config.process.options.
-PROCESSES = {
-    "masked": processes.Masked,
-    "uniform": processes.Uniform,
-    "marginal": _marginal,
-    "hybrid": processes.Hybrid,
-    "kernel": _kernel,
-    "spindle": _spindle,
-    "symbol_polynomial": _symbol_polynomial,
-    "discretized_gaussian": processes.chain.discretized_gaussian,
-    "thinning": processes.Thinning,
-    "glauber": processes.staggered.glauber,
-    "gaussian": processes.Gaussian,
-    "learned_variance": processes.LearnedVariance,
-}
-GAUSSIAN_PROCESSES = ("gaussian", "learned_variance")
-DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
-OBJECTIVES = {
-    "elbo": objectives.elbo,
-    "any_order": objectives.any_order,
-    "block_elbo": objectives.block_elbo,
-    "cross_entropy": objectives.cross_entropy,
-    "ddpd": objectives.ddpd,
-    "genmd4": objectives.genmd4,
-    "learned_elbo": objectives.learned_elbo,
-    "d3pm_hybrid": objectives.d3pm_hybrid,
-    "generalised_kl": objectives.generalised_kl,
-    "score_entropy": objectives.score_entropy,
-    "glauber": objectives.glauber,
-    "duo": objectives.duo,
-    "gaussian": objectives.gaussian,
-    "learned_uncertainty": objectives.learned_uncertainty,
-    "adaptive": objectives.adaptive,
-    "contrastive_flow_matching": objectives.contrastive_flow_matching,
-    "ddpm_hybrid": objectives.ddpm_hybrid,
-}
-WEIGHTINGS = {
-    "elbo": {"clipped": objectives.clipped, "dynamic": objectives.dynamic},
-    "gaussian": {
-        "unit": lambda: objectives.unit,
-        "snr": objectives.weightings.snr,
-        "truncated_snr": objectives.weightings.truncated_snr,
-        "min_snr": objectives.min_snr,
-        "soft_min_snr": objectives.weightings.soft_min_snr,
-        "p2": objectives.weightings.p2,
-        "edm": objectives.weightings.edm,
-        "likelihood": objectives.weightings.likelihood,
-        "sigmoid": objectives.weightings.sigmoid,
-        "flow_matching": objectives.weightings.flow_matching,
-    },
-}
-WEIGHTINGS |= dict.fromkeys(("learned_uncertainty", "adaptive"), WEIGHTINGS["gaussian"])
-LEARN_PROCESS = ("genmd4", "learned_elbo")
-# Objectives with parameters of their own, dropped when training is done: where these begin.
-OBJECTIVE_PARAMETERS = {
-    "learned_uncertainty": objectives.uncertainty_parameters,
-    "adaptive": objectives.adaptive_parameters,
-}
-EXTRA_HEADS = {"ddpd": 1}  # outputs beside the network's own: DDPD's planner
-DENSITIES = {
-    "uniform_time": objectives.uniform_time,
-    "uniform_log_snr": objectives.uniform_log_snr,
-    "log_normal_sigma": objectives.log_normal_sigma,
-    "logit_normal": objectives.densities.logit_normal,
-    "sech": objectives.densities.sech,
-    "laplace": objectives.densities.laplace,
-}
-SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
-GAUSSIAN_SOLVERS = ("ddim", "heun")
-GRIDS = {
-    "uniform": grids.uniform,
-    "cosine": grids.cosine,
-    "karras": grids.karras,
-    "uniform_log_snr": grids.uniform_log_snr,
-}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,29 +69,44 @@ class Experiment:
         """The condition under which the network is trained and scored on x0."""
         return cond if self.block is None else objectives.with_clean(x0, cond)
 
-    def objective(self) -> Objective:
-        """The training objective, with condition dropout for labelled data, teacher forced for blocks."""
-        c = self.config.objective
-        options, key = dict(c.options), "config.objective.options"
-        if "weighting" in options and c.name in WEIGHTINGS:
-            table, name = WEIGHTINGS[c.name], options["weighting"]
-            taken = inspect.signature(_pick(table, name, f"{key}.weighting")).parameters
-            process = {"process": self.process} if "process" in taken else {}
-            options["weighting"] = _make(table, name, options, f"{key}.weighting", **process)
-        if "density" in options:
-            options["density"] = _make(DENSITIES, options["density"], options, f"{key}.density", self.process)
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of one state: that of the data, or longer where the process adds variables to them."""
+        return _state_shape(self.process, self.data.shape)
+
+    def clean(self, xt: Array) -> Array:
+        """The data in a state."""
+        return self.process.clean(xt) if hasattr(self.process, "clean") else xt
+
+    @property
+    def _named(self) -> names.Named:
+        return names.pick(names.OBJECTIVES, self.config.objective.name, "config.objective.name")
+
+    def _objective_options(self) -> dict[str, Any]:
+        """The objective's options, with objects in the place of names."""
+        options, key = dict(self.config.objective.options), "config.objective.options"
+        for option, table in self._named.tables.items():
+            if option in options:
+                names.make_option(table, option, options, key, self.process)
         if "steps" in options:
             options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
-        if c.name == "learned_elbo":
+        return options
+
+    def objective(self) -> Objective:
+        """The training objective, with condition dropout for labelled data, teacher forced for blocks."""
+        c, named, options = self.config.objective, self._named, self._objective_options()
+        own = inspect.signature(named.make).parameters
+        if "reconstruction" in own:
             options["reconstruction"] = self.reconstruction()
-        if c.name == "block_elbo":
+        if "block" in own:
             if self.block is None:
                 raise ConfigError(
-                    "config.objective.name='block_elbo' is for networks in blocks: set config.denoiser.options.block"
+                    f"config.objective.name={c.name!r} is for networks in blocks: set config.denoiser.options.block"
                 )
             options["block"] = self.block
-        objective = _make(OBJECTIVES, c.name, None, "config.objective.name", self.process, self.kind, **options)
-        if self.block is not None and c.name != "block_elbo":  # which does so itself
+        made = {c.name: named.make}
+        objective = names.make(made, c.name, "config.objective.name", self.process, self.kind, **options)
+        if self.block is not None and "block" not in own:  # the others force the teacher's hand themselves
             objective = objectives.teacher_forced(objective)
         return (
             objectives.with_condition_dropout(objective, c.condition_dropout, self.null)
@@ -245,9 +115,35 @@ class Experiment:
         )
 
     @property
+    def _group(self) -> int | None:
+        """How many items of a batch the coupling pairs with noise; None where it pairs none."""
+        return getattr(self._objective_options().get("coupling"), "group", None)
+
+    def batches(self, data: Dataset, *, process_index: int = 0, process_count: int = 1) -> Any:
+        """The training batches of one process (`data.batches`), with the noise and the x_1 that the config asks for."""
+        c = self.config.train
+        if self.config.data.noise:
+            data = names.make({"noise": datasets.noisy}, "noise", "config.data.noise", data, **self.config.data.noise)
+        batches = datasets.batches(
+            data,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=c.prefetch,
+        )
+        if self._group is None:
+            return batches
+
+        def source(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+            return np.float32(self.process.source_std) * datasets.transport.gaussian_source(rng, shape)
+
+        return datasets.Transported(batches, group=self._group, seed=c.seed, source=source, process_index=process_index)
+
+    @property
     def learns_process(self) -> bool:
         """Whether the process has parameters that train with the network."""
-        return self.config.objective.name in LEARN_PROCESS
+        return self._named.learns_process
 
     def trained(self, params: Params) -> tuple[Experiment, Params]:
         """What samples and scores when training is done, and the network's parameters, from those that were trained.
@@ -258,9 +154,9 @@ class Experiment:
         if self.learns_process:
             process = self.process.with_parameters(jax.tree.map(np.asarray, params["process"]))
             experiment, params = dataclasses.replace(experiment, process=process), params["network"]
-        if self.config.objective.name in OBJECTIVE_PARAMETERS:
+        if self._named.parameters is not None:
             params = params["network"]
-        if heads := EXTRA_HEADS.get(self.config.objective.name, 0):
+        if heads := self._named.heads:
             experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
         return experiment, params
 
@@ -289,35 +185,37 @@ class Experiment:
         return max(low, float(self.process.schedule.common.time(jnp.float32(log_snr)))), high
 
     def reconstruction(self) -> Any:
-        """The bound's decoder: bins for continuous data with known levels, else the process's own."""
-        return likelihood.binned(self.data.levels) if self.data.levels is not None else None
+        """The bound's decoder: for data with known levels a probability of these, else the process's own density.
+
+        Levels are told from x_low by the site (`binned`); where the process mixes sites, from the network's x_0, with
+        the width at which the bound begins (`t_range`).
+        """
+        if (levels := self.data.levels) is None:
+            return None
+        if getattr(self.process, "sitewise", True):
+            return likelihood.binned(levels)
+        return likelihood.discretised(levels, std=float(np.diff(levels).min()) / 8.0)
 
     def solver(self, name: str | None = None, **options: Any) -> Any:
         """The sampler's step, by name; default that of the config."""
         c = self.config.sample
         options = options if name is not None else {**c.solver_options, **options}
-        if (name or c.solver) in GAUSSIAN_SOLVERS and self.process.state != "gaussian":
-            raise ConfigError(
-                f"config.sample.solver={name or c.solver!r} is for the gaussian process, "
-                f"not for {self.config.process.name!r}"
-            )
-        return _make(SOLVERS, name or c.solver, None, "config.sample.solver", self.sampling_process, **options)
+        return names.make(names.SOLVERS, name or c.solver, "config.sample.solver", self.sampling_process, **options)
 
     def times(self, steps: int | None = None) -> Array:
         """The sampler's grid; where the network goes block by block, that of all blocks, each with as many steps."""
         c = self.config.sample
-        if c.grid == "karras" and self.process.state != "gaussian":
-            raise ConfigError(
-                f"config.sample.grid='karras' is for the gaussian process, not for {self.config.process.name!r}"
-            )
-        first = (self.process.schedule.common,) if c.grid in ("karras", "uniform_log_snr") else ()
+        schedule = getattr(self.process, "schedule", None)
+        own = names.taken(
+            names.pick(names.GRIDS, c.grid, "config.sample.grid"), {"schedule": getattr(schedule, "common", schedule)}
+        )
         count = c.steps if steps is None else steps
         if count % self.blocks:
             raise ConfigError(
                 f"config.sample.steps={count} must be a multiple of the {self.blocks} blocks, one after the other"
             )
         count //= self.blocks
-        times = _make(GRIDS, c.grid, None, "config.sample.grid", *first, steps=count, **c.grid_options)
+        times = names.make(names.GRIDS, c.grid, "config.sample.grid", **own, steps=count, **c.grid_options)
         if not (np.diff(np.asarray(times)) < 0).all():
             raise ConfigError(
                 f"config.sample.grid={c.grid!r} repeats times under "
@@ -365,22 +263,77 @@ def build(config: Config, data: Dataset) -> Experiment:
             f"{', '.join(process.kinds)}"
         )
     init, apply = _network(config, data, process)
-    if config.objective.name in LEARN_PROCESS:
-        if not hasattr(process, "parameters"):
+    named = names.pick(names.OBJECTIVES, config.objective.name, "config.objective.name")
+    if named.learns_process:
+        if getattr(process, "parameters", None) is None:
             raise ConfigError(
                 f"config.objective.name={config.objective.name!r} learns the process, but "
                 f"config.process.name={config.process.name!r} has nothing to learn"
             )
         init = functools.partial(_with, init, "process", lambda: process.parameters)
-    if config.objective.name in OBJECTIVE_PARAMETERS:
-        init = functools.partial(_with, init, "objective", OBJECTIVE_PARAMETERS[config.objective.name])
+    if named.parameters is not None:
+        init = functools.partial(_with, init, "objective", named.parameters)
     experiment = Experiment(config, data, process, init, apply)
     if experiment.block is not None and hasattr(process, "times"):
         raise ConfigError(
             f"config.denoiser.options.block goes with processes in continuous time, not with {config.process.name!r}"
         )
-    experiment.objective(), experiment.solver(), experiment.times()  # a wrong name is an error now, not after training
+    if config.train.eval_every and not getattr(process, "has_bound", True):
+        raise ConfigError(
+            f"config.train.eval_every={config.train.eval_every}: the process {config.process.name!r} has no bound to "
+            "evaluate; set it to 0"
+        )
+    experiment.times()  # what is wrong is an error now, not after training
+    if process.state == "gaussian":
+        _rehearse(experiment)
+    else:
+        experiment.objective(), experiment.solver()
     return experiment
+
+
+def _rehearse(experiment: Experiment) -> None:
+    """Run the objective and a step of the sampler on shapes alone. Raises ConfigError where they do not go together."""
+    c, process, kind, named = experiment.config, experiment.process, experiment.kind, experiment._named
+    objective, solver = experiment.objective(), experiment.solver()
+    outputs = _output_shape(process, experiment.data.shape, kind)
+
+    def network(params, xt, t, cond=None, **_):
+        if isinstance(cond, dict):
+            raise ValueError(f"the batch's condition has entries {', '.join(cond)}, which are not for the network")
+        return jnp.zeros((xt.shape[0], *outputs))
+
+    params = {"process": process.parameters} if named.learns_process else {}
+    params |= {} if named.parameters is None else {"objective": named.parameters()}
+
+    def train(key, x0, cond):
+        cond = {"sigma": jnp.ones(x0.shape[:1]), "cond": cond} if c.data.noise else cond
+        cond = {"x1": x0, "cond": cond} if experiment._group is not None else cond
+        return objective(key, network, {"network": {}, **params} if params else {}, x0, cond)
+
+    def draw(key, xt, t, s):
+        denoise = bind(network, {}, process, kind)
+        return solver.step(random.example_keys(key, 2), solver.init(xt), xt, t, s, denoise)
+
+    batch, key = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.random.key(0)
+    cond = None if experiment.null is None else batch((2,), dtype=jnp.int32)
+    parts = {
+        f"config.objective.name={c.objective.name!r}": (train, key, batch((2, *experiment.data.shape)), cond),
+        f"config.sample.solver={c.sample.solver!r}": (
+            draw,
+            key,
+            batch((2, *experiment.state_shape)),
+            batch(()),
+            batch(()),
+        ),
+    }
+    for name, part in parts.items():
+        try:
+            jax.eval_shape(*part)
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"{name} does not go with config.process.name={c.process.name!r} and config.denoiser.kind={kind!r}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,44 +367,52 @@ def _with(init: Callable[[Array], Params], name: str, parameters: Callable[[], P
     return {"network": init(key), name: parameters()}
 
 
+def _state_shape(process: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return process.state_shape(shape) if hasattr(process, "state_shape") else shape
+
+
+def _output_shape(process: Any, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Of what a network says of one continuous example of this shape."""
+    return process.output_shape(shape, kind) if hasattr(process, "output_shape") else shape
+
+
 def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     """The process, and the data with what had to be found out about them."""
     c = config.process
-    make_schedule = _pick(SCHEDULES, c.schedule, "config.process.schedule")
-    shape = {"shape": data.shape} if "shape" in inspect.signature(make_schedule).parameters else {}
-    schedule = _make(SCHEDULES, c.schedule, None, "config.process.schedule", **shape, **c.schedule_options)
-    categorical = c.name not in GAUSSIAN_PROCESSES
-    if c.name in PROCESSES and categorical != (data.num_symbols is not None):
+    given = {"shape": data.shape, "data_std": c.data_std}
+    make_schedule = names.pick(names.SCHEDULES, c.schedule, "config.process.schedule")
+    own = names.taken(make_schedule, given)
+    schedule = names.make(names.SCHEDULES, c.schedule, "config.process.schedule", **own, **c.schedule_options)
+    make_process = names.pick(names.PROCESSES, c.name, "config.process.name")
+    takes = inspect.signature(make_process).parameters
+    categorical = "num_symbols" in takes
+    if categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
         raise ConfigError(
             f"config.process.name={c.name!r} corrupts {wants}, but the data {data.name!r} are {has}; "
             f"set config.data.tokens={categorical}"
         )
-    options = {"num_symbols": data.num_symbols} if categorical else {"data_std": c.data_std}
-    taken = inspect.signature(_pick(PROCESSES, c.name, "config.process.name")).parameters
-    if "counts" in taken:
-        data = datasets.count_symbols(data)
-        options["counts"] = data.counts
-    if "shape" in taken:
-        options["shape"] = data.shape
-    if "schedule" in taken:
-        options["schedule"] = schedule
-    elif c.schedule != ProcessConfig.schedule:
+    if "schedule" not in takes and c.schedule != ProcessConfig.schedule:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")
+    if "counts" in takes:
+        data = datasets.count_symbols(data)
+    given |= {"num_symbols": data.num_symbols, "counts": data.counts, "schedule": schedule}
+    options = names.taken(make_process, given)
     if clash := options.keys() & c.options.keys():
         raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
-    return _make(PROCESSES, c.name, None, "config.process.options", **options, **c.options), data
+    return names.make(names.PROCESSES, c.name, "config.process.options", **options, **c.options), data
 
 
 def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
     c = config.denoiser
     options = dict(c.options)
+    shared = options.pop("shared_times", None)
     if "dtype" in options:
-        options["dtype"] = _pick(DTYPES, options["dtype"], "config.denoiser.options.dtype")
+        options["dtype"] = names.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
     if data.num_symbols is not None:
         numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
-        numbers += EXTRA_HEADS.get(config.objective.name, 0)
+        numbers += names.pick(names.OBJECTIVES, config.objective.name, "config.objective.name").heads
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     options |= {"num_classes": data.num_classes}
     if c.name == "text":
@@ -465,11 +426,11 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
             raise ConfigError(
                 f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}"
             )
-        options["shape"] = data.shape
-        if isinstance(process, processes.LearnedVariance):
-            options["out_channels"] = 2 * data.shape[-1]  # the prediction and its variance
-    network = _pick(DENOISERS, c.name, "config.denoiser.name")
-    _check_options(network, options, "config.denoiser.options")
+        options["shape"] = _state_shape(process, data.shape)
+        if data.num_symbols is None:
+            options["out_channels"] = _output_shape(process, data.shape, c.kind)[-1]
+    network = names.pick(names.DENOISERS, c.name, "config.denoiser.name")
+    names.check_options(network, options, "config.denoiser.options")
 
     def make(rngs):
         try:
@@ -478,45 +439,20 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
             raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
 
     init, apply = denoisers.functional_init(make)
+    if shared is not None:
+        apply = _sharing_times(apply, process, data, config, shared)
     return init, _Ratios(apply, process) if c.kind == "ratio" else apply
 
 
-def _pick(table: Mapping[str, Any], name: str, key: str) -> Any:
-    if name not in table:
-        raise ConfigError(f"{key}={name!r} is unknown; it is one of {', '.join(table)}")
-    return table[name]
-
-
-def _make(table: Mapping[str, Callable], name: str, options: dict | None, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Call what `name` stands for. With `options`, its arguments are taken out of there, e.g. `gamma` for min_snr."""
-    make = _pick(table, name, key)
-    if options is not None:
-        taken = [p for p in inspect.signature(make).parameters if p in options]
-        kwargs |= {p: options.pop(p) for p in taken}
-    _check_options(make, kwargs, key, given=len(args))
-    try:
-        return make(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {name!r}: {error}") from error
-
-
-def _check_options(make: Callable, options: Mapping[str, Any], key: str, given: int = 0) -> None:
-    """Raise ConfigError for options that `make` does not take, or needs and lacks.
-
-    Its first `given` arguments are not options.
-    """
-    # Of a class, its __init__: NNX's metaclass hides the signature of the call.
-    parameters = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
-    taken = [p for name, p in parameters.items() if name not in ("self", "rngs")][given:]
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in taken)  # to something that checks them itself
-    taken = [p for p in taken if p.kind is not p.VAR_KEYWORD]
-    names, name = [p.name for p in taken], make.__name__.lstrip("_")
-    for option in options:
-        if option not in names and not passes_on:
-            near = difflib.get_close_matches(option, names, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}" if names else "it takes none"
-            )
-            raise ConfigError(f"{key}: {name} has no option {option!r}; {hint}")
-    if missing := [p.name for p in taken if p.default is p.empty and p.name not in options]:
-        raise ConfigError(f"{key}: {name} needs {', '.join(missing)}")
+def _sharing_times(apply: Apply, process: Any, data: Dataset, config: Config, options: Mapping[str, Any]) -> Apply:
+    """The network, told one time for each of a few parts of the first times (E-TSDM)."""
+    key, t = "config.denoiser.options.shared_times", jnp.full((1,), 0.37)
+    with jax.ensure_compile_time_eval():
+        xt = jnp.zeros((1, *_state_shape(process, data.shape)), jnp.int32 if data.num_symbols is not None else None)
+        told = process.network_inputs(xt, t, config.denoiser.kind)[1]
+    if not np.array_equal(told, t):
+        raise ConfigError(
+            f"{key} is for networks that are told the clock, not for config.denoiser.kind={config.denoiser.kind!r} "
+            f"under config.process.schedule={config.process.schedule!r}"
+        )
+    return names.make({"shared_times": denoisers.SharedEarlyTimes}, "shared_times", key, apply, **options)

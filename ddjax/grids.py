@@ -21,6 +21,11 @@ def _check(steps: int) -> None:
         raise ValueError(f"a grid needs at least one step, got {steps}")
 
 
+def _check_schedule(schedule: object, kind: type, name: str) -> None:
+    if not isinstance(schedule, kind):
+        raise ValueError(f"{name} is a grid of noise levels: it is for a {kind.__name__} schedule, got {schedule!r}")
+
+
 def check_grid(times: Grid | Sequence[float]) -> Grid:
     """The grid as an array. Raises ValueError unless it is at least two times in [0, 1] that decrease."""
     times = jnp.asarray(times, None if hasattr(times, "dtype") else float)
@@ -90,6 +95,7 @@ def cosine(steps: int) -> Grid:
 def uniform_log_snr(schedule: schedules.Schedule, steps: int, *, start: float, end: float) -> Grid:
     """Equal steps of log-SNR from `start` (noise, low) up to `end` (data, high)."""
     _check(steps)
+    _check_schedule(schedule, schedules.Schedule, "uniform_log_snr")
     return jnp.clip(schedule.time(jnp.linspace(start, end, steps + 1)), 0.0, 1.0)
 
 
@@ -108,6 +114,7 @@ def karras(
     The last step goes from sigma_min to t = 0. With one step the grid is {sigma_max, 0}.
     """
     _check(steps)
+    _check_schedule(schedule, schedules.Gaussian, "karras")
     ramp = jnp.linspace(0.0, 1.0, steps) if steps > 1 else jnp.zeros((1,))
     sigma = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     times = jnp.clip(schedule.time(-2.0 * jnp.log(sigma)), 0.0, 1.0)

@@ -47,6 +47,12 @@ def check_sitewise(process: object, what: str) -> None:
         raise ValueError(f"{type(process).__name__} mixes sites or adds variables to them: {what} is not for it")
 
 
+def check_bound(process: object) -> None:
+    """Raise a ValueError where a process has no variational bound."""
+    if not getattr(process, "has_bound", True):
+        raise ValueError(f"{type(process).__name__} has no bound on the likelihood: it is no Markov chain to data")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundDenoiser:

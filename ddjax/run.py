@@ -19,7 +19,8 @@ from ddjax.config import Config, ConfigError, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
-from ddjax.predictions import BoundDenoiser, bind
+from ddjax.likelihood import FlowLikelihood
+from ddjax.predictions import BoundDenoiser, bind, check_bound
 from ddjax.sampling import Observed, sample
 from ddjax.types import Bound, Params, Rows, State
 
@@ -99,14 +100,14 @@ class Run:
                 key,
                 denoise,
                 experiment.sampling_process,
-                shape=(len(rows), *self.data.shape),
+                shape=(len(rows), *experiment.state_shape),
                 solver=step,
                 times=times,
                 cond=part[0],
                 observed=part[1],
                 rows=jnp.asarray(rows),
             )
-            parts.append(drawn.x0)
+            parts.append(experiment.clean(drawn.x0))
         # The last chunk repeats its last row to keep one compiled shape.
         return jnp.concatenate(parts)[:n]
 
@@ -124,9 +125,8 @@ class Run:
         x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound.
         `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
         """
-        x0 = np.asarray(x0)
-        if x0.shape[1:] != self.data.shape:
-            raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {x0.shape}")
+        check_bound(self.process)
+        x0 = self._checked(x0)
         terms = []
         for rows in _chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
             terms.append(
@@ -149,6 +149,60 @@ class Run:
             for name in ("prior", "diffusion", "reconstruction", "diffusion_error")
         )
         return Bound(*joined, t_range=terms[0].t_range, dims=terms[0].dims)
+
+    def ode(
+        self,
+        key: Key[Array, ""],
+        x0: State,
+        *,
+        cond: Int[Array, " n"] | None = None,
+        num_steps: int | None = None,
+        num_probes: int | None = None,
+        batch_size: int | None = None,
+    ) -> FlowLikelihood:
+        """The log-likelihood of each example under the probability-flow ODE, nats (`likelihood.ode`).
+
+        Data with levels are dequantised by uniform noise of a bin's width, and the result bounds the log-probability of
+        the levels; otherwise it is a density. The divergence is estimated with `num_probes` (Hutchinson's).
+
+        x0, cond, batch_size: as in `nelbo`. num_steps: of the integrator.
+        Raises ValueError for processes without such an ODE, and for levels that are not evenly spaced.
+        """
+        if self.process.state != "gaussian":
+            raise ValueError(
+                f"the process {self.config.process.name!r} corrupts tokens, which have no density and no flow of "
+                "densities; use the bound (nelbo, --likelihood bound)"
+            )
+        x0, parts, noise = self._checked(x0), [], None
+        if (levels := self.data.levels) is not None:
+            widths = np.diff(np.asarray(levels, np.float64))
+            if not np.allclose(widths, widths.mean(), rtol=1e-3):
+                raise ValueError(f"uniform noise is for evenly spaced levels, got {np.asarray(levels)}; use the bound")
+            noise = likelihood.UniformNoise(float(widths.mean()))
+        for rows in _chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
+            parts.append(
+                likelihood.ode(
+                    key,
+                    self.denoise,
+                    self.process,
+                    jnp.asarray(x0[rows]),
+                    None if cond is None else jnp.asarray(np.asarray(cond)[rows]),
+                    divergence="hutchinson",
+                    num_probes=self.config.eval.probes if num_probes is None else num_probes,
+                    num_steps=self.config.eval.steps if num_steps is None else num_steps,
+                    dequantise=noise,
+                    rows=Rows(jnp.asarray(rows), len(rows)),
+                )
+            )
+        arrays = ("prior", "volume", "data", "volume_error", "latent")
+        joined = {name: jnp.concatenate([getattr(p, name) for p in parts])[: len(x0)] for name in arrays}
+        return parts[0]._replace(**joined)
+
+    def _checked(self, x0: State) -> np.ndarray:
+        x0 = np.asarray(x0)
+        if x0.shape[1:] != self.data.shape:
+            raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {x0.shape}")
+        return x0
 
 
 def _chunks(n: int, size: int) -> Iterator[np.ndarray]:

@@ -213,7 +213,7 @@ def test_samples_that_cannot_be_drawn(capsys, tmp_path, run):
     assert "labels run from 0 to 9 (10 means none), got 11" in fails(capsys, *base, "--label", 11)
     assert "got -1" in fails(capsys, *base, "--label", -1)
     assert "'rk4' is unknown; it is one of ancestral, ddim, heun" in fails(capsys, *base, "--solver", "rk4")
-    assert "is for the gaussian process" in fails(capsys, *base, "--solver", "ddim")
+    assert "DDIM is for processes.Gaussian, got Masked" in fails(capsys, *base, "--solver", "ddim")
     assert "--num must be at least 1, got 0" in fails(capsys, *base, "--num", 0)
     assert "at least one step, got 0" in fails(capsys, *base, "--steps", 0)
     assert "has no checkpoint 4; it has [9, 10]" in fails(capsys, *base, "--step", 4)
@@ -250,17 +250,50 @@ def test_eval(capsys, tmp_path, run):
 def test_eval_options(capsys, tmp_path, run, monkeypatch):
     seen = []
 
-    def fake(loaded, config):
-        seen.append((config.eval.num_times, config.data.name))
+    def fake(loaded, config, likelihood):
+        seen.append((config.eval.num_times, config.data.name, likelihood))
         return dict.fromkeys(("bits_per_dim", "stderr", "prior", "diffusion", "reconstruction"), 1.0)
 
     monkeypatch.setattr(loop, "evaluate", fake)
     monkeypatch.setattr(loop, "judge_labels", lambda run, config, num, scale: seen.append((num, scale)) or 0.75)
     out = ok(capsys, "eval", "--workdir", run, "--num-times", 3, "--data", "x.npz", "--labels", 8, "--guidance", 2)
-    assert seen == [(3, "x.npz"), (8, 2.0)]
+    assert seen == [(3, "x.npz", "bound"), (8, 2.0)]
     assert "75.0% of 8 samples are given their own label (guidance 2)" in out
     monkeypatch.undo()
     assert "no such file" in fails(capsys, "eval", "--workdir", run, "--data", tmp_path / "none.npz")
+
+
+def test_eval_by_the_ode_is_for_densities(capsys, run):
+    err = fails(capsys, "eval", "--workdir", run, "--likelihood", "ode")
+    assert "'masked' corrupts tokens, which have no density" in err
+    with pytest.raises(SystemExit):
+        main(["eval", "--workdir", str(run), "--likelihood", "exact"])
+
+
+@pytest.mark.slow
+def test_eval_by_the_ode(capsys, tmp_path):
+    config = tiny.write(
+        tmp_path / "c.py",
+        data={"tokens": False},
+        process={"name": "gaussian", "schedule": "vp_cosine"},
+        denoiser={"kind": "v"},
+        objective={"name": "gaussian"},
+        train={"steps": 2, "eval_every": 0, "sample_every": 0},
+        eval={"steps": 3, "probes": 2},
+    )
+    workdir = tmp_path / "run"
+    ok(capsys, "train", "--config", config, "--workdir", workdir, "--quiet")
+    bits = {}
+    for likelihood, name in (("ode", "ODE"), ("bound", "NELBO")):
+        out = ok(capsys, "eval", "--workdir", workdir, "--likelihood", likelihood, "--out", tmp_path / "x.json")
+        values = json.loads((tmp_path / "x.json").read_text())
+        bits[likelihood] = values["bits_per_dim"]
+        assert out.startswith(
+            f"test {name} {values['bits_per_dim']:.4f} ± {values['stderr']:.4f} bits/dim without label"
+        )
+        assert out.count(f"test {name}") == 2
+    assert bits["ode"] > np.log2(1.2)  # a code for pixels, by a network that knows nothing
+    assert values.keys() >= {"prior", "diffusion", "reconstruction"}
 
 
 def test_judging_labels(run, monkeypatch):

@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ddjax import experiment as experiments
-from ddjax import solvers
+from ddjax import names, solvers
 from ddjax.config import typed
 from ddjax.data import from_arrays
 from ddjax.experiment import build, load_data
@@ -137,7 +136,7 @@ def test_a_step_is_finite_and_moves(name):
 OTHERS = ("linear", "polynomial", "cosine", "log_linear", "shifted", "per_site")
 MINIMAL = {  # the least that each name needs beside the defaults
     **{("process", "schedule", n): config(schedule=n) for n in ("linear", "polynomial", "cosine", "log_linear")},
-    **{("process", "schedule", n): gaussian(schedule=n) for n in experiments.SCHEDULES if n not in OTHERS},
+    **{("process", "schedule", n): gaussian(schedule=n) for n in names.SCHEDULES if n not in OTHERS},
     ("process", "schedule", "shifted"): config(
         {"name": "gaussian", "schedule": "shifted", "schedule_options": {"schedule": "cond_ot", "factor": 2.0}},
         kind="v",
@@ -182,14 +181,14 @@ def test_every_name_builds(place):
 
 
 def test_every_table_is_covered():
-    tables = {"schedule": experiments.SCHEDULES, "solver": experiments.SOLVERS, "grid": experiments.GRIDS}
-    tables |= {"weighting": experiments.WEIGHTINGS["gaussian"], "density": experiments.DENSITIES}
+    tables = {"schedule": names.SCHEDULES, "solver": names.SOLVERS, "grid": names.GRIDS}
+    tables |= {"weighting": names.WEIGHTINGS, "density": names.DENSITIES}
     for name, table in tables.items():
         assert {place[2] for place in MINIMAL if place[1] == name} == set(table)
 
 
 def test_options_arrive():
-    field = next(iter(experiments.SCHEDULES["polynomial"].__dataclass_fields__))
+    field = next(iter(names.SCHEDULES["polynomial"].__dataclass_fields__))
     values = {"process": {"schedule": "polynomial", "schedule_options": {field: 3.0}}}
     experiment = build(typed({**values, "denoiser": {"options": SIZES}}), IMAGES)
     assert getattr(experiment.process.schedule, field) == 3.0
@@ -204,7 +203,7 @@ def test_options_arrive():
     experiment = build(c, FLOATS)
     assert experiment.solver() == solvers.DDIM(experiment.process, eta=0.5)
     assert experiment.solver("ddim") == solvers.DDIM(experiment.process)
-    assert experiment.process.schedule == experiments.SCHEDULES["vp_cosine"]()
+    assert experiment.process.schedule == names.SCHEDULES["vp_cosine"]()
 
 
 def test_what_was_learned_about_the_process_is_in_the_process():
@@ -343,8 +342,11 @@ WRONG = {
         config(sample={"solver": "rk4"}),
         IMAGES,
     ),
-    r"config.sample.solver='ddim' is for the gaussian process": (config(sample={"solver": "ddim"}), IMAGES),
-    r"config.sample.grid='karras' is for the gaussian process": (config(sample={"grid": "karras"}), IMAGES),
+    r"config.sample.solver: 'ddim': DDIM is for processes.Gaussian, got Masked": (
+        config(sample={"solver": "ddim"}),
+        IMAGES,
+    ),
+    r"config.sample.grid: 'karras': karras is a grid of noise levels": (config(sample={"grid": "karras"}), IMAGES),
     r"config.sample.grid: uniform_log_snr needs start, end": (gaussian(sample={"grid": "uniform_log_snr"}), FLOATS),
     r"config.sample.grid='karras' repeats times under config.process.schedule='vp_cosine'": (
         gaussian(sample={"grid": "karras"}),

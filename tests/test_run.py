@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from ddjax.data import from_arrays
 from ddjax.experiment import build
 from ddjax.run import Run
 from ddjax.training import CheckpointError, load_ema
+from ddjax.training.loop import evaluate
 
 KEY = jax.random.key(3)
 
@@ -142,3 +144,53 @@ def test_folders_without_a_good_run(tmp_path):
         (folder / "run.json").write_text(text)
         with pytest.raises(ConfigError, match=r"run.json is damaged"):
             ddjax.load(folder)
+
+
+def all_is_gaussian(params, xt, t, cond=None, **_):
+    """The network of kind "edm" for data N(0, data_std^2)."""
+    return 0.0 * xt
+
+
+@pytest.mark.parametrize("levels", [None, np.linspace(-1, 1, 9, dtype=np.float32)], ids=["values", "levels"])
+def test_the_likelihood_of_the_ode_is_that_of_the_gaussian(levels):
+    """With the network of white data the flow only rescales: every term is known, and the estimates have no error."""
+    rng, width = np.random.default_rng(0), 0.5
+    x0 = (
+        rng.normal(size=(24, 4, 4, 1)).astype(np.float32)
+        if levels is None
+        else levels[rng.integers(0, 9, (24, 4, 4, 1))]
+    )
+    data = dataclasses.replace(from_arrays(x0), levels=levels)
+    config = typed({
+        "process": {"name": "gaussian", "schedule": "cond_ot", "data_std": width},
+        "denoiser": {"kind": "edm", "options": {"width": 8, "depth": 1, "heads": 2}},
+        "objective": {"name": "gaussian"},
+        "eval": {"steps": 2, "probes": 2, "batch_size": 16},
+    })  # fmt: skip
+    run = Run(dataclasses.replace(build(config, data), apply=all_is_gaussian), {}, 0)
+    found = evaluate(run, config, data, likelihood="ode")
+    delta = 0.0 if levels is None else 0.25  # of the bins; their noise has the variance delta^2 / 12
+    nats = 0.5 * (x0.astype(float) ** 2 + delta**2 / 12) / width**2 + 0.5 * np.log(2 * np.pi * width**2)
+    nats -= np.log(delta) if delta else 0.0
+    # The noise within the bins moves a site's share by |x0| delta / (sqrt(12) width^2), and the mean by less.
+    error = 4.0 * delta / np.sqrt(12) / width**2 / np.sqrt(x0.size)
+    np.testing.assert_allclose(found["bits_per_dim"], nats.mean() / np.log(2), atol=1e-4 + error)
+    np.testing.assert_allclose(found["prior"] + found["volume"] + found["data"], found["bits_per_dim"], rtol=1e-5)
+    assert found["probe_error"] < 1e-6
+    bits = run.ode(KEY, x0).bits_per_dim(None if delta else 1.0)
+    np.testing.assert_array_equal(bits, run.ode(KEY, x0, batch_size=24).bits_per_dim(None if delta else 1.0))
+    spread = np.asarray(run.ode(jax.random.key(0), x0).bits_per_dim(None if delta else 1.0)).std(ddof=1)
+    np.testing.assert_allclose(found["stderr"], spread / np.sqrt(24), rtol=1e-4)
+
+
+def test_the_ode_needs_even_levels_and_a_density(run):
+    with pytest.raises(ValueError, match="corrupts tokens, which have no density"):
+        run.ode(KEY, np.zeros((1, 8, 8, 1), np.int32))
+    odd = dataclasses.replace(from_arrays(np.zeros((4, 4, 4, 1), np.float32)), levels=np.float32([0.0, 0.1, 1.0]))
+    config = typed({
+        "process": {"name": "gaussian", "schedule": "vp_cosine"},
+        "denoiser": {"kind": "v", "options": {"width": 8, "depth": 1, "heads": 2}},
+        "objective": {"name": "gaussian"},
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="evenly spaced levels"):
+        Run(build(config, odd), {}, 0).ode(KEY, odd[:2]["x0"])

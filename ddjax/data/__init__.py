@@ -10,6 +10,7 @@ Importing this imports neither Grain nor any optional package.
 from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
 from ddjax.data.dataset import Dataset, Source, count_symbols
+from ddjax.data.noisy import noisy
 from ddjax.data.pipeline import Batches, batches, epoch
 from ddjax.data.png import grid, write_png
 from ddjax.data.registry import load
@@ -31,6 +32,7 @@ __all__ = [
     "from_arrays",
     "grid",
     "load",
+    "noisy",
     "text8",
     "unigram_entropy",
     "write_png",

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ddjax import random
 from ddjax.categorical import bernoulli
@@ -21,7 +21,8 @@ def with_condition_dropout(objective: Objective, rate: float, null: Any) -> Obje
     (Ho & Salimans 2022, "Classifier-free diffusion guidance", algorithm 1.)
 
     null: the condition that means "none", a pytree like one example's `cond` (for class labels: the integer
-        num_classes).
+        num_classes). Of a dict with an entry "cond", what an objective is given and the network is not (`paired`,
+        `ambient`), that entry is the condition.
     Raises ValueError for a rate outside [0, 1].
     """
     if not 0.0 <= rate <= 1.0:
@@ -32,10 +33,16 @@ def with_condition_dropout(objective: Objective, rate: float, null: Any) -> Obje
             key, drop_key = jax.random.split(key)
             rows = Rows.of(x0, rows)
             drop = bernoulli(random.example_keys(drop_key, rows.index), jnp.full((x0.shape[0],), rate))
-            cond = jax.tree.map(lambda c, n: jnp.where(left_broadcast(drop, c), jnp.asarray(n, c.dtype), c), cond, null)
+            cond = _hidden(cond, null, drop)
         return objective(key, apply, params, x0, cond, weights, rows, train)
 
     return dropped
+
+
+def _hidden(cond: Any, null: Any, where: Bool[Array, " batch"]) -> Any:
+    if isinstance(cond, dict) and "cond" in cond:
+        return {**cond, "cond": cond["cond"] if cond["cond"] is None else _hidden(cond["cond"], null, where)}
+    return jax.tree.map(lambda c, n: jnp.where(left_broadcast(where, c), jnp.asarray(n, c.dtype), c), cond, null)
 
 
 def with_condition_noise(objective: Objective, gamma: float = 1.0) -> Objective:

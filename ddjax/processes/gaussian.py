@@ -89,6 +89,10 @@ class Gaussian:
         alpha, sigma, _ = self._coefficients(x0, t)
         return Normal(alpha * x0, jnp.broadcast_to(sigma, x0.shape))
 
+    def noiseless(self, x0: X, t: Time) -> X:
+        """The state at a time without noise, alpha_t x_0: where a deterministic sampler ends."""
+        return self.schedule.alpha(left_broadcast(jnp.asarray(t), x0)) * x0
+
     def bridge(self, x0: X, xt: X, s: Time, t: Time) -> Normal:
         """q(x_s | x_t, x_0) for s < t."""
         _, sigma_t, snr_t = self._coefficients(xt, t)

@@ -149,6 +149,10 @@ class InBasis:
         """q(x_t | x_0)."""
         return self._turned(self.process.marginal(self.basis.forward(x0), t))
 
+    def noiseless(self, x0, t):
+        """The state at a time without noise."""
+        return self.basis.inverse(self.process.noiseless(self.basis.forward(x0), t))
+
     def bridge(self, x0, xt, s, t):
         """q(x_s | x_t, x_0)."""
         return self._turned(self.process.bridge(self.basis.forward(x0), self.basis.forward(xt), s, t))

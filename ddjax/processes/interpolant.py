@@ -105,6 +105,7 @@ class Interpolant:
     source_std: float | None = None
 
     state = "gaussian"
+    has_bound = False
 
     def __post_init__(self):
         if not isinstance(self.schedule, Path):
@@ -137,6 +138,10 @@ class Interpolant:
         if x1 is not None:
             return Normal(alpha * x0 + beta * x1, jnp.broadcast_to(gamma, x0.shape))
         return Normal(alpha * x0, jnp.broadcast_to(jnp.hypot(self._source("marginal") * beta, gamma), x0.shape))
+
+    def noiseless(self, x0: X, t: Time) -> X:
+        """The state at a time without noise and without x_1 (t = 0): alpha_t x_0."""
+        return self._weights(x0, t)[0] * x0
 
     def bridge(self, x0: X, xt: X, s: Time, t: Time, x1: X) -> Normal:
         """q(x_s | x_t, x_0, x_1) for s < t."""
@@ -177,6 +182,10 @@ class Interpolant:
     def network_inputs(self, xt: X, t: Time, kind: str) -> tuple[Array, Array]:
         """What the network is fed: (x_t, t)."""
         return xt, jnp.asarray(t)
+
+    def output_shape(self, shape: Sequence[int], kind: str) -> tuple[int, ...]:
+        """The shape of what a network says of one example of this shape: pairs side by side on the last axis."""
+        return (*shape[:-1], 2 * shape[-1]) if "+" in kind else tuple(shape)
 
     def network_outputs(self, output: Array, xt: X, t: Time, kind: str) -> Array:
         """The prediction's value in what a network gives back: for pairs, the two halves of a doubled last axis."""

@@ -102,6 +102,10 @@ class LearnedGaussian:
         base = self.base.marginal(clean, t)
         return base if log_scale is None else Normal(base.mean, base.std * jnp.exp(log_scale))
 
+    def noiseless(self, x0: X, t: Time) -> X:
+        """The state at a time without noise, alpha_t F(x_0, t)."""
+        return self.marginal(x0, t).mean
+
     def bridge(self, x0: X, xt: X, s: Time, t: Time) -> Normal:
         """q(x_s | x_t, x_0) for s < t, by the SDE of x given x_0 with diffusion coefficient g.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,10 @@ class LearnedVariance(Gaussian):
     `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as in the released code.
     Into s = 0 with no noise there is no variance to learn, and the step ends at x0_hat.
     """
+
+    def output_shape(self, shape: Sequence[int], kind: str) -> tuple[int, ...]:
+        """The shape of what a network says of one example of this shape: the prediction and v."""
+        return (*shape[:-1], 2 * shape[-1])
 
     def split(self, prediction: Prediction, xt: X) -> tuple[Prediction, X]:
         """The prediction proper, and f = (v + 1) / 2, 0 at the lower variance and 1 at the upper."""

@@ -195,6 +195,16 @@ class LinearSDE:
         m, others = left[..., : self.data], self.start * left[..., self.data :]
         return m, c + others @ _t(others)
 
+    def state_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a state for one example of data of this shape."""
+        if shape[-1] % self.data:
+            raise ValueError(f"the last axis of the data must be a multiple of {self.data} parts, got shape {shape}")
+        return (*shape[:-1], shape[-1] // self.data * self.parts)
+
+    def output_shape(self, shape: Sequence[int], kind: str) -> tuple[int, ...]:
+        """The shape of what a network says of one example of this shape: of the data, or of the whole state."""
+        return tuple(shape) if kind == "x0" else self.state_shape(shape)
+
     def clean(self, xt: X) -> X:
         """The data's part of a state."""
         return xt[..., : xt.shape[-1] // self.parts * self.data]
@@ -203,6 +213,10 @@ class LinearSDE:
         """q(u_t | x_0), the auxiliary variables at t = 0 averaged over."""
         m, c = self._moments(self._tau(t, x0))
         return self._scaled(Correlated(m @ self._units(x0, self.data), _root(c)))
+
+    def noiseless(self, x0: X, t: Time) -> X:
+        """The state at a time without noise; auxiliary variables at their mean, 0 at t = 0."""
+        return self.marginal(x0, t).mean
 
     def _gain(self, tau_s: Array, tau_t: Array) -> tuple[Array, ...]:
         """M_s, M_t, K and the covariance: u_s given u_t and x_0 has mean M_s x_0 + K (u_t - M_t x_0)."""

@@ -79,6 +79,7 @@ class PFGM(Gaussian):
 
     D: float = 128.0
 
+    has_bound = False
     kinds = tuple(kind for kind in Gaussian.kinds if kind != "score")
 
     def __post_init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,14 @@ class DDIM:
     eta: float = 0.0
 
     def __post_init__(self):
+        if not isinstance(self.process, Gaussian):
+            raise ValueError(
+                f"DDIM is for processes.Gaussian, got {type(self.process).__name__}: use Heun or Ancestral"
+            )
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"DDIM's eta lies in [0, 1], got {self.eta}")
+        if self.eta > 0 and "score" not in self.process.kinds:
+            raise ValueError(f"{type(self.process).__name__} has no SDE to take noise from: DDIM's eta must be 0")
 
     def init(self, xt, cond=None):
         """Nothing to carry."""
@@ -55,11 +62,16 @@ class Heun:
 
     Under `schedules.EDM`, where the clock is sigma, this is EDM's deterministic sampler (Karras et al. 2022,
     algorithm 1); under
-    `CondOT`, Heun for flow matching. A step into sigma = 0 is the prediction x0 itself (EDM's Euler step), and costs
-    one evaluation.
+    `CondOT`, Heun for flow matching. A step into sigma = 0 ends at the state that the predicted x0 is there
+    (`process.noiseless`: x0 itself at t = 0, EDM's Euler step), and costs one evaluation. For any process with a
+    velocity.
     """
 
-    process: Gaussian
+    process: Any
+
+    def __post_init__(self):
+        if self.process.state != "gaussian":
+            raise ValueError(f"Heun is for Gaussian states, got {type(self.process).__name__}: use Ancestral")
 
     def init(self, xt, cond=None):
         """Nothing to carry."""
@@ -80,9 +92,7 @@ class Heun:
             return xt + 0.5 * dt * (slope + again)
 
         x0 = self.process.convert(first, "x0", xt, t).value
-        # Where the state has auxiliary variables beside the data, the process says what is left of them.
-        beside = x0.shape != xt.shape
-        clean = self.process.marginal(x0, s).mean if beside else schedule.alpha(left_broadcast(s, xt)) * x0
+        clean = self.process.noiseless(x0, s)
         # A real branch: on the last step of a grid the second evaluation is not made at all.
         moved = jax.lax.cond(jnp.all(last), lambda _: clean, correct, None)
         xs = jnp.where(left_broadcast(last, xt), clean, moved)

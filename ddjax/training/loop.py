@@ -64,14 +64,7 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
 
     mesh, state, shardings, step_fn = prepare(experiment)
     check_batch_size(config, mesh)
-    batches = datasets.batches(
-        train_data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        prefetch=config.train.prefetch,
-    )
+    batches = experiment.batches(train_data, process_index=jax.process_index(), process_count=jax.process_count())
     claim(workdir, config, experiment.data)  # nothing is written before all of the config has been understood
 
     with (
@@ -169,7 +162,7 @@ def check_sizes(config: Config) -> None:
     sizes = {
         "train": ("steps", "batch_size", "accumulate", "keep"),
         "sample": ("num", "steps"),
-        "eval": ("num_times", "batch_size"),
+        "eval": ("num_times", "steps", "probes", "batch_size"),
     }
     for section, names in sizes.items():
         for name in names:
@@ -220,13 +213,16 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
         write_atomically(path, json.dumps(description, indent=1).encode())
 
 
-def evaluate(run: Run, config: Config, held_out: Dataset | None = None) -> dict[str, float]:
-    """The bound on the held-out split, averaged parameters: bits per dimension and its terms.
+def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likelihood: str = "bound") -> dict[str, float]:
+    """The likelihood of the held-out split, averaged parameters: bits per dimension and its terms, which add up to it.
 
-    For labelled data, without the label and (`*_labelled`) with it. `stderr` is the standard error over examples.
+    For labelled data, without the label and (`*_labelled`) with it. `stderr` is the standard error over examples; of
+    it, `probe_error` is what the estimate of the ODE's divergence adds.
 
     config: which data and how many times, examples and so on (`data`, `eval`). held_out: the data, if loaded already.
-    Raises ValueError where the data are not of the kind that the run was trained on.
+    likelihood: "bound" (`Run.nelbo`) or "ode" (`Run.ode`, continuous states only).
+    Raises ValueError where the data are not of the kind that the run was trained on, or the process has no such
+    likelihood.
     """
     held_out = load_data(config, config.data.eval_split) if held_out is None else held_out
     mine, theirs = ({k: v for k, v in describe(d).items() if k not in ("name", "counts")} for d in (run.data, held_out))
@@ -239,14 +235,20 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None) -> dict[
     for suffix, cond in (("", None), ("_labelled", items.get("cond"))):
         if suffix and cond is None:
             continue
-        bound = run.nelbo(
-            key, items["x0"], cond=cond, num_times=config.eval.num_times, batch_size=config.eval.batch_size
-        )
-        bits = np.asarray(bound.bits_per_dim)
+        asked = {"cond": cond, "batch_size": config.eval.batch_size}
+        if likelihood == "bound":
+            found = run.nelbo(key, items["x0"], num_times=config.eval.num_times, **asked)
+            terms = {name: getattr(found, name) for name in ("prior", "diffusion", "reconstruction")}
+        else:
+            found = run.ode(key, items["x0"], num_steps=config.eval.steps, num_probes=config.eval.probes, **asked)
+            terms = {name: -getattr(found, name) for name in ("prior", "volume", "data")}
+        nats = found.dims * math.log(2)  # of a bit per dimension
+        bits = np.asarray(sum(terms.values())) / nats
         results[f"bits_per_dim{suffix}"] = float(bits.mean())
         results[f"stderr{suffix}"] = float(bits.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
-        for name in ("prior", "diffusion", "reconstruction"):
-            results[f"{name}{suffix}"] = float(np.mean(getattr(bound, name))) / (bound.dims * math.log(2))
+        results |= {f"{name}{suffix}": float(np.mean(term)) / nats for name, term in terms.items()}
+        if likelihood == "ode":
+            results[f"probe_error{suffix}"] = float(np.linalg.norm(found.volume_error)) / (count * nats)
     return results
 
 

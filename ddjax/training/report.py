@@ -160,11 +160,13 @@ def describe_bound(values: dict[str, float], split: str) -> str:
         ("_labelled", " with label"),
     ):
         if f"bits_per_dim{suffix}" in values:
+            name, terms = "NELBO", ("prior", "diffusion", "reconstruction")
+            if f"volume{suffix}" in values:
+                name, terms = "ODE", ("prior", "volume", "data")
+            sums = " + ".join(f"{term} {values[f'{term}{suffix}']:.4f}" for term in terms)
             lines.append(
-                f"{split} NELBO {values[f'bits_per_dim{suffix}']:.4f} ± {values[f'stderr{suffix}']:.4f} "
-                f"bits/dim{words} "
-                f"(prior {values[f'prior{suffix}']:.4f} + diffusion {values[f'diffusion{suffix}']:.4f} "
-                f"+ reconstruction {values[f'reconstruction{suffix}']:.4f})"
+                f"{split} {name} {values[f'bits_per_dim{suffix}']:.4f} ± {values[f'stderr{suffix}']:.4f} "
+                f"bits/dim{words} ({sums})"
             )
     return "\n".join(lines)
 

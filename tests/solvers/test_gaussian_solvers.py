@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import ddjax
-from ddjax import grids, random
+from ddjax import grids, processes, random, schedules
 from ddjax.fixtures import GaussianMixture
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian
 from ddjax.schedules import EDM, VE, CondOT, VPCosine, VPLinear
 from ddjax.solvers import DDIM, Ancestral, Heun
+from ddjax.types import left_broadcast
 
 MIXTURE = GaussianMixture(dims=2, components=3, scale=0.4)
 SCHEDULES = [VPLinear(), VPCosine(), VPCosine(0.0), VE(), EDM(), CondOT()]
@@ -197,7 +198,63 @@ def test_a_mesh_changes_nothing():
     np.testing.assert_array_equal(sharded.nfe, plain.nfe)
 
 
+@dataclasses.dataclass(frozen=True)
+class Filtered(schedules.Gaussian):
+    """Flow matching's path for coordinates that are scaled by 0.5 and 3 before any noise."""
+
+    def alpha(self, t):
+        return jnp.asarray([0.5, 3.0], t.dtype) * (1.0 - t)
+
+    def sigma(self, t):
+        return jnp.broadcast_to(t, jnp.broadcast_shapes(t.shape, (2,)))
+
+    def alpha_prime(self, t):
+        return jnp.asarray([-0.5, -3.0], t.dtype) + 0.0 * t
+
+    def sigma_prime(self, t):
+        return jnp.ones(jnp.broadcast_shapes(t.shape, (2,)), t.dtype)
+
+    def time(self, log_snr):
+        raise NotImplementedError
+
+
+def louder(parameters, x0, t):
+    """A forward process that begins at 1.5 x0 + 0.2, not at the data."""
+    return (1.5 - left_broadcast(t, x0)) * x0 + 0.2, None
+
+
+TURN = np.asarray([[0.6, -0.8], [0.8, 0.6]])
+POINT = np.asarray([[0.3, -0.7]])
+ENDS = {  # processes, and where a point of data is at t = 0
+    "gaussian": (Gaussian(EDM()), POINT),
+    "pfgm": (processes.PFGM(EDM(), D=4.0), POINT),
+    "learned": (processes.LearnedGaussian(louder, (), CondOT()), 1.5 * POINT + 0.2),
+    "in a basis": (
+        processes.InBasis(Gaussian(Filtered()), processes.Orthogonal(TURN)),
+        POINT @ TURN @ np.diag([0.5, 3.0]) @ TURN.T,
+    ),
+    "linear": (processes.critically_damped(VPLinear()), np.concatenate([POINT, 0 * POINT], -1)),
+    "interpolant": (processes.Interpolant(source_std=1.0), POINT),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_heun_ends_at_the_state_of_the_data(x64, name):
+    """A last step from anywhere: as the shape alone does not tell, data may be scaled, moved or turned at t = 0."""
+    process, end = ENDS[name]
+    denoise = lambda xt, t, cond=None: Prediction(jnp.asarray(POINT), "x0")
+    xt = jnp.asarray(np.random.default_rng(0).normal(size=end.shape))
+    step = jax.jit(lambda xt, t, s: Heun(process).step(None, (), xt, t, s, denoise))
+    xs, _, info = step(xt, jnp.asarray(0.4), jnp.asarray(0.0))
+    np.testing.assert_allclose(xs, end, atol=1e-12)
+    np.testing.assert_array_equal(info.nfe, 1)
+
+
 def test_errors():
+    with pytest.raises(ValueError, match=r"DDIM is for .* got InBasis"):
+        DDIM(ENDS["in a basis"][0])
+    with pytest.raises(ValueError, match="PFGM has no SDE"):
+        DDIM(ENDS["pfgm"][0], eta=0.5)
     for eta in (-0.1, 1.1):
         with pytest.raises(ValueError, match="eta"):
             DDIM(Gaussian(), eta=eta)

@@ -1,0 +1,364 @@
+"""What the names in a config stand for, and how a name and its options become an object."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddjax import denoisers, grids, objectives, paths, processes, schedules, solvers, symbol_schedules, transforms
+from ddjax.config import ConfigError
+from ddjax.objectives.base import Objective
+from ddjax.objectives.interpolant import Coupling
+from ddjax.processes import interpolant
+
+
+def _shifted(schedule: str, factor: float, scaling: str = "vp", **options: Any) -> schedules.Shifted:
+    """`Shifted`, of one of `SCHEDULES`; the options are its own."""
+    base = make(SCHEDULES, schedule, "config.process.schedule_options.schedule", **options)
+    return schedules.Shifted(base, factor, scaling)
+
+
+SCHEDULES = {
+    "linear": schedules.Linear,
+    "polynomial": schedules.Polynomial,
+    "cosine": schedules.Cosine,
+    "log_linear": schedules.LogLinear,
+    "vp_linear": schedules.VPLinear,
+    "vp_cosine": schedules.VPCosine,
+    "ve": schedules.VE,
+    "edm": schedules.EDM,
+    "cond_ot": schedules.CondOT,
+    "sub_vp": schedules.SubVP,
+    "trigonometric": schedules.Trigonometric,
+    "polynomial_path": schedules.PolynomialPath,
+    "linear_vp": schedules.LinearVP,
+    "log_snr_linear": schedules.LogSNRLinear,
+    "laplace": schedules.Laplace,
+    "sigmoid": schedules.Sigmoid,
+    "ddpm_linear": schedules.Table.ddpm_linear,
+    "ddpm_cosine": schedules.Table.ddpm_cosine,
+    "shifted": _shifted,
+    "monotone": schedules.Monotone.initial,
+    "per_site": schedules.PerSite.initial,
+}
+GENERATORS = {
+    "uniform": processes.generators.uniform,
+    "birth_death": processes.generators.birth_death,
+    "banded": processes.generators.banded,
+    "gaussian": processes.generators.gaussian,
+}
+
+
+def _marginal(
+    num_symbols: int,
+    counts: np.ndarray,
+    schedule: Any,
+    smoothing: float = 1.0,
+    probabilities: Sequence[float] | None = None,
+) -> processes.Marginal:
+    """`Marginal`; where no probabilities are given, with the frequencies of the training data."""
+    p = counts + smoothing if probabilities is None else np.asarray(probabilities)
+    return processes.Marginal(num_symbols, schedule, probabilities=p / p.sum())
+
+
+def _kernel(num_symbols: int, schedule: Any, generator: str, absorb: float = 0.0, **options: Any) -> processes.Kernel:
+    """`Kernel` with one of `GENERATORS`; the options are its own."""
+    rates = make(GENERATORS, generator, "config.process.options.generator", num_symbols, **options)
+    return processes.Kernel(num_symbols, rates, schedule, absorb=absorb)
+
+
+def _spindle(num_symbols: int, counts: np.ndarray, strength: float = 0.3) -> processes.StateMasked:
+    """`StateMasked` with DiffusionBERT's schedule for the frequencies of the training data."""
+    return processes.StateMasked(num_symbols, symbol_schedules.Spindle.from_frequencies(counts, strength))
+
+
+def _symbol_polynomial(num_symbols: int, power: float = 1.0, eps: float = 0.0) -> processes.StateMasked:
+    """`StateMasked` with the same power for each symbol: where the objective `genmd4` begins to learn them."""
+    return processes.StateMasked(num_symbols, symbol_schedules.SymbolPolynomial((power,) * num_symbols, eps=eps))
+
+
+def _blurring(
+    schedule: schedules.Gaussian, data_std: float, shape: tuple[int, ...], blur: float = 20.0, floor: float = 0.001
+) -> processes.InBasis:
+    """Noise, and blur by the heat equation (`schedules.Heat`) on the cosines of an image."""
+    rates = schedules.spectral.squared_frequencies(shape, (1, 2))
+    return _in_cosines(schedules.Heat(rates, schedule, blur, floor), data_std, shape)
+
+
+def _shortest_path(
+    data_std: float, shape: tuple[int, ...], power: float = 1.59, offset: float = 0.0086
+) -> processes.InBasis:
+    """`schedules.ShortestPath` on the cosines of an image, for coordinates of variance power / (offset + |k|)^2.
+
+    k is in cycles per site; the numbers are those of Das et al. 2023.
+    """
+    k = np.sqrt(schedules.spectral.squared_frequencies(shape, (1, 2))) / (2.0 * np.pi)
+    return _in_cosines(schedules.ShortestPath(power / (offset + k) ** 2), data_std, shape)
+
+
+def _in_cosines(schedule: schedules.Gaussian, data_std: float, shape: tuple[int, ...]) -> processes.InBasis:
+    if len(shape) != 3:
+        raise ValueError(f"its frequencies are those of images, (height, width, channels), got shape {shape}")
+    return processes.InBasis(processes.Gaussian(schedule, data_std), processes.DCT((1, 2)))
+
+
+PATHS = {"straight": paths.Straight, "trigonometric": paths.Trigonometric, "residual": paths.Residual}
+CORRELATIONS = {
+    "markov": interpolant.markov,
+    "deterministic": interpolant.deterministic,
+    "accumulating": interpolant.accumulating,
+}
+
+
+def _interpolant(
+    path: str = "straight",
+    noise: Mapping[str, float] | None = None,
+    correlation: str = "markov",
+    source_std: float = 1.0,
+) -> processes.Interpolant:
+    """`Interpolant` along one of `PATHS` from Gaussian noise; `noise` are the arguments of `paths.Noise`."""
+    key = "config.process.options"
+    noise = None if noise is None else make({"noise": paths.Noise}, "noise", f"{key}.noise", **noise)
+    named = pick(CORRELATIONS, correlation, f"{key}.correlation")
+    return processes.Interpolant(make(PATHS, path, f"{key}.path", noise), named, source_std)
+
+
+GATES = {"elapsed": lambda schedule: transforms.elapsed, "noise_share": transforms.NoiseShare}
+
+
+def _learned_gaussian(
+    schedule: schedules.Gaussian,
+    data_std: float,
+    gate: str = "elapsed",
+    outputs: int = 1,
+    width: int = 32,
+    seed: int = 0,
+) -> processes.LearnedGaussian:
+    """`LearnedGaussian`, its transform a small network at each site: it begins with the identity.
+
+    gate: of `GATES`: "elapsed" is NDM's, and with 2 outputs (shift and scale) NFDM's; "noise_share" DiffEnc's.
+    """
+    network = transforms.SiteNetwork(width, outputs)
+    gate = make(GATES, gate, "config.process.options.gate", schedule)
+    values = network.initial(jax.random.key(seed))
+    return processes.LearnedGaussian(transforms.Residual(network, gate), values, schedule, data_std)
+
+
+# Of the arguments, num_symbols, schedule, data_std, shape and counts (of the symbols of the training data) are given
+# where they are taken; the others are config.process.options. What takes num_symbols corrupts tokens.
+PROCESSES = {
+    "masked": processes.Masked,
+    "uniform": processes.Uniform,
+    "marginal": _marginal,
+    "hybrid": processes.Hybrid,
+    "kernel": _kernel,
+    "spindle": _spindle,
+    "symbol_polynomial": _symbol_polynomial,
+    "discretized_gaussian": processes.chain.discretized_gaussian,
+    "thinning": processes.Thinning,
+    "glauber": processes.staggered.glauber,
+    "gaussian": processes.Gaussian,
+    "learned_variance": processes.LearnedVariance,
+    "learned_gaussian": _learned_gaussian,
+    "pfgm": processes.PFGM,
+    "interpolant": _interpolant,
+    "blurring": _blurring,
+    "shortest_path": _shortest_path,
+    "linear_sde": processes.LinearSDE,
+    "critically_damped": processes.critically_damped,
+}
+DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
+SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
+WEIGHTINGS = {
+    "unit": lambda: objectives.unit,
+    "snr": objectives.weightings.snr,
+    "truncated_snr": objectives.weightings.truncated_snr,
+    "min_snr": objectives.min_snr,
+    "soft_min_snr": objectives.weightings.soft_min_snr,
+    "p2": objectives.weightings.p2,
+    "edm": objectives.weightings.edm,
+    "likelihood": objectives.weightings.likelihood,
+    "sigmoid": objectives.weightings.sigmoid,
+    "flow_matching": objectives.weightings.flow_matching,
+}
+CLOCK_DENSITIES = {
+    "uniform_time": objectives.uniform_time,
+    "logit_normal": objectives.densities.logit_normal,
+}
+DENSITIES = CLOCK_DENSITIES | {
+    "uniform_log_snr": objectives.uniform_log_snr,
+    "log_normal_sigma": objectives.log_normal_sigma,
+    "sech": objectives.densities.sech,
+    "laplace": objectives.densities.laplace,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transported:
+    """x_1 is noise paired with x_0 by optimal transport within groups of a batch: `data.Transported` puts it there."""
+
+    group: int
+
+    def __call__(self, keys: Any, x0: Any, cond: Any) -> tuple[Any, Any]:
+        """The batch's x_1, and the network's own condition."""
+        return objectives.paired()(keys, x0, cond)
+
+
+def _independent(process: processes.Interpolant) -> Coupling:
+    """`independent` noise of the process's width."""
+    if not isinstance(process, processes.Interpolant):
+        raise ValueError(f"the ends of {type(process).__name__} are not for choosing: the objective is Interpolant's")
+    return objectives.independent(process.source_std)
+
+
+COUPLINGS = {"independent": _independent, "transported": Transported}
+
+
+def _interpolant_loss(
+    process: Any, kind: str, coupling: Coupling | None = None, error: str | None = None, density: Any = None
+) -> Objective:
+    """`interpolant`, its ends independent where nothing else is said."""
+    coupling = _independent(process) if coupling is None else coupling
+    return objectives.interpolant(process, kind, coupling, error=error, density=density)
+
+
+def _fokker_planck(
+    process: Any, kind: str, weight: float, error: str | None = None, weighting: Any = None, density: Any = None
+) -> Objective:
+    """`gaussian` with the penalty of `with_fokker_planck`."""
+    plain = objectives.gaussian(process, kind, error=error, weighting=weighting, density=density)
+    return objectives.with_fokker_planck(plain, process, kind, weight=weight, density=density)
+
+
+def _learned_process(
+    process: Any, kind: str, curvature: float = 0.0, t_range: Sequence[float] | None = None, reconstruction: Any = None
+) -> Objective:
+    """`learned_process` of the whole bound, and of the curvature of its paths where that has a weight (NFDM-OT)."""
+
+    def on(process: Any) -> Objective:
+        bound = objectives.whole_elbo(process, kind, t_range=t_range, reconstruction=reconstruction)
+        if not curvature:
+            return bound
+        bent = objectives.curvature(process, kind, t_range=t_range)
+        return objectives.weighted_sum(bound=(1.0, bound), curvature=(curvature, bent))
+
+    return objectives.learned_process(process, on)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An objective, and what training with it needs beside the network.
+
+    make: (process, kind, **options) -> objective. Of the options, reconstruction (the decoder) and block are given
+        where they are taken.
+    tables: of the options that are names, what these stand for; their own arguments are options too, but for the
+        process, which is given where it is taken.
+    learns_process: whether the process's parameters train with the network's.
+    parameters: where the objective's own parameters begin; they are dropped when training is done.
+    heads: outputs beside the network's own.
+    """
+
+    make: Callable[..., Objective]
+    tables: Mapping[str, Mapping[str, Callable]] = dataclasses.field(default_factory=dict)
+    learns_process: bool = False
+    parameters: Callable[[], Any] | None = None
+    heads: int = 0
+
+
+_FACTORS = {"weighting": WEIGHTINGS, "density": DENSITIES}
+OBJECTIVES = {
+    "elbo": Named(objectives.elbo, {"weighting": SITE_WEIGHTINGS}),
+    "any_order": Named(objectives.any_order),
+    "block_elbo": Named(objectives.block_elbo),
+    "cross_entropy": Named(objectives.cross_entropy),
+    "ddpd": Named(objectives.ddpd, heads=1),  # its planner
+    "genmd4": Named(objectives.genmd4, learns_process=True),
+    "learned_elbo": Named(objectives.learned_elbo, learns_process=True),
+    "learned_process": Named(_learned_process, learns_process=True),
+    "d3pm_hybrid": Named(objectives.d3pm_hybrid),
+    "generalised_kl": Named(objectives.generalised_kl),
+    "score_entropy": Named(objectives.score_entropy),
+    "glauber": Named(objectives.glauber),
+    "duo": Named(objectives.duo),
+    "diffusion_forcing": Named(objectives.diffusion_forcing),
+    "gaussian": Named(objectives.gaussian, _FACTORS),
+    "fokker_planck": Named(_fokker_planck, _FACTORS),
+    "learned_uncertainty": Named(
+        objectives.learned_uncertainty, _FACTORS, parameters=objectives.uncertainty_parameters
+    ),
+    "adaptive": Named(objectives.adaptive, {"weighting": WEIGHTINGS}, parameters=objectives.adaptive_parameters),
+    "contrastive_flow_matching": Named(objectives.contrastive_flow_matching, {"density": DENSITIES}),
+    "ddpm_hybrid": Named(objectives.ddpm_hybrid),
+    "ambient": Named(objectives.ambient, _FACTORS),
+    "interpolant": Named(_interpolant_loss, {"coupling": COUPLINGS, "density": CLOCK_DENSITIES}),
+}
+SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
+GRIDS = {
+    "uniform": grids.uniform,
+    "cosine": grids.cosine,
+    "karras": grids.karras,
+    "uniform_log_snr": grids.uniform_log_snr,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def pick(table: Mapping[str, Any], name: str, key: str) -> Any:
+    """What `name` stands for. key: where the config says it, for the ConfigError that an unknown name raises."""
+    if name not in table:
+        raise ConfigError(f"{key}={name!r} is unknown; it is one of {', '.join(table)}")
+    return table[name]
+
+
+def make(table: Mapping[str, Callable], name: str, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Call what `name` stands for. Raises ConfigError for arguments it does not take, lacks, or finds wrong."""
+    named = pick(table, name, key)
+    check_options(named, kwargs, key, given=len(args))
+    try:
+        return named(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {name!r}: {error}") from error
+
+
+def taken(named: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are arguments of `named`."""
+    parameters = inspect.signature(named).parameters
+    return {name: value for name, value in values.items() if name in parameters}
+
+
+def make_option(table: Mapping[str, Callable], option: str, options: dict[str, Any], key: str, process: Any) -> None:
+    """Put what an option names in its place; its arguments are taken out of the options, e.g. `gamma` for min_snr."""
+    name, key = options.pop(option), f"{key}.{option}"
+    named = pick(table, name, key)
+    own = taken(named, options)
+    for argument in own:
+        del options[argument]
+    options[option] = make(table, name, key, **taken(named, {"process": process}), **own)
+
+
+def check_options(named: Callable, options: Mapping[str, Any], key: str, given: int = 0) -> None:
+    """Raise ConfigError for options that `named` does not take, or needs and lacks.
+
+    Its first `given` arguments are not options.
+    """
+    # Of a class, its __init__: NNX's metaclass hides the signature of the call.
+    parameters = inspect.signature(named.__init__ if inspect.isclass(named) else named).parameters
+    taken = [p for name, p in parameters.items() if name not in ("self", "rngs")][given:]
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in taken)  # to something that checks them itself
+    taken = [p for p in taken if p.kind is not p.VAR_KEYWORD]
+    names, name = [p.name for p in taken], named.__name__.lstrip("_")
+    for option in options:
+        if option not in names and not passes_on:
+            near = difflib.get_close_matches(option, names, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}" if names else "it takes none"
+            )
+            raise ConfigError(f"{key}: {name} has no option {option!r}; {hint}")
+    if missing := [p.name for p in taken if p.default is p.empty and p.name not in options]:
+        raise ConfigError(f"{key}: {name} needs {', '.join(missing)}")

@@ -1,0 +1,246 @@
+"""Continuous processes and their objectives by name: each trains, is scored where it can be, and samples."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ddjax import names, objectives, processes, transforms
+from ddjax.config import ConfigError, typed
+from ddjax.data import from_arrays, noisy
+from ddjax.experiment import build
+from ddjax.run import Run
+from ddjax.training import init_state, make_train_step
+
+LABELS = np.arange(16) % 3
+LEVELS = np.linspace(-1.0, 1.0, 5, dtype=np.float32)
+RNG = np.random.default_rng(0)
+FLOATS = from_arrays(RNG.uniform(-1, 1, (16, 4, 4, 1)).astype(np.float32), LABELS)
+PIXELS = dataclasses.replace(from_arrays(LEVELS[RNG.integers(0, 5, (16, 4, 4, 1))], LABELS), levels=LEVELS)
+TEXT = from_arrays(RNG.integers(0, 7, (16, 6)), num_symbols=7)
+SIZES = {"width": 8, "depth": 1, "heads": 2, "patch": 2}
+BRIDGE = {"scale": 0.5, "start": 1.0, "end": 1.0}
+GROWING = {"scale": 1.0, "start": 1.0, "end": 0.0}
+
+
+def config(
+    process, schedule, kind, objective="gaussian", solver="ancestral", *, data=FLOATS, extra=None, noise=None, **options
+):
+    """A tiny config. process, objective: a name, or a name and options. extra: options of the network."""
+    process, objective = ((v, {}) if isinstance(v, str) else v for v in (process, objective))
+    schedule = {} if schedule is None else {"schedule": schedule}
+    network = {"options": SIZES | (extra or {}), "kind": kind}
+    if data is TEXT:
+        network = {"name": "text", "options": {"width": 8, "depth": 1, "heads": 2}, "kind": kind}
+    sections = {
+        "data": {"noise": noise or {}},
+        "process": {"name": process[0], "options": process[1], **schedule},
+        "denoiser": network,
+        "objective": {"name": objective[0], "options": objective[1], "condition_dropout": 0.5},
+        "optimizer": {"warmup": 0},
+        "train": {"batch_size": 8, **options},
+        "sample": {"solver": solver, "steps": 3},
+        "eval": {"num_times": 2, "batch_size": 8, "steps": 2, "probes": 2},
+    }
+    return typed(sections), data
+
+
+NDM, NFDM, DIFFENC = ("learned_gaussian", {"width": 4}), ("learned_gaussian", {"outputs": 2}), {"gate": "noise_share"}
+MATRICES = {"noise": [[0.0], [1.0]], "rotation": [[0.0, -1.0], [1.0, 0.0]]}
+CONFIGS = {
+    "pfgm": config(("pfgm", {"D": 16.0}), "edm", "edm", ("gaussian", {"density": "log_normal_sigma"}), "heun"),
+    "pfgm, ddim": config("pfgm", "cond_ot", "velocity", solver="ddim"),
+    "blurring": config(("blurring", {"blur": 2.0}), "vp_cosine", "noise", data=PIXELS),
+    "shortest path": config("shortest_path", None, "x0", "elbo", "heun"),
+    "critically damped": config("critically_damped", "vp_linear", "score", solver="heun", data=PIXELS),
+    "damped bound": config(("critically_damped", {"mass": 1.0}), "vp_linear", "x0", "elbo"),
+    "linear sde": config(("linear_sde", MATRICES), "vp_linear", "noise", ("learned_elbo", {"t_range": [0.01, 1.0]})),
+    "ndm": config(NDM, "vp_cosine", "x0", "learned_process", "heun", data=PIXELS),
+    "nfdm": config(NFDM, "vp_linear", "x0", ("learned_process", {"curvature": 0.1})),
+    "diffenc": config(("learned_gaussian", DIFFENC), "vp_cosine", "encoded", "learned_process"),
+    "iadb": config("interpolant", None, "residual", "interpolant", "heun"),
+    "stochastic interpolant": config(
+        ("interpolant", {"path": "trigonometric", "noise": BRIDGE}), None, "velocity+noise",
+        ("interpolant", {"density": "logit_normal", "mean": 0.5}),
+    ),
+    "rddm": config(
+        ("interpolant", {"path": "residual", "noise": GROWING, "correlation": "accumulating", "source_std": 0.5}),
+        None, "residual+noise", "interpolant",
+    ),
+    "transport": config(
+        ("interpolant", {"source_std": 2.0}), None, "velocity", ("interpolant", {"coupling": "transported", "group": 4})
+    ),
+    "ambient": config("gaussian", "ve", "x0", ("ambient", {"density": "uniform_log_snr"}), noise={"sigma": 0.3}),
+    "fokker-planck": config("gaussian", "vp_cosine", "score", ("fokker_planck", {"weight": 0.1, "weighting": "unit"})),
+    "e-tsdm": config("gaussian", "vp_cosine", "noise", extra={"shared_times": {"until": 0.2, "parts": 4}}),
+    "diffusion forcing": config("masked", None, "posterior", "diffusion_forcing", data=TEXT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_builds(name):
+    c, data = CONFIGS[name]
+    experiment = build(c, data)
+    assert experiment.process.state == ("categorical" if data is TEXT else "gaussian")
+    hash((experiment.process, experiment.solver()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_trains_is_scored_and_samples(name):
+    c, data = CONFIGS[name]
+    experiment = build(c, data)
+    optimizer = experiment.optimizer()
+    step = jax.jit(
+        make_train_step(experiment.objective(), experiment.apply, optimizer, ema=experiment.ema()),
+    )
+    state = init_state(experiment.init, optimizer, jax.random.key(0))
+    first, batches = state.params, experiment.batches(data)
+    for _ in range(2):
+        state, metrics = step(state, next(batches))
+        assert bool(metrics["finite"])
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), first, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-5
+    if experiment.learns_process:
+        assert max(jax.tree.leaves(moved["process"])) > 1e-5
+    run = Run(*experiment.trained(state.ema), 2)
+    x0, cond = data[:3]["x0"], data[:3].get("cond")
+    if getattr(run.process, "has_bound", True):
+        bits = run.nelbo(jax.random.key(1), x0, cond=cond).bits_per_dim
+        assert np.isfinite(bits).all()
+        assert (np.asarray(bits) > 0).all() or data is FLOATS  # a density's may be negative
+    else:
+        with pytest.raises(ValueError, match="has no bound"):
+            run.nelbo(jax.random.key(1), x0, cond=cond)
+    drawn = run.sample(jax.random.key(2), 3, cond=cond)
+    assert drawn.shape == (3, *data.shape)
+    assert np.isfinite(drawn).all()
+
+
+def test_names_stand_for_their_objects():
+    made = {name: build(*CONFIGS[name]).process for name in CONFIGS}
+    assert made["pfgm"].D == 16
+    assert made["blurring"].schedule.blur == 2
+    assert made["blurring"].basis == processes.DCT((1, 2))
+    rates = made["blurring"].schedule.rates.values[..., 0]
+    np.testing.assert_allclose(rates[[0, 1, 3], [0, 2, 0]], [0.0, np.pi**2 * 5 / 16, np.pi**2 * 9 / 16])
+    power = made["shortest path"].schedule.power.values[..., 0]
+    np.testing.assert_allclose(power[[0, 2], [0, 0]], [1.59 / 0.0086**2, 1.59 / 0.2586**2])  # a wave of four sites
+    assert made["damped bound"].scale == (1.0, 1.0)
+    assert made["diffenc"].transform.gate == transforms.NoiseShare(made["diffenc"].schedule)
+    assert made["ndm"].transform.gate == transforms.elapsed
+    assert made["nfdm"].transform.network.outputs == 2
+    assert made["iadb"].schedule.noise is None
+    assert made["rddm"].correlation == processes.interpolant.accumulating
+    assert made["rddm"].schedule.beta(0.5) == 0.75
+
+
+def test_transport_pairs_a_batch_with_noise_of_the_sources_width():
+    experiment = build(*CONFIGS["transport"])
+    batch = next(experiment.batches(FLOATS))
+    assert set(batch["cond"]) == {"x1", "cond"}
+    x1 = batch["cond"]["x1"].reshape(2, 4, -1)
+    assert 1.7 < x1.std() < 2.3
+    x0 = batch["x0"].reshape(2, 4, -1)
+    for a, b in zip(x0, x1, strict=True):
+        swapped = b[[1, 0, 2, 3]]
+        assert ((a - b) ** 2).sum() < ((a - swapped) ** 2).sum()
+
+
+def test_noise_is_drawn_once_for_each_item_and_its_level_goes_along():
+    data = noisy(FLOATS, sigma=0.5, share=0.5, seed=3)
+    assert data.levels is None
+    whole, again = data[np.arange(16)], data[np.asarray([5, 2])]
+    np.testing.assert_array_equal(again["x0"], whole["x0"][[5, 2]])
+    np.testing.assert_array_equal(whole["cond"]["cond"], LABELS)
+    sigma, added = whole["cond"]["sigma"], (whole["x0"] - FLOATS[:]["x0"]).reshape(16, -1)
+    assert set(sigma) == {np.float32(0.0), np.float32(0.5)}
+    assert (added[sigma == 0] == 0).all()
+    spread = added[sigma > 0].std()
+    assert abs(spread - 0.5) < 4 * 0.5 / np.sqrt(2 * added[sigma > 0].size)
+    for wrong in ({"sigma": 0.0}, {"sigma": 1.0, "share": 1.5}):
+        with pytest.raises(ValueError, match="needs sigma > 0"):
+            noisy(FLOATS, **wrong)
+    with pytest.raises(ValueError, match="are tokens"):
+        noisy(TEXT, sigma=1.0)
+
+
+def test_dropout_hides_the_networks_own_condition_alone():
+    seen = []
+    base = lambda key, apply, params, x0, cond, *rest: seen.append(cond)
+    cond = {"x1": np.ones((2, 3), np.float32), "cond": np.asarray([1, 2], np.int32)}
+    objectives.with_condition_dropout(base, 1.0, 7)(jax.random.key(0), None, None, np.zeros((2, 3)), cond)
+    np.testing.assert_array_equal(seen[0]["x1"], cond["x1"])
+    np.testing.assert_array_equal(seen[0]["cond"], [7, 7])
+    objectives.with_condition_dropout(base, 1.0, 7)(jax.random.key(0), None, None, np.zeros((2, 3)), {"cond": None})
+    assert seen[1] == {"cond": None}
+
+
+WRONG = {
+    r"solver='ancestral' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": ("pfgm", "edm", "edm"),
+    r"objective.name='elbo' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": (
+        ("pfgm", "edm", "edm", "elbo", "heun")
+    ),
+    r"objective.name='gaussian' does not go with config.process.name='interpolant'": ("interpolant", None, "velocity"),
+    r"config.objective.name: 'interpolant': the ends of Gaussian are not for choosing": (
+        ("gaussian", "cond_ot", "velocity", "interpolant")
+    ),
+    r"solver='ancestral' does not go with .*kind='velocity': 'velocity' alone does not determine": (
+        (("interpolant", {"noise": BRIDGE}), None, "velocity", "interpolant")
+    ),
+    r"solver='heun' does not go with .*kind='encoded'": (
+        (("learned_gaussian", {}), "vp_cosine", "encoded", "learned_process", "heun")
+    ),
+    r"config.sample.solver: 'ddim': DDIM is for processes.Gaussian, got LinearSDE": (
+        ("critically_damped", "vp_linear", "x0", "elbo", "ddim")
+    ),
+    r"config.process.options: 'critically_damped': the log-SNR of .* is -inf": ("critically_damped", "cond_ot", "x0"),
+    r"config.process.schedule='ve': the process 'interpolant' has a schedule of its own": (
+        ("interpolant", "ve", "velocity", "interpolant")
+    ),
+    r"config.process.options.path='bent' is unknown; it is one of straight": (
+        (("interpolant", {"path": "bent"}), None, "velocity", "interpolant")
+    ),
+    r"config.process.options.noise: Noise has no option 'width'": (
+        (("interpolant", {"noise": {"width": 1.0}}), None, "velocity", "interpolant")
+    ),
+    r"config.objective.options.coupling: Transported needs group": (
+        ("interpolant", None, "velocity", ("interpolant", {"coupling": "transported"}))
+    ),
+    r"config.process.options.gate='x' is unknown; it is one of elapsed": (
+        (("learned_gaussian", {"gate": "x"}), "vp_cosine", "x0")
+    ),
+    r"config.process.name='shortest_path' has nothing to learn": ("shortest_path", None, "x0", "learned_process"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_makes_no_sense_is_named(message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(*config(*WRONG[message]))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_else_makes_no_sense():
+    with pytest.raises(ConfigError, match="eval_every=5: the process 'pfgm' has no bound"):
+        build(*config("pfgm", "edm", "edm", solver="heun", eval_every=5))
+    with pytest.raises(ConfigError, match=r"objective.name='gaussian' does not go with .* has entries sigma, cond"):
+        build(*config("gaussian", "ve", "x0", noise={"sigma": 0.1}))
+    with pytest.raises(ConfigError, match=r"objective.name='ambient' .* needs the examples' noise levels"):
+        build(*config("gaussian", "ve", "x0", "ambient"))
+    with pytest.raises(ConfigError, match=r"config.data.noise: noisy has no option 'std'"):
+        build(*config("gaussian", "ve", "x0", "ambient", noise={"std": 0.1})).batches(FLOATS)
+    with pytest.raises(ConfigError, match=r"shared_times is for networks that are told the clock, not for .*'edm'"):
+        build(*config("gaussian", "edm", "edm", extra={"shared_times": {}}))
+    with pytest.raises(ConfigError, match="has no option 'till'"):
+        build(*config("gaussian", "edm", "noise", extra={"shared_times": {"till": 0.1}}))
+
+
+def test_every_process_and_objective_is_somewhere():
+    """Here, in tests/test_experiment.py, or in a file of configs/ (tests/test_configs.py)."""
+    import test_experiment as others
+
+    found = [c for c, _ in (*CONFIGS.values(), *others.TRAINABLE.values())]
+    assert {c.process.name for c in found} == set(names.PROCESSES) - {"thinning"}
+    assert {c.objective.name for c in found} == set(names.OBJECTIVES) - {"cross_entropy", "generalised_kl"}
