@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddjax import bench_cases, flops, random
 from ddjax import data as datasets
-from ddjax import flops, random
-from ddjax.config import Config, ProcessConfig, to_dict
+from ddjax.config import Config, to_dict
 from ddjax.data.dataset import Dataset
 from ddjax.experiment import Experiment, build, load_data
 from ddjax.predictions import bind
@@ -149,57 +149,30 @@ def bench_sample(
     }
 
 
-# What `bench_objectives` compares, each a change of the config: (process, kind, objective and its options). Kernels and
-# chains hold matrices of symbols x symbols, so they are asked for by name.
-OBJECTIVES = {
-    "masked elbo": ("masked", "posterior", "elbo"),
-    "masked any_order": ("masked", "posterior", "any_order"),
-    "masked cross_entropy": ("masked", "posterior", "cross_entropy"),
-    "masked generalised_kl": ("masked", "posterior", "generalised_kl"),
-    "masked score_entropy": ("masked", "ratio", "score_entropy"),
-    "uniform elbo": ("uniform", "cavity", "elbo"),
-    "uniform cross_entropy": ("uniform", "posterior", "cross_entropy"),
-    "uniform generalised_kl": ("uniform", "posterior", "generalised_kl"),
-    "uniform score_entropy": ("uniform", "ratio", "score_entropy"),
-    "uniform d3pm_hybrid": ("uniform", "cavity", "d3pm_hybrid", {"steps": 1000}),
-    "uniform ddpd": ("uniform", "cavity", "ddpd"),
-    "marginal elbo": ("marginal", "cavity", "elbo"),
-    "hybrid elbo": ("hybrid", "cavity", "elbo"),
-    "hybrid elbo, clipped": ("hybrid", "cavity", "elbo", {"weighting": "clipped"}),
-    "spindle elbo": ("spindle", "posterior", "elbo"),
-    "symbol_polynomial genmd4": ("symbol_polynomial", "posterior", "genmd4"),
-}
-BY_NAME = {
-    "thinning elbo": ("thinning", "deaths", "elbo"),
-    "kernel elbo": ("kernel", "cavity", "elbo", {}, {"generator": "gaussian"}),
-    "discretized_gaussian elbo": ("discretized_gaussian", "cavity", "elbo", {}, {"steps": 100}),
-}
-
-
 def bench_objectives(
     config: Config, *, names: Sequence[str] = (), vocabulary: int | None = None, rounds: int = 10, warmup: int = 2
 ) -> dict[str, Any]:
     """Measure the training step of several processes and objectives, with the network of `config`, against the first.
 
-    names: of `OBJECTIVES` and `BY_NAME`; default: all of the former. vocabulary: train on sequences of that many
+    names: of `bench_cases.cases`; default: all that need not be asked for. vocabulary: train on sequences of that many
         symbols with Zipf's frequencies, of the length of config's data, in place of them; default: config's data.
     rounds: each times one step of each, in turn, so that all see the same neighbours on a shared machine; what is
         reported are ratios within a round.
     Raises ValueError for a name or number that cannot be used.
     """
     _check(rounds=rounds, warmup=warmup)
-    names = tuple(names) or tuple(OBJECTIVES)
-    cases = OBJECTIVES | BY_NAME
-    for name in names:
-        if name not in cases:
-            raise ValueError(f"unknown objective {name!r}; it is one of {', '.join(cases)}")
     data = load_data(config, "train")
     size = config.train.batch_size
     if vocabulary is not None:
         zipf = 1.0 / np.arange(1, vocabulary + 1)
         tokens = np.random.default_rng(0).choice(vocabulary, (size, *data.shape), p=zipf / zipf.sum())
         data = datasets.from_arrays(tokens.astype(np.int32), num_symbols=vocabulary)
-    steps = {name: _Stepper(build(_changed(config, *cases[name]), data), data) for name in names}
+    usual, besides = bench_cases.cases(data.num_symbols)
+    names = tuple(names) or tuple(usual)
+    for name in names:
+        if name not in usual | besides:
+            raise ValueError(f"unknown objective {name!r}; it is one of {', '.join(usual | besides)}")
+    steps = {name: _Stepper(build((usual | besides)[name].of(config), data), data) for name in names}
     seconds = np.array([[stepper() for stepper in steps.values()] for _ in range(warmup + rounds)])[warmup:]
     ratios = np.percentile(seconds / seconds[:, :1], [10, 50, 90], axis=0).T
     memory = {name: _memory(stepper.step)["executable"]["total"] for name, stepper in steps.items()}
@@ -242,21 +215,13 @@ class _Stepper:
         return time.perf_counter() - start
 
 
-def _changed(config: Config, process: str, kind: str, objective: str, options=None, of_process=None) -> Config:
-    return dataclasses.replace(
-        config,
-        process=ProcessConfig(name=process, options=of_process or {}),
-        denoiser=dataclasses.replace(config.denoiser, kind=kind),
-        objective=dataclasses.replace(config.objective, name=objective, options=options or {}),
-    )
-
-
 def format_objectives(result: Mapping[str, Any]) -> str:
     """The result of `bench_objectives` as a table to read."""
     rows = result["objectives"]
     wide = max(map(len, rows))
+    symbols = "values" if result["num_symbols"] is None else f"{result['num_symbols']:,} symbols"
     lines = [
-        f"a training step of {result['batch_size']} x {result['sites']} sites, {result['num_symbols']:,} symbols, "
+        f"a training step of {result['batch_size']} x {result['sites']} sites, {symbols}, "
         f"{result['parameters']:,} parameters; {next(iter(rows))}: {_ms(result['step_s'])}",
         f"{'':<{wide}}   time (p10 - p90)        memory",
     ]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddjax import bench, flops
+from ddjax import bench, bench_cases, flops
 from ddjax.config import ConfigError, default, typed
 from ddjax.experiment import build, load_data
 
@@ -213,7 +213,17 @@ def test_objectives_are_compared_round_by_round(monkeypatch):
     assert "x2.500 (" in report
 
 
-@pytest.mark.parametrize("name", bench.OBJECTIVES | bench.BY_NAME)
+TOKENS, VALUES = bench_cases.TOKENS | bench_cases.TOKENS_BY_NAME, bench_cases.VALUES
+
+
+@pytest.mark.parametrize("name", [*TOKENS, *VALUES])
 def test_every_objective_of_the_bench_builds(name):
-    config = typed(tiny())
-    build(bench._changed(config, *(bench.OBJECTIVES | bench.BY_NAME)[name]), load_data(config, "train"))
+    sections = tiny()
+    if name in VALUES:
+        sections.data.tokens = False
+    build((TOKENS | VALUES)[name].of(typed(sections)), load_data(typed(sections), "train"))
+
+
+def test_the_cases_are_those_of_the_data():
+    assert bench_cases.cases(None)[0] is VALUES
+    assert bench_cases.cases(5)[0] | bench_cases.cases(5)[1] == TOKENS

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddjax import bench
+from ddjax import bench_cases
 from ddjax.config import default, typed
 from ddjax.data import from_arrays
 from ddjax.experiment import build
@@ -30,16 +30,16 @@ def largest(case, symbols):
     config.denoiser.name = "text"
     config.denoiser.options = {"width": 8, "depth": 1, "heads": 2}
     tokens = np.random.default_rng(0).integers(0, symbols, (BATCH, LENGTH), dtype=np.int32)
-    experiment = build(bench._changed(typed(config), *case), from_arrays(tokens, num_symbols=symbols))
+    experiment = build(case.of(typed(config)), from_arrays(tokens, num_symbols=symbols))
     state = jax.eval_shape(lambda key: initial_state(experiment, key), jax.random.key(0))
     return max(sizes(jax.make_jaxpr(train_step(experiment))(state, {"x0": tokens})))
 
 
-@pytest.mark.parametrize("name", bench.OBJECTIVES)
+@pytest.mark.parametrize("name", bench_cases.TOKENS)
 def test_memory_grows_with_the_symbols_not_with_their_square(name):
-    assert BATCH * LENGTH * K <= largest(bench.OBJECTIVES[name], K) <= 2 * BATCH * LENGTH * (K + 1)
+    assert BATCH * LENGTH * K <= largest(bench_cases.TOKENS[name], K) <= 2 * BATCH * LENGTH * (K + 1)
 
 
 def test_a_matrix_would_be_seen():
     """64^2 entries are more than two rows for each of the 16 sites."""
-    assert largest(bench.BY_NAME["kernel elbo"], 64) >= 64**2
+    assert largest(bench_cases.TOKENS_BY_NAME["kernel elbo"], 64) >= 64**2
