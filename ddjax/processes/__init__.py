@@ -4,6 +4,7 @@ from ddjax.processes import chain, generators, interpolant, staggered
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
+from ddjax.processes.geometric import Geometric
 from ddjax.processes.hybrid import Hybrid
 from ddjax.processes.in_basis import DCT, InBasis, Orthogonal
 from ddjax.processes.interpolant import Interpolant
@@ -26,6 +27,7 @@ __all__ = [
     "Categorical",
     "Chain",
     "Gaussian",
+    "Geometric",
     "Hybrid",
     "InBasis",
     "Interpolant",
