@@ -16,6 +16,7 @@ from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
 from ddjax.processes.pfgm import PFGM
+from ddjax.processes.reflected import Reflected
 from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
 from ddjax.processes.thinning import Thinning
@@ -40,6 +41,7 @@ __all__ = [
     "Mixture",
     "Normal",
     "Orthogonal",
+    "Reflected",
     "Staggered",
     "StateMasked",
     "Sweeps",
