@@ -59,8 +59,9 @@ class Geometric:
     growth: mu / s^2. With 0, states keep their mean; with 1/2, their median. It moves no nats.
 
     States are positive (a sign would never change: shift data that have one). Networks are shown the logarithm and
-    predict in it: a predicted x0 is a log x_0, a score that of log x; `"hyvarinen"` is x grad log p(x) = score - 1, the
-    paper's. `on_log` makes the denoiser of `process` from one of this, for solvers, likelihoods and decoders of levels
+    predict in it: a score is that of log x, and so on; `"hyvarinen"` is x grad log p(x) = score - 1, the paper's. A
+    predicted x0 is the state whose logarithm is predicted, exp E[log x_0 | x_t] (networks give the logarithm). `on_log`
+    makes the denoiser of `process` from one of this, for solvers, likelihoods and decoders of levels
     (`binned(log(levels))`) that know of `Gaussian` alone.
     """
 
@@ -105,8 +106,8 @@ class Geometric:
 
     def reverse(self, prediction: Prediction, xt: X, s: Time, t: Time) -> LogNormal:
         """The bridge at the predicted x0: a multiplicative step, exact as s -> t."""
-        said = self.convert(prediction, "x0", xt, t)
-        return LogNormal(self.process.reverse(said, self.log(xt, t), s, t), self._shift(s, xt))
+        law = self.process.reverse(self._inner(prediction), self.log(xt, t), s, t)
+        return LogNormal(law, self._shift(s, xt))
 
     def prior(self, shape: Sequence[int], t: float = 1.0) -> LogNormal:
         """What sampling starts from."""
@@ -125,18 +126,16 @@ class Geometric:
 
     def path_kl(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
         """The bound's integrand over t, nats per site."""
-        said = self.convert(prediction, "x0", xt, t)
-        return self.process.path_kl(jnp.log(x0), said, self.log(xt, t), t)
+        return self.process.path_kl(jnp.log(x0), self._inner(prediction), self.log(xt, t), t)
 
     def step_kl(self, x0: X, prediction: Prediction, xt: X, s: Time, t: Time) -> X:
         """KL(bridge || reverse), nats per site."""
-        said = self.convert(prediction, "x0", xt, t)
-        return self.process.step_kl(jnp.log(x0), said, self.log(xt, t), s, t)
+        return self.process.step_kl(jnp.log(x0), self._inner(prediction), self.log(xt, t), s, t)
 
     def reconstruction(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
         """-log of the density of x_0 (not of its logarithm) given x_t, nats per site."""
         log_x0 = jnp.log(x0)
-        return self.process.reconstruction(log_x0, prediction, self.log(xt, t), t) + log_x0
+        return self.process.reconstruction(log_x0, self._inner(prediction), self.log(xt, t), t) + log_x0
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -154,20 +153,24 @@ class Geometric:
         return self.process.network_inputs(self.log(xt, t), t, kind)
 
     def network_outputs(self, output: Array, xt: X, t: Time, kind: str) -> Array:
-        """The prediction's value in what a network gives back: the output itself."""
-        return output
+        """The prediction's value in what a network gives back: the output itself, exp of it for an x0."""
+        return jnp.exp(output) if kind == "x0" else output
+
+    def _inner(self, prediction: Prediction) -> Prediction:
+        """The prediction as `process` understands it. Raises ValueError for an unknown kind."""
+        check_kind(prediction.kind, self.kinds, self)
+        if prediction.kind == "hyvarinen":
+            return Prediction(prediction.value + 1.0, "score")
+        return Prediction(jnp.log(prediction.value), "x0") if prediction.kind == "x0" else prediction
 
     def convert(self, prediction: Prediction, kind: str, xt: X, t: Time) -> Prediction:
         """The same statement as another kind. Raises ValueError for an unknown one."""
         check_kind(kind, self.kinds, self)
-        check_kind(prediction.kind, self.kinds, self)
         if prediction.kind == kind:
             return prediction
-        if prediction.kind == "hyvarinen":
-            prediction = Prediction(prediction.value + 1.0, "score")
-        target = "score" if kind == "hyvarinen" else kind
-        said = self.process.convert(prediction, target, self.log(xt, t), t)
-        return said if kind == target else Prediction(said.value - 1.0, kind)
+        inner = "score" if kind == "hyvarinen" else kind
+        value = self.process.convert(self._inner(prediction), inner, self.log(xt, t), t).value
+        return Prediction(value - 1.0 if kind == "hyvarinen" else jnp.exp(value) if kind == "x0" else value, kind)
 
 
 @jax.tree_util.register_dataclass
@@ -185,9 +188,7 @@ class _OnLog:
 
     def __call__(self, y: X, t: Time, cond: Any = None) -> Prediction:
         """Ask at the state whose logarithm this is."""
-        xt = self.process.exp(y, t)
-        said = self.denoise(xt, t, cond)
-        return self.process.convert(said, "score", xt, t) if said.kind == "hyvarinen" else said
+        return self.process._inner(self.denoise(self.process.exp(y, t), t, cond))
 
 
 def on_log(denoise: Denoise, process: Geometric) -> Denoise:

@@ -12,6 +12,7 @@ from scipy import integrate, stats
 import ddjax
 from ddjax import random
 from ddjax.likelihood import nelbo
+from ddjax.objectives import gaussian
 from ddjax.predictions import GAUSSIAN_KINDS, Prediction
 from ddjax.processes import PFGM, Gaussian, Geometric
 from ddjax.processes.geometric import on_log
@@ -62,7 +63,7 @@ def test_marginal_bridge_and_reverse_are_scipys(x64):
     mean = (1 - share) * np.log(x0) + share * (np.log(xt) - shift(t)) + shift(s)
     std = sigma(s) * np.sqrt(1 - share)
     truth = stats.lognorm.logpdf(at, std, scale=np.exp(mean))
-    target = PROCESS.convert(Prediction(jnp.log(x0), "x0"), "hyvarinen", xt, jnp.full(3, t))
+    target = PROCESS.convert(Prediction(x0, "x0"), "hyvarinen", xt, jnp.full(3, t))
     for law in (
         PROCESS.bridge(x0, xt, jnp.full(3, s), jnp.full(3, t)),
         PROCESS.reverse(target, xt, jnp.asarray(s), jnp.asarray(t)),
@@ -78,8 +79,9 @@ def test_scores_and_conversions(x64):
     score = jax.grad(lambda y: density(jnp.exp(y)) + y.sum())(jnp.log(xt))
     sigma, alpha = SIGMA * 0.6, 1.0
     noise = (jnp.log(xt) - jnp.log(x0) - (GROWTH - 0.5) * sigma**2) / sigma
+    np.testing.assert_allclose(PROCESS.network_outputs(jnp.log(x0), xt, t, "x0"), x0, rtol=1e-12)
     truth = {
-        "x0": jnp.log(x0),
+        "x0": x0,
         "noise": noise,
         "score": score,
         "hyvarinen": hyvarinen,
@@ -110,7 +112,7 @@ def expected(process, law, t_range):
         def denoise(self, *arguments):
             """The exact denoiser, which knows the logarithm without growth's shift."""
             denoise = super().denoise(*arguments)
-            return lambda xt, t: denoise(process.log(xt, t), t)
+            return lambda xt, t: Prediction(jnp.exp(denoise(process.log(xt, t), t).value), "x0")
 
     law = Law(law.mean, law.covariance)
     return expected_bound(OnLogarithms(), law, at, noisy, len(law.mean), t_range), at
@@ -145,7 +147,7 @@ def test_nelbo_of_other_schedules_and_growths(x64):
 
 def test_steps_cost_their_kl(x64):
     x0, xt, s, t = states(0), states(1), jnp.full(3, 0.3), jnp.full(3, 0.7)
-    guess = Prediction(jnp.log(states(2)), "x0")
+    guess = Prediction(states(2), "x0")
     q, p = PROCESS.bridge(x0, xt, s, t), PROCESS.reverse(guess, xt, s, t)
     z, w = np.polynomial.hermite_e.hermegauss(12)
     total = sum(
@@ -158,7 +160,7 @@ def test_steps_cost_their_kl(x64):
 
 def test_samples_are_positive_and_the_log_view_is_the_same_model():
     point = jnp.asarray([3.0, 0.01])
-    denoise = lambda xt, t, cond: Prediction(jnp.broadcast_to(jnp.log(point), xt.shape), "x0")
+    denoise = lambda xt, t, cond: Prediction(jnp.broadcast_to(point, xt.shape), "x0")
     times = jnp.linspace(1.0, 0.0, 9)
     out = ddjax.sample(
         jax.random.key(0), denoise, PROCESS, shape=(4, 2), solver=Ancestral(PROCESS), times=times, trajectory=True
@@ -172,16 +174,31 @@ def test_samples_are_positive_and_the_log_view_is_the_same_model():
     np.testing.assert_allclose(jnp.exp(y), out.x0, rtol=1e-5)
     # A network that states the paper's score is the same model as one that states log x0, on states or on logarithms.
     x, t = states(3), jnp.full(3, 0.4)
-    said = PROCESS.convert(Prediction(jnp.log(x) - 1.0, "x0"), "hyvarinen", x, t)
-    other = on_log(
-        lambda xt, t, cond: PROCESS.convert(Prediction(jnp.log(xt) - 1.0, "x0"), "hyvarinen", xt, t), PROCESS
-    )
+    said = PROCESS.convert(Prediction(jnp.sqrt(x), "x0"), "hyvarinen", x, t)
+    other = on_log(lambda xt, t, cond: PROCESS.convert(Prediction(jnp.sqrt(xt), "x0"), "hyvarinen", xt, t), PROCESS)
     got = other(PROCESS.log(x, t), t)
     assert got.kind == "score"
     np.testing.assert_allclose(got.value, said.value + 1.0, rtol=1e-4)
     prior = PROCESS.prior((20_000, 1)).sample(random.example_keys(jax.random.key(1), 20_000))
     log_mean, log_std = (GROWTH - 0.5) * SIGMA**2, np.hypot(SIGMA, 0.8)
     assert stats.kstest(np.log(np.asarray(prior)[:, 0]), stats.norm(log_mean, log_std).cdf).pvalue > 1e-3
+
+
+@pytest.mark.slow
+def test_multiplicative_denoising_score_matching(x64):
+    """The paper's target for one atom is x grad log q(x_t | x_0), and costs nothing."""
+    atom = 2.0
+
+    def apply(params, y, t, cond, **_):  # shown the logarithm, less growth
+        return params - (y - jnp.log(atom)) / (SIGMA * t[:, None]) ** 2 - 1.0
+
+    objective = gaussian(PROCESS, "hyvarinen", error="score")
+    loss = lambda params: objective(jax.random.key(0), apply, params, jnp.full((8, 2), atom))[0]
+    np.testing.assert_allclose([loss(0.0), loss(0.3)], [0.0, 0.09], atol=1e-6)
+    # A network for x0 gives its logarithm, and so does the process when it says what is true.
+    constant = lambda params, y, t, cond, **_: jnp.full_like(y, np.log(atom))
+    objective = gaussian(PROCESS, "x0", error="noise")
+    np.testing.assert_allclose(objective(jax.random.key(0), constant, {}, jnp.full((8, 2), atom))[0], 0.0, atol=1e-6)
 
 
 def test_both_ends_are_finite_in_float32():
