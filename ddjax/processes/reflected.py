@@ -86,7 +86,7 @@ class Folded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class UniformOnBox:
     """The uniform law on the box."""
 
     shape: tuple[int, ...]
@@ -154,9 +154,9 @@ class Reflected:
         """What an observed site shows at time t while its neighbours are sampled."""
         return self.marginal(x0, t).sample(keys)
 
-    def prior(self, shape: Sequence[int], t: float = 1.0) -> Uniform:
+    def prior(self, shape: Sequence[int], t: float = 1.0) -> UniformOnBox:
         """The uniform law, whatever t is."""
-        return Uniform(tuple(shape))
+        return UniformOnBox(tuple(shape))
 
     # -- the bound -------------------------------------------------------------------------------------------
 
