@@ -104,9 +104,9 @@ class OUBridge(Gaussian):
     def time(self, log_snr):
         """From q, the root of q^2 + S(V) q = exp(-log_snr); tanh(pull v) / pull = q S(V) / (1 + q C(V))."""
         sine, cosine = self._whole
-        inverse = jnp.exp(-jnp.asarray(log_snr))
-        q = 2.0 * inverse / (sine + jnp.sqrt(sine**2 + 4.0 * inverse))
-        tangent = sine / (1.0 / q + cosine)
+        snr = jnp.exp(jnp.asarray(log_snr))
+        inverse_q = 0.5 * (snr * sine + jnp.sqrt(snr) * jnp.sqrt(snr * sine**2 + 4.0))
+        tangent = sine / (inverse_q + cosine)
         v = jnp.arctanh(self.pull * tangent) / self.pull if self.pull else tangent
         first, change = self.at_data**2, self.at_noise**2 - self.at_data**2
         return 2.0 * v / (first + jnp.sqrt(first**2 + 2.0 * change * v))
