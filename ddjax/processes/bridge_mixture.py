@@ -31,7 +31,8 @@ class BridgeMixture(Gaussian):
     schedule: `schedules.OUBridge`. data_std: as for `Gaussian`; the prior at t = 1 is N(0, 1) exactly.
 
     A mixture of bridges is no Markov process, its model is: so the bound is not tight even for the exact denoiser. It
-    lies above that of `Gaussian(schedule)`, which has the same marginals, the same optimum and a tight bound: train or
+    lies above that of `Gaussian(schedule)`, whatever is predicted: with other noise w the path's KL goes as (a + b w)^2
+    / w, least at a diffusion's own. That one has the same marginals, the same optimum and a tight bound: train or
     evaluate with either. Graphs are vectors of pairs (`ddjax.symmetric`).
     """
 

@@ -146,6 +146,7 @@ def test_steps_and_paths_cost_their_kl(x64):
     drifts = [PROCESS.drift(Prediction(v, "x0"), xt, t) for v in (x0, guess)]
     girsanov = 0.5 * (drifts[0] - drifts[1]) ** 2 / volatility2(SCHEDULE, 0.3)
     np.testing.assert_allclose(PROCESS.path_kl(x0, said, xt, t), girsanov, rtol=1e-9)
+    assert (girsanov > Gaussian(SCHEDULE).path_kl(x0, said, xt, t)).all()
     h = 1e-5
     short = PROCESS.step_kl(x0, said, xt, t - h, t) / h
     np.testing.assert_allclose(short, PROCESS.path_kl(x0, said, xt, t), rtol=1e-4)
