@@ -1,9 +1,11 @@
 """Forward corruption processes: marginal, bridge, rate, prior, schedule, and what follows from them."""
 
 from ddjax.processes import chain, generators, interpolant, staggered
+from ddjax.processes.bridge_mixture import BridgeMixture
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
+from ddjax.processes.geometric import Geometric
 from ddjax.processes.hybrid import Hybrid
 from ddjax.processes.in_basis import DCT, InBasis, Orthogonal
 from ddjax.processes.interpolant import Interpolant
@@ -15,6 +17,7 @@ from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
 from ddjax.processes.pfgm import PFGM
+from ddjax.processes.reflected import Reflected
 from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
 from ddjax.processes.thinning import Thinning
@@ -23,9 +26,11 @@ from ddjax.processes.uniform import Uniform
 __all__ = [
     "DCT",
     "PFGM",
+    "BridgeMixture",
     "Categorical",
     "Chain",
     "Gaussian",
+    "Geometric",
     "Hybrid",
     "InBasis",
     "Interpolant",
@@ -38,6 +43,7 @@ __all__ = [
     "Mixture",
     "Normal",
     "Orthogonal",
+    "Reflected",
     "Staggered",
     "StateMasked",
     "Sweeps",

@@ -10,6 +10,7 @@ All functions follow the dtype of t and are defined at both ends (`log_snr` is i
 """
 
 from ddjax.schedules.base import ByLogSNR, Gaussian, Schedule, Survival, Times
+from ddjax.schedules.bridge import OUBridge
 from ddjax.schedules.gaussian import (
     EDM,
     VE,
@@ -42,6 +43,7 @@ __all__ = [
     "LogLinear",
     "LogSNRLinear",
     "Monotone",
+    "OUBridge",
     "PerSite",
     "Polynomial",
     "PolynomialPath",
