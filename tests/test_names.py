@@ -182,6 +182,9 @@ WRONG = {
     r"objective.name='elbo' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": (
         ("pfgm", "edm", "edm", "elbo", "heun")
     ),
+    r"objective.name='diffusion_forcing' does not go with .*: the network 'dit' takes one time for each example": (
+        ("gaussian", "vp_cosine", "v", "diffusion_forcing")
+    ),
     r"objective.name='gaussian' does not go with config.process.name='interpolant'": ("interpolant", None, "velocity"),
     r"config.objective.name: 'interpolant': the ends of Gaussian are not for choosing": (
         ("gaussian", "cond_ot", "velocity", "interpolant")
