@@ -298,6 +298,8 @@ def _rehearse(experiment: Experiment) -> None:
     outputs = _output_shape(process, experiment.data.shape, kind)
 
     def network(params, xt, t, cond=None, **_):
+        if jnp.ndim(t) > 1:
+            raise ValueError(f"the network {c.denoiser.name!r} takes one time for each example, not one for each site")
         if isinstance(cond, dict):
             raise ValueError(f"the batch's condition has entries {', '.join(cond)}, which are not for the network")
         return jnp.zeros((xt.shape[0], *outputs))

@@ -78,14 +78,6 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_it_builds(name):
-    c, data = CONFIGS[name]
-    experiment = build(c, data)
-    assert experiment.process.state == ("categorical" if data is TEXT else "gaussian")
-    hash((experiment.process, experiment.solver()))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains_is_scored_and_samples(name):
@@ -119,7 +111,11 @@ def test_it_trains_is_scored_and_samples(name):
 
 
 def test_names_stand_for_their_objects():
-    made = {name: build(*CONFIGS[name]).process for name in CONFIGS}
+    some = ("pfgm", "blurring", "shortest path", "damped bound", "diffenc", "ndm", "nfdm", "iadb", "rddm")
+    built = {name: build(*CONFIGS[name]) for name in some}
+    for experiment in built.values():
+        hash((experiment.process, experiment.solver()))
+    made = {name: experiment.process for name, experiment in built.items()}
     assert made["pfgm"].D == 16
     assert made["blurring"].schedule.blur == 2
     assert made["blurring"].basis == processes.DCT((1, 2))
@@ -181,6 +177,9 @@ WRONG = {
     r"solver='ancestral' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": ("pfgm", "edm", "edm"),
     r"objective.name='elbo' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": (
         ("pfgm", "edm", "edm", "elbo", "heun")
+    ),
+    r"objective.name='diffusion_forcing' does not go with .*: the network 'dit' takes one time for each example": (
+        ("gaussian", "vp_cosine", "v", "diffusion_forcing")
     ),
     r"objective.name='gaussian' does not go with config.process.name='interpolant'": ("interpolant", None, "velocity"),
     r"config.objective.name: 'interpolant': the ends of Gaussian are not for choosing": (
