@@ -13,19 +13,12 @@ from ddjax.duality import Duality
 SURVIVAL = [sc.Linear(), sc.LogLinear(1e-3), sc.Polynomial(), sc.Polynomial(2.0), sc.Polynomial(0.5), sc.Cosine()]
 SURVIVAL += [Duality(sc.VE(0.1, 100.0), 27)]
 GAUSSIAN = [sc.VPLinear(), sc.VPCosine(), sc.VPCosine(0.0), sc.VE(), sc.EDM(), sc.CondOT()]
-GAUSSIAN += [
-    sc.VPLinear(4.0, 4.0),
-    sc.SubVP(3.0, 3.0),
-    sc.SubVP(),
-    sc.Trigonometric(),
-    sc.PolynomialPath(3.0),
-    sc.LinearVP(),
-    sc.LogSNRLinear(),
-]
+GAUSSIAN += [sc.SubVP(), sc.Trigonometric(), sc.PolynomialPath(3.0), sc.LinearVP(), sc.LogSNRLinear()]
 GAUSSIAN += [sc.Laplace(), sc.Laplace(1.0, 2.0, 14.0, -9.0, "cond_ot"), sc.Sigmoid(), sc.Sigmoid(0.0, 3.0, 0.7)]
 GAUSSIAN += [sc.Table.ddpm_linear(), sc.Table.ddpm_cosine(20), sc.Table((9.0, 1.0, -7.0), "ve")]
 GAUSSIAN += [sc.Shifted(sc.VPCosine(), 4.0), sc.Shifted(sc.CondOT(), 3.0, "cond_ot"), sc.Shifted(sc.EDM(), 0.5, "ve")]
 GAUSSIAN += [sc.KineticOptimal((0.9, 0.7, 0.0, 0.4), 0.8), sc.Monotone.initial(8)]
+GAUSSIAN += [sc.VPLinear(4.0, 4.0), sc.SubVP(3.0, 3.0)]  # beta constant
 METHODS = ("alpha", "sigma", "alpha_prime", "sigma_prime", "log_snr", "log_snr_prime")
 every = pytest.mark.parametrize("schedule", SURVIVAL + GAUSSIAN, ids=repr)
 survival = pytest.mark.parametrize("schedule", SURVIVAL, ids=repr)

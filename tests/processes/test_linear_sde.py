@@ -181,6 +181,7 @@ def test_critically_damped_is_the_papers_sde(x64):
     np.testing.assert_allclose(law.root[0, 0, 0] ** 2, scipy.special.gammainc(3, 4.8), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_draws_priors_and_data(x64):
     """Draws are the centre and the root times normals; the prior is the marginal of data of the given width."""
     keys = lambda: random.example_keys(jax.random.key(0), 3)
