@@ -6,6 +6,7 @@ is the weighted mean over examples of nats per site (docs/design.md, section 2).
 """
 
 from ddjax.objectives import densities, weightings
+from ddjax.objectives.adaptive_noise import adaptive_noise
 from ddjax.objectives.ambient import ambient, with_noise_level
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
@@ -31,6 +32,7 @@ __all__ = [
     "ClipSearch",
     "FlowBound",
     "adaptive",
+    "adaptive_noise",
     "adaptive_parameters",
     "ambient",
     "any_order",

@@ -1,6 +1,7 @@
 """Forward corruption processes: marginal, bridge, rate, prior, schedule, and what follows from them."""
 
 from ddjax.processes import chain, generators, interpolant, staggered
+from ddjax.processes.adaptive import AdaptiveGaussian
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
@@ -23,6 +24,7 @@ from ddjax.processes.uniform import Uniform
 __all__ = [
     "DCT",
     "PFGM",
+    "AdaptiveGaussian",
     "Categorical",
     "Chain",
     "Gaussian",

@@ -3,5 +3,6 @@
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.solvers.base import Info, Solver
 from ddjax.solvers.gaussian import DDIM, Heun
+from ddjax.solvers.given import GivenLatent
 
-__all__ = ["DDIM", "Ancestral", "Heun", "Info", "Solver"]
+__all__ = ["DDIM", "Ancestral", "GivenLatent", "Heun", "Info", "Solver"]
