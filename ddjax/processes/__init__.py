@@ -2,6 +2,7 @@
 
 from ddjax.processes import chain, generators, interpolant, staggered
 from ddjax.processes.adaptive import AdaptiveGaussian
+from ddjax.processes.barycentric import Barycentric
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
 from ddjax.processes.gaussian import Gaussian, Normal
@@ -25,6 +26,7 @@ __all__ = [
     "DCT",
     "PFGM",
     "AdaptiveGaussian",
+    "Barycentric",
     "Categorical",
     "Chain",
     "Gaussian",
