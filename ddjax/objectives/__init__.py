@@ -25,6 +25,7 @@ from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.learned_elbo import learned_elbo
 from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum, whole_elbo
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
+from ddjax.objectives.mixture_steps import mixture_steps
 from ddjax.objectives.multimarginal import multimarginal, path_cost, together
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
@@ -63,6 +64,7 @@ __all__ = [
     "learned_uncertainty",
     "log_normal_sigma",
     "min_snr",
+    "mixture_steps",
     "multimarginal",
     "paired",
     "path_cost",

@@ -16,6 +16,7 @@ from ddjax.processes.linear_sde import LinearSDE, critically_damped
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
+from ddjax.processes.mixture_output import MixtureOutput
 from ddjax.processes.pfgm import PFGM
 from ddjax.processes.staggered import Staggered, in_blocks
 from ddjax.processes.state_masked import StateMasked
@@ -40,6 +41,7 @@ __all__ = [
     "Marginal",
     "Masked",
     "Mixture",
+    "MixtureOutput",
     "Normal",
     "Orthogonal",
     "Staggered",
