@@ -54,11 +54,14 @@ def cubature():
 def test_a_path_stays_on_the_simplex_and_has_its_slope(x64):
     t = jnp.linspace(0.0, 1.0, 9)
     for path in (PATH, Edge(3, 2, 0), Sines.initial(4)):
-        alpha = np.asarray(path.point(t))
+        alpha, slope, exact = (
+            np.asarray(v)
+            for v in jax.jit(lambda t, p=path: (p.point(t), p.slope(t), jax.vmap(jax.jacfwd(p.point))(t)))(t)
+        )
         assert (alpha >= 0).all()
         np.testing.assert_allclose(alpha.sum(-1), 1.0, rtol=1e-12)
         np.testing.assert_allclose(alpha[[0, -1]], np.eye(path.marginals)[[path.first, path.last]], atol=1e-12)
-        np.testing.assert_allclose(path.slope(t), jax.vmap(jax.jacfwd(path.point))(t), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(slope, exact, rtol=1e-9, atol=1e-12)
     # The formula, written again.
     raw = np.asarray([0.7, 0.3, 0.0]) + (np.sin(np.pi * 0.3 * np.arange(1, 3)) @ np.asarray(PATH.parameters).T) ** 2
     np.testing.assert_allclose(PATH.point(jnp.asarray(0.3)), raw / raw.sum(), rtol=1e-12)
@@ -142,15 +145,23 @@ def test_the_ode_along_any_path_carries_the_law_from_end_to_end(transported):
 def test_on_an_edge_it_is_the_interpolant(x64):
     process, other = Barycentric(Edge(3, 0, 2)), Interpolant(Straight())
     ends = jnp.asarray(cubature())
-    t, s = jnp.full(len(ends), 0.6), jnp.full(len(ends), 0.35)
-    xt = process.mix(ends, t)
-    np.testing.assert_allclose(xt, other.marginal(ends[..., 0], t, ends[..., 2]).mean, rtol=1e-12)
-    said = Prediction(fields(xt, process.point(t, xt)), "ends")
-    velocity = process.convert(said, "velocity", xt, t)
-    x0 = Prediction(said.value[..., 0], "x0")
-    np.testing.assert_allclose(velocity.value, other.convert(x0, "velocity", xt, t).value, rtol=1e-9)
-    np.testing.assert_allclose(process.reverse(said, xt, s, t).mean, other.reverse(x0, xt, s, t).mean, rtol=1e-9)
-    np.testing.assert_allclose(process.reverse(velocity, xt, s, t).mean, other.reverse(x0, xt, s, t).mean, rtol=1e-9)
+
+    @jax.jit
+    def both(ends):
+        t, s = jnp.full(len(ends), 0.6), jnp.full(len(ends), 0.35)
+        xt = process.mix(ends, t)
+        said = Prediction(fields(xt, process.point(t, xt)), "ends")
+        x0, velocity = Prediction(said.value[..., 0], "x0"), process.convert(said, "velocity", xt, t)
+        theirs = other.reverse(x0, xt, s, t).mean
+        return (
+            (xt, other.marginal(ends[..., 0], t, ends[..., 2]).mean),
+            (velocity.value, other.convert(x0, "velocity", xt, t).value),
+            (process.reverse(said, xt, s, t).mean, theirs),
+            (process.reverse(velocity, xt, s, t).mean, theirs),
+        )
+
+    for ours, theirs in both(ends):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
 def test_the_score_of_a_gaussian_end(x64):
@@ -175,6 +186,7 @@ def cost(coefficients, nodes=40):
     return sum(0.5 * weight * energy_at(path, 0.5 * (node + 1)) for node, weight in zip(u, w, strict=True))
 
 
+@pytest.mark.slow
 def test_the_paths_cost_is_its_kinetic_energy_and_learning_lowers_it(x64, monkeypatch):
     """Its slopes too. Learning goes towards the least along an edge, (integral of the speed)^2, at constant speed."""
     ends, (u, w) = cubature(), np.polynomial.legendre.leggauss(24)

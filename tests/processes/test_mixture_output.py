@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import ddjax
 from ddjax import random
+from ddjax.likelihood import binned
 from ddjax.objectives import elbo, mixture_steps
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian, LearnedVariance, MixtureOutput
 from ddjax.schedules import CondOT, VPCosine
+from ddjax.solvers import Ancestral
 
 ATOMS, P = np.asarray([-1.0, 1.0]), np.asarray([0.3, 0.7])
 ENTROPY = -(P * np.log(P)).sum()
@@ -86,6 +89,25 @@ def test_so_does_one_normal_of_the_best_width(x64, expected):
     assert best > ENTROPY + 0.1
 
 
+@pytest.mark.slow
+def test_the_evaluator_bounds_it_and_two_steps_sample_it():
+    """`likelihood.nelbo` with the closed form, from above; ancestral samples are the points in their proportions."""
+    n = 4000
+    denoise = ddjax.bind(true_mixture, {}, PROCESS, "x0")
+    x0 = jnp.where(jnp.arange(n) < 0.3 * n, -1.0, 1.0)[:, None]
+    levels = binned((-1.0, 1.0))
+    bound = ddjax.likelihood.nelbo(
+        jax.random.key(0), denoise, PROCESS, x0, times=jnp.asarray(GRID), num_times=2, reconstruction=levels
+    )
+    error = float(bound.total.std()) / np.sqrt(n)
+    assert ENTROPY - 3 * error < float(bound.total.mean()) < ENTROPY + 0.5
+    samples = ddjax.sample(
+        jax.random.key(1), denoise, PROCESS, shape=(n, 1), solver=Ancestral(PROCESS), times=jnp.asarray(GRID)
+    ).x0
+    assert (np.abs(np.abs(samples) - 1.0) < 6 * 0.044).all()
+    assert abs(float((samples > 0).mean()) - 0.7) < 4.5 * np.sqrt(0.21 / n)
+
+
 def some_prediction(rng, kind="x0"):
     return Prediction(jnp.asarray(rng.normal(size=(1, 2, 6))), kind)
 
@@ -127,6 +149,7 @@ def test_a_steps_density_is_the_mixtures_and_its_draws_and_mean_follow(x64):
     assert 0 < kl < closed < kl + 1.0
 
 
+@pytest.mark.slow
 def test_draws_choose_one_component_for_all_sites():
     n = 20_000
     said = jnp.broadcast_to(jnp.asarray([[-1.0, 1.0, 0.2, 0.0], [-1.0, 1.0, 0.0, 0.5]]), (n, 2, 4))
@@ -140,7 +163,8 @@ def test_draws_choose_one_component_for_all_sites():
     assert abs(high[:, 0].mean() - share) < 4.5 * np.sqrt(0.25 / n)
 
 
-def test_losses_and_gradients_are_finite_in_float32_and_errors_say_what_is_wrong():
+@pytest.mark.slow
+def test_losses_and_gradients_are_finite_in_float32():
     process, rng = MixtureOutput(VPCosine(), components=3), np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(2, 12)), jnp.float32)
     apply = lambda params, xt, t, cond, **options: 30.0 * jnp.tanh(xt @ params) + t[:, None]
@@ -150,6 +174,10 @@ def test_losses_and_gradients_are_finite_in_float32_and_errors_say_what_is_wrong
         assert np.isfinite(loss)
         assert np.isfinite(slope).all()
         assert np.abs(slope).max() > 0
+
+
+def test_errors_say_what_is_wrong():
+    process, x0 = MixtureOutput(VPCosine(), components=3), jnp.zeros((5, 2))
     assert dataclasses.replace(process, components=2) != process
     with pytest.raises(ValueError, match="components"):
         MixtureOutput(VPCosine(), components=0)
@@ -158,4 +186,4 @@ def test_losses_and_gradients_are_finite_in_float32_and_errors_say_what_is_wrong
     with pytest.raises(ValueError, match="grid"):
         mixture_steps(process, "x0", (0.5,))
     with pytest.raises(ValueError, match="MixtureOutput mixes sites"):
-        mixture_steps(process, "x0", (1.0, 0.1))(jax.random.key(0), apply, params, x0, weights=jnp.ones_like(x0))
+        mixture_steps(process, "x0", (1.0, 0.1))(jax.random.key(0), true_mixture, {}, x0, weights=jnp.ones_like(x0))
