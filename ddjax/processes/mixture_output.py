@@ -55,6 +55,8 @@ class MixtureOutput(Gaussian):
     A prediction's value is `(batch, *sites, 2 components)`: for each component its statement, of the prediction's kind,
     and then its logits, which add up over the sites of an example. Networks with a longer last axis, `(..., 2
     components channels)`, give it in that order. A value shaped like the state is one component.
+    Sites go together, so that none can be given a weight of its own, and `likelihood.discretised` is the decoder of levels
+    (`binned` is the plain process's).
     Conversions, continuous time and solvers other than `Ancestral` need the mixture's mean alone.
     """
 

@@ -89,13 +89,17 @@ def test_so_does_one_normal_of_the_best_width(x64, expected):
     assert best > ENTROPY + 0.1
 
 
+def levels(process, x0, prediction, x_low, low):
+    """The plain process's decoder: binned ones refuse a process whose sites go together."""
+    return binned((-1.0, 1.0))(Gaussian(process.schedule), x0, prediction, x_low, low)
+
+
 @pytest.mark.slow
 def test_the_evaluator_bounds_it_and_two_steps_sample_it():
     """`likelihood.nelbo` with the closed form, from above; ancestral samples are the points in their proportions."""
     n = 4000
     denoise = ddjax.bind(true_mixture, {}, PROCESS, "x0")
     x0 = jnp.where(jnp.arange(n) < 0.3 * n, -1.0, 1.0)[:, None]
-    levels = binned((-1.0, 1.0))
     bound = ddjax.likelihood.nelbo(
         jax.random.key(0), denoise, PROCESS, x0, times=jnp.asarray(GRID), num_times=2, reconstruction=levels
     )
