@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -49,3 +50,15 @@ class FrozenTree:
     def tree(self) -> Any:
         """The tree with NumPy arrays."""
         return jax.tree.unflatten(self.structure, [leaf.values for leaf in self.leaves])
+
+    @classmethod
+    def held(cls, tree: Any) -> Any:
+        """A tree of parameters as a process holds it: constants, or, where any is traced, the tree as it is."""
+        if isinstance(tree, cls) or any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(tree)):
+            return tree
+        return cls.of(tree)
+
+    @classmethod
+    def arrays(cls, held: Any) -> Any:
+        """The arrays of what is `held`, in the default precision."""
+        return jax.tree.map(lambda v: jnp.asarray(v, float), held.tree) if isinstance(held, cls) else held

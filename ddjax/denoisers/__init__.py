@@ -9,6 +9,7 @@ from ddjax.denoisers import layers, taps
 from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
+from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
 
@@ -17,11 +18,13 @@ __all__ = [
     "Functional",
     "SharedEarlyTimes",
     "TextTransformer",
+    "TruncatedLogistic",
     "from_linen",
     "functional",
     "functional_init",
     "layers",
     "stack_blocks",
     "taps",
+    "truncated_logistic_logits",
     "unstack_blocks",
 ]

@@ -6,6 +6,7 @@ is the weighted mean over examples of nats per site (docs/design.md, section 2).
 """
 
 from ddjax.objectives import densities, weightings
+from ddjax.objectives.adaptive_noise import adaptive_noise
 from ddjax.objectives.ambient import ambient, with_noise_level
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
@@ -23,6 +24,8 @@ from ddjax.objectives.glauber import glauber
 from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
+from ddjax.objectives.mixture_steps import mixture_steps
+from ddjax.objectives.multimarginal import multimarginal, path_cost, together
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.weightings import min_snr, unit
 from ddjax.objectives.whole_elbo import learned_elbo, whole_elbo
@@ -31,6 +34,7 @@ __all__ = [
     "ClipSearch",
     "FlowBound",
     "adaptive",
+    "adaptive_noise",
     "adaptive_parameters",
     "ambient",
     "any_order",
@@ -60,11 +64,15 @@ __all__ = [
     "learned_uncertainty",
     "log_normal_sigma",
     "min_snr",
+    "mixture_steps",
+    "multimarginal",
     "paired",
+    "path_cost",
     "planner",
     "score_entropy",
     "search_clip",
     "teacher_forced",
+    "together",
     "uncertainty_parameters",
     "uniform_log_snr",
     "uniform_time",

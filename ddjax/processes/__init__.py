@@ -1,6 +1,8 @@
 """Forward corruption processes: marginal, bridge, rate, prior, schedule, and what follows from them."""
 
 from ddjax.processes import chain, generators, interpolant, staggered
+from ddjax.processes.adaptive import AdaptiveGaussian
+from ddjax.processes.barycentric import Barycentric
 from ddjax.processes.bridge_mixture import BridgeMixture
 from ddjax.processes.chain import Chain
 from ddjax.processes.clocks import Sweeps, Windows
@@ -16,6 +18,7 @@ from ddjax.processes.linear_sde import LinearSDE, critically_damped
 from ddjax.processes.marginal import Marginal
 from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
+from ddjax.processes.mixture_output import MixtureOutput
 from ddjax.processes.pfgm import PFGM
 from ddjax.processes.reflected import Reflected
 from ddjax.processes.staggered import Staggered, in_blocks
@@ -26,6 +29,8 @@ from ddjax.processes.uniform import Uniform
 __all__ = [
     "DCT",
     "PFGM",
+    "AdaptiveGaussian",
+    "Barycentric",
     "BridgeMixture",
     "Categorical",
     "Chain",
@@ -41,6 +46,7 @@ __all__ = [
     "Marginal",
     "Masked",
     "Mixture",
+    "MixtureOutput",
     "Normal",
     "Orthogonal",
     "Reflected",

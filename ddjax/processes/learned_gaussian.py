@@ -66,11 +66,7 @@ class LearnedGaussian:
         _ = self.base  # checks the schedule and the width
         if not callable(self.transform):
             raise ValueError(f"transform must be a function (parameters, x0, t) -> (F, k), got {self.transform!r}")
-        values = self.values
-        if not isinstance(values, FrozenTree) and not any(
-            isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(values)
-        ):
-            object.__setattr__(self, "values", FrozenTree.of(values))
+        object.__setattr__(self, "values", FrozenTree.held(self.values))
 
     @property
     def base(self) -> Gaussian:
@@ -80,9 +76,7 @@ class LearnedGaussian:
     @property
     def parameters(self) -> PyTree:
         """The transform's."""
-        if isinstance(self.values, FrozenTree):
-            return jax.tree.map(lambda v: jnp.asarray(v, float), self.values.tree)
-        return self.values
+        return FrozenTree.arrays(self.values)
 
     def with_parameters(self, parameters: PyTree) -> LearnedGaussian:
         """The process whose transform has these."""

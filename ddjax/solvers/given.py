@@ -1,0 +1,40 @@
+"""Reverse steps of a process that is chosen for each example by a latent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ddjax.processes import AdaptiveGaussian, Gaussian
+from ddjax.solvers.ancestral import Ancestral
+from ddjax.solvers.base import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenLatent:
+    """The solver that `make` gives for `process.given(z)`, z = `cond["z"]` (Sahoo et al. 2024: z first, then x).
+
+        z = process.latents(batch).sample(keys)
+        ddjax.sample(key, denoise, process, solver=GivenLatent(process), cond={"z": z, "cond": None}, ...)
+
+    make: process -> solver, such as `DDIM`; a function that compares by value.
+    """
+
+    process: AdaptiveGaussian
+    make: Callable[[Gaussian], Solver] = Ancestral
+
+    def _solver(self, cond: Any) -> Solver:
+        if not isinstance(cond, dict) or "z" not in cond:
+            raise ValueError(
+                'GivenLatent finds the latent in cond={"z": ..., "cond": ...}: draw it with process.latents'
+            )
+        return self.make(self.process.given(cond["z"]))
+
+    def init(self, xt, cond=None):
+        """What that solver carries."""
+        return self._solver(cond).init(xt, cond)
+
+    def step(self, keys, carry, xt, t, s, denoise, cond=None):
+        """That solver's step."""
+        return self._solver(cond).step(keys, carry, xt, t, s, denoise, cond)
