@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddjax import random
-from ddjax.objectives.base import Objective, site_weights, weighted_mean
-from ddjax.objectives.learned_process import whole_elbo
+from ddjax.grids import range_of
+from ddjax.objectives.base import Objective, Reduction
+from ddjax.objectives.whole_elbo import whole_elbo
 from ddjax.predictions import check_kind
 from ddjax.processes import AdaptiveGaussian
-from ddjax.types import Rows, sites
+from ddjax.types import Rows
 
 TERMS = ("diffusion", "prior", "reconstruction", "latent")
 
@@ -41,15 +42,15 @@ def adaptive_noise(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     check_kind(kind, process.kinds, process)
-    ends = process.t_range if t_range is None else t_range
+    ends = range_of(process, t_range)
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows = Rows.all(x0.shape[0]) if rows is None else rows
+        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
         learned = process.with_parameters(params["process"])
         law = learned.posterior(x0)
         latent_key, bound_key = jax.random.split(key)
         latent_keys = random.example_keys(latent_key, rows.index)
-        known = site_weights(weights, x0)
+        known = reduce.sites
 
         def bound(z):
             """The three terms of each example, nats."""
@@ -76,14 +77,9 @@ def adaptive_noise(
         if known is not None:
             terms["latent"] *= known.reshape(known.shape[0], -1).max(-1)
 
-        def mean(values):
-            if known is None:
-                return weighted_mean(values / sites(x0), weights)
-            return values.sum() / jnp.maximum(known.sum(), 1e-12)
-
-        metrics = {name: mean(value) for name, value in terms.items()}
+        metrics = {name: reduce.mean(value) for name, value in terms.items()}
         loss = sum(metrics.values())
-        return loss + mean(to_encoder), {"loss": loss, **metrics}
+        return loss + reduce.mean(to_encoder), {"loss": loss, **metrics}
 
     return objective
 
