@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from ddjax import random
 from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, Reduction
+from ddjax.objectives.leave_one_out import leave_one_out
 from ddjax.objectives.whole_elbo import whole_elbo
 from ddjax.predictions import check_kind
 from ddjax.processes import AdaptiveGaussian
@@ -35,7 +35,7 @@ def adaptive_noise(
 
     draws: of z, for each example. With one, the encoder's gradient goes straight through the draw, as the paper's does:
         it is biased. With more, at that many evaluations of the network, it is unbiased: each draw's bound is compared
-        with the mean of the others' at the same times and noises (leave-one-out, Kool et al. 2019).
+        with the mean of the others' at the same times and noises (`leave_one_out`).
     t_range, reconstruction: as in `whole_elbo`.
     Where weights are given per site, the divergence counts as much as the heaviest site of its example.
     """
@@ -82,15 +82,6 @@ def adaptive_noise(
         return loss + reduce.mean(to_encoder), {"loss": loss, **metrics}
 
     return objective
-
-
-def leave_one_out(
-    losses: Float[Array, "draws batch"], log_probs: Float[Array, "draws batch"]
-) -> Float[Array, " batch"]:
-    """0, with the slope of E[loss] in the parameters of the law that the draws come from; two draws or more."""
-    draws = losses.shape[0]
-    advantage = jax.lax.stop_gradient(losses - losses.mean(0)) * draws / (draws - 1)
-    return (advantage * (log_probs - jax.lax.stop_gradient(log_probs))).mean(0)
 
 
 __all__ = ["adaptive_noise"]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from ddjax import random
 from ddjax.grids import range_of
 from ddjax.objectives.base import Objective, Reduction
+from ddjax.objectives.leave_one_out import leave_one_out
 from ddjax.predictions import bind, check_kind
 from ddjax.processes import StateMasked
 from ddjax.processes.mixture import PerSite, Tokens
@@ -85,7 +86,7 @@ def genmd4(
         # The first rows, not rows here and there: those of microbatches (`split_batch`) are then those of the whole.
         # Over devices they are divided anew, at the price of moving their tokens.
         draws = map(draw, (batch, batch // parts), noise_keys, network_keys)
-        diffusion = reduce.mean(leave_one_out(*draws))
+        diffusion = reduce.mean(drawn_twice(*draws))
         low, high = (jnp.full(x0.shape[:1], end, t.dtype) for end in ends)
         loss = diffusion + reduce(closed_form_reconstruction(learned, x0, low) + learned.prior_kl(x0, high))
         powers = learned.schedule.powers
@@ -94,22 +95,19 @@ def genmd4(
     return objective
 
 
-def leave_one_out(
+def drawn_twice(
     first: tuple[Float[Array, " batch"], Float[Array, " batch"]],
     second: tuple[Float[Array, " some"], Float[Array, " some"]],
 ) -> Float[Array, " batch"]:
     """Losses, of examples drawn twice the mean of both, with the gradient also through the draws' distribution.
 
     Each draw is (loss, log-probability), the second of the first examples alone; their gradients through the draws
-    stand for those of all. (Shi et al. 2024, appendix I.2; Kool et al. 2019, "Buy 4 REINFORCE samples,
-    get a baseline for free".)
+    stand for those of all (Shi et al. 2024, appendix I.2).
     """
-    other_loss, other_log_q = second
-    (loss, rest), log_q = jnp.split(first[0], [len(other_loss)]), first[1][: len(other_loss)]
-    share = len(other_loss) / len(first[0])
-    through_draws = 0.5 / share * jax.lax.stop_gradient(loss - other_loss) * (log_q - other_log_q)
-    twice = 0.5 * (loss + other_loss) + through_draws - jax.lax.stop_gradient(through_draws)
-    return jnp.concatenate([twice, rest])
+    some = len(second[0])
+    losses, log_probs = (jnp.stack([a[:some], b]) for a, b in zip(first, second, strict=True))
+    through_draws = len(first[0]) / some * leave_one_out(losses, log_probs)
+    return jnp.concatenate([losses.mean(0) + through_draws, first[0][some:]])
 
 
 def closed_form_reconstruction(process: StateMasked, x0: Tokens, t: Time) -> PerSite:
@@ -123,4 +121,4 @@ def closed_form_reconstruction(process: StateMasked, x0: Tokens, t: Time) -> Per
     return process.schedule.sigma(t, x0) * nats
 
 
-__all__ = ["closed_form_reconstruction", "genmd4", "leave_one_out"]
+__all__ = ["closed_form_reconstruction", "drawn_twice", "genmd4"]

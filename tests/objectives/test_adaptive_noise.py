@@ -12,7 +12,7 @@ from ddjax import random
 from ddjax.latents import Subsets
 from ddjax.likelihood import binned
 from ddjax.objectives import adaptive_noise, whole_elbo
-from ddjax.objectives.adaptive_noise import leave_one_out
+from ddjax.objectives.leave_one_out import leave_one_out
 from ddjax.processes import AdaptiveGaussian, Gaussian
 from ddjax.schedules import PerSite
 from ddjax.solvers import DDIM, Ancestral, GivenLatent

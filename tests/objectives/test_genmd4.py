@@ -14,7 +14,7 @@ import ddjax
 from ddjax import random
 from ddjax.fixtures import Categorical, exact_nelbo
 from ddjax.objectives import genmd4
-from ddjax.objectives.genmd4 import leave_one_out
+from ddjax.objectives.genmd4 import drawn_twice
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked, StateMasked, state_masked
 from ddjax.schedules import Linear
@@ -234,7 +234,7 @@ def test_microbatches_and_devices_take_the_whole_batchs_step(x64):
 def test_two_draws_of_an_example_cost_their_mean():
     """And one half of the difference, times how many examples one stands for, pushes their log-probabilities apart."""
     losses, others = jnp.asarray([1.0, 5.0, 7.0, 9.0]), jnp.asarray([3.0, 1.0])
-    run = lambda p, q: leave_one_out((losses, p), (others, q))
+    run = lambda p, q: drawn_twice((losses, p), (others, q))
     np.testing.assert_array_equal(run(jnp.ones(4), jnp.zeros(2)), [2.0, 3.0, 7.0, 9.0])
     first, second = jax.grad(lambda *q: run(*q).sum(), argnums=(0, 1))(jnp.ones(4), jnp.zeros(2))
     np.testing.assert_array_equal(first, [-2.0, 4.0, 0.0, 0.0])
