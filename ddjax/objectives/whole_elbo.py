@@ -55,15 +55,21 @@ def learned_elbo(
     derivative of the mean square of an example's diffusion term instead, which lowers the variance of the estimate
     (Kingma et al. 2021, appendix I.2), at the cost of one more backward pass.
 
-    t_range: times to integrate; the process must be noisy at the low end.
+    t_range: times to integrate; the process must be noisy at the low end, as learned schedules are at 0.
     reconstruction: the decoder, as in `likelihood.nelbo`; `binned(levels)` for data with known levels.
     Sample and evaluate with `process.with_parameters(jax.tree.map(np.asarray, params["process"]))`.
-    Raises ValueError for a process without parameters.
+    Raises ValueError for a process without parameters, or without noise at the low end.
     """
     if not hasattr(process, "parameters"):
         raise ValueError(f"learned_elbo needs a process with parameters, got {process!r}; use elbo")
     check_kind(kind, process.kinds, process)
     low, high = ends = range_of(process, t_range)
+    with jax.ensure_compile_time_eval():
+        if not jnp.isfinite(process.schedule.common.log_snr(jnp.asarray(low))).all():
+            raise ValueError(
+                f"at t={low:g} {process.schedule!r} has no noise, and the bound there is infinite: begin later, "
+                f"for example with t_range={tuple(round(end, 6) for end in process.t_range)}"
+            )
     names = process.variance_parameters
 
     def on_clock(u):

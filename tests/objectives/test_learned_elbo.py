@@ -12,8 +12,8 @@ import pytest
 from ddjax import random
 from ddjax.likelihood import binned
 from ddjax.objectives import learned_elbo
-from ddjax.processes import Gaussian
-from ddjax.schedules import CondOT, Monotone, PerSite
+from ddjax.processes import Gaussian, LinearSDE
+from ddjax.schedules import CondOT, Monotone, PerSite, VPLinear
 
 STD, ENDS = 0.7, (5.0, -3.0)
 HIDDEN = np.random.default_rng(0).normal(size=(3, 4)) * np.asarray([[3.0], [1.0], [2.0]])
@@ -175,3 +175,10 @@ def test_errors():
         learned_elbo(PROCESS, "noise", t_range=(0.5, 0.5))
     with pytest.raises(ValueError, match="posterior"):
         learned_elbo(PROCESS, "posterior")
+
+
+def test_it_must_begin_where_there_is_noise():
+    process = LinearSDE([[0.0], [1.0]], [[0.0, -1.0], [1.0, 0.0]], VPLinear())
+    with pytest.raises(ValueError, match=r"no noise, and the bound there is infinite: .* t_range=\(0.04"):
+        learned_elbo(process, "noise")
+    learned_elbo(process, "noise", t_range=process.t_range)
