@@ -101,7 +101,7 @@ def bench_sample(
     _check(num=num, steps=steps, repeats=repeats, warmup=warmup)
     data, experiment = _load(config)
     times = experiment.times(steps)
-    shape = (num, *data.shape)
+    shape = (num, *experiment.state_shape)
     cond = jnp.arange(num, dtype=jnp.int32) % data.num_classes if data.num_classes else None
     init_key, prior_key, draw_key = jax.random.split(jax.random.key(config.sample.seed), 3)
     experiment, params = experiment.trained(jax.jit(experiment.init)(init_key))
@@ -205,7 +205,7 @@ class _Stepper:
         self.init_s = time.perf_counter() - start
         self.experiment, self.state = experiment, setup.state  # the step donates the state: nobody else may hold it
         self.parameters = _parameters(self.state.params)
-        self.batch = shard_batch(_rows(data, experiment.config.train.batch_size), setup.mesh)
+        self.batch = shard_batch(_first_batch(experiment, data), setup.mesh)
         self.step, self.compile_times = _compile(setup.step, self.state, self.batch)
 
     def __call__(self) -> float:
@@ -293,9 +293,9 @@ def _load(config: Config) -> tuple[Dataset, Experiment]:
     return data, build(config, data)
 
 
-def _rows(data: Dataset, batch_size: int) -> dict[str, np.ndarray]:
-    """The first batch's rows of this process, in the data's order, going round if there are too few."""
-    return data[np.arange(batch_size // jax.process_count()) % len(data)]
+def _first_batch(experiment: Experiment, data: Dataset) -> dict[str, Any]:
+    """The first training batch's rows of this process."""
+    return next(experiment.batches(data, process_index=jax.process_index(), process_count=jax.process_count()))
 
 
 def _model(experiment: Experiment) -> Experiment:

@@ -118,6 +118,22 @@ def test_continuous_states_have_no_tokens():
     assert "tokens/s" not in bench.format_report(result)
 
 
+@pytest.mark.slow
+def test_a_batch_has_what_the_process_and_the_objective_need():
+    """A velocity beside the data; noise paired with them; a noise level."""
+    config = tiny()
+    config.data.tokens, config.process.name, config.process.schedule = False, "critically_damped", "vp_linear"
+    config.denoiser.kind, config.sample.solver = "x0", "ancestral"
+    result = bench.bench_sample(typed(config), num=2, steps=2, repeats=1)
+    assert result["nfe"] == 2
+    config.process.name, config.process.schedule, config.denoiser.kind = "interpolant", "linear", "velocity"
+    config.objective.name, config.objective.options = "interpolant", {"coupling": "transported", "group": 4}
+    assert set(bench._Stepper(*bench._load(typed(config))[::-1]).batch["cond"]) == {"x1", "cond"}
+    config.process.name, config.process.schedule, config.data.noise = "gaussian", "ve", {"sigma": 0.1}
+    config.objective.name, config.objective.options, config.denoiser.kind = "ambient", {}, "x0"
+    assert bench.bench_train(typed(config), steps=1, warmup=0)["step_s"]["median"] > 0
+
+
 @pytest.mark.parametrize("name", ["trained", "sampled"])
 def test_json_round_trip_and_report(name, request, tmp_path):
     result = request.getfixturevalue(name)
