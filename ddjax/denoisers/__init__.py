@@ -5,7 +5,7 @@ apply, params = functional(module)
 logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 """
 
-from ddjax.denoisers import layers, taps
+from ddjax.denoisers import layers, outputs, taps
 from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
@@ -23,6 +23,7 @@ __all__ = [
     "functional",
     "functional_init",
     "layers",
+    "outputs",
     "stack_blocks",
     "taps",
     "truncated_logistic_logits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax import random
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed, sincos_2d
 from ddjax.denoisers.taps import tap
 from ddjax.types import SoftTokens
+
+LABELS = 2**20  # a stream of random numbers apart from the layers'
 
 
 class DiT(nnx.Module):
@@ -34,7 +38,10 @@ class DiT(nnx.Module):
         width, depth, heads: of the transformer; heads divides width.
         mlp_ratio: hidden width of the MLP over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        latent: numbers of a latent that the network is told, `cond = {"z": (batch, latent), "cond": labels}`
+            (`processes.AdaptiveGaussian`). 0: none.
         time: False ignores t.
+        label_noise: noise on the embedded labels when train=True (`layers.embed.Conditioner`).
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
         embed_width: features per discrete token, default at least 32 (less if width is).
@@ -60,7 +67,9 @@ class DiT(nnx.Module):
         heads: int,
         mlp_ratio: float = 4,
         num_classes: int = 0,
+        latent: int = 0,
         time: bool = True,
+        label_noise: float = 0.0,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         embed_width: int | None = None,
@@ -89,7 +98,9 @@ class DiT(nnx.Module):
             self.embed = Linear(sites * features, width, dtype=dtype, rngs=rngs)
             features_out = sites * symbols_out
         self.position = nnx.Param(jnp.asarray(sincos_2d(height // patch, wide // patch, width)))
-        self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs)
+        self.condition = Conditioner(
+            cond_width, num_classes=num_classes, time=time, latent=latent, label_noise=label_noise, rngs=rngs
+        )
         block = partial(
             Block, width, heads, mlp="gelu", mlp_width=int(mlp_ratio * width), cond_width=cond_width,
             dropout=dropout, dtype=dtype, attention=attention,
@@ -101,7 +112,7 @@ class DiT(nnx.Module):
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -112,8 +123,8 @@ class DiT(nnx.Module):
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label.
-            rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
+            cond: labels in `[0, num_classes]`; None is the null label. With `latent` `{"z": ..., "cond": labels}`.
+            rng: one key, or one per example, for dropout and label_noise; needed when train=True and one is not 0.
             train: whether dropout acts.
 
         Returns:
@@ -126,7 +137,9 @@ class DiT(nnx.Module):
         check_state(state, (("height", "width", "channels"), self.shape), self.symbols_in)
         batch = state.shape[0]
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = tap("condition", self.condition(batch, t, cond))
+        label_keys = dropout_keys(self.condition.label_noise, batch, rng, train)
+        label_keys = None if label_keys is None else random.fold_in(label_keys, LABELS)
+        c = tap("condition", self.condition(batch, t, cond, keys=label_keys))
         x = jax.tree.map(lambda v: _patches(v, self.patch), xt)  # (batch, rows, columns, patch, patch, channels, ...)
         if self.tokens is not None:
             x = self.tokens(x)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddjax.types import Apply
+from ddjax.types import Apply, SoftTokens
 
 
 def truncated_logistic_logits(
@@ -45,6 +45,8 @@ class TruncatedLogistic:
 
     def __call__(self, params, xt, t, cond=None, **options):
         """Logits `(batch, *sites, num_symbols)`."""
+        if isinstance(xt, SoftTokens):
+            raise ValueError("TruncatedLogistic looks at the symbol that a site shows: give hard tokens, not soft ones")
         outputs = self.network(params, xt, t, cond, **options)
         if outputs.shape != (*xt.shape, 2):
             raise ValueError(f"TruncatedLogistic needs outputs {(*xt.shape, 2)}, got {outputs.shape}")

@@ -134,3 +134,31 @@ def test_dropout_keeps_the_mean_and_depends_on_each_examples_key_alone():
     np.testing.assert_array_equal(np.concatenate(parts), y)
     assert (y[0] != y[1]).any()
     assert layers.dropout(x, 0.25, None) is x
+
+
+def test_labels_are_perturbed_in_training_by_noise_of_a_given_length():
+    """Its square sums to label_noise^2 in the mean; each example's by its own key, and none without keys."""
+    make = lambda **options: layers.Conditioner(16, num_classes=3, time=False, rngs=nnx.Rngs(0), **options)
+    plain, noisy = make(), make(label_noise=2.0)
+    labels, keys = jnp.arange(2000) % 3, lambda: random.example_keys(jax.random.key(0), 2000)
+    np.testing.assert_array_equal(noisy(2000, None, labels), plain(2000, None, labels))
+    # silu is not one to one: the noise is read where labels are far out, and silu is the identity
+    noisy.labels[...] = jnp.full((4, 16), 100.0)
+    seen = np.asarray(noisy(2000, None, labels, keys=keys())) - 100.0
+    assert abs((seen**2).sum(-1).mean() - 4.0) < 5 * 4.0 * np.sqrt(2 / (16 * 2000))
+    np.testing.assert_allclose(noisy(7, None, labels[5:12], keys=keys()[5:12]) - 100.0, seen[5:12], atol=1e-4)
+    for wrong in ({"num_classes": 0, "label_noise": 1.0}, {"num_classes": 3, "label_noise": -1.0}):
+        with pytest.raises(ValueError, match="label_noise"):
+            layers.Conditioner(16, time=True, rngs=nnx.Rngs(0), **wrong)
+
+
+def test_a_latent_joins_the_condition():
+    told = layers.Conditioner(8, num_classes=3, time=False, latent=2, rngs=nnx.Rngs(0))
+    labels, z = jnp.asarray([0, 2]), jnp.asarray([[1.0, 0.0], [0.5, 2.0]])
+    kernel, table = np.asarray(told.latent.kernel[...]), np.asarray(told.labels[...])
+    for cond, rows in ((labels, table[[0, 2]]), (None, table[[3, 3]])):
+        expected = jax.nn.silu(rows + z @ kernel)
+        np.testing.assert_allclose(told(2, None, {"z": z, "cond": cond}), expected, rtol=1e-5)
+    for wrong in (labels, {"z": z}, {"z": z[:, :1], "cond": labels}):
+        with pytest.raises(ValueError, match="a latent"):
+            told(2, None, wrong)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ddjax import random
 from ddjax.denoisers.layers.basic import Linear
-from ddjax.types import SoftTokens
+from ddjax.types import Keys, SoftTokens
 
 # t in [0, 1] becomes the step number of a 1000-step diffusion, which the frequencies were made for.
 TIME_SCALE = 1000.0
@@ -86,9 +90,24 @@ class Conditioner(nnx.Module):
     The label table has `num_classes + 1` rows, the last the null label (Ho & Salimans 2022). An untimed,
     unlabelled network keeps the null row alone: a learned constant. It runs in float32 whatever the network's
     compute dtype, since it costs nothing and bfloat16 would round nearby times to the same features.
+
+    latent: numbers of a latent that comes along, `cond = {"z": (batch, latent), "cond": label}`, and is added too.
+    label_noise: in training the label's row gets N(0, label_noise^2 / width) (condition embedding perturbation, Chen et
+        al. 2024, "Slight corruption in pre-training data makes better diffusion models").
     """
 
-    def __init__(self, width: int, *, num_classes: int, time: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_classes: int,
+        time: bool,
+        latent: int = 0,
+        label_noise: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        if not label_noise >= 0 or (label_noise and not num_classes):
+            raise ValueError(f"label_noise={label_noise}, num_classes={num_classes}: expected 0 or more, for labels")
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: expected 0 (no labels) or more")
         self.time = time
@@ -97,21 +116,35 @@ class Conditioner(nnx.Module):
         self.time_out = Linear(width, width, kernel_init=_normal, rngs=rngs) if time else None
         labelled = num_classes > 0 or not time
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
+        self.latent = Linear(latent, width, kernel_init=_normal, rngs=rngs) if latent else None
+        self.label_noise = label_noise
 
     def __call__(
-        self, batch: int, t: Array | None, cond: Array | None, sites: int | None = None
+        self,
+        batch: int,
+        t: Array | None,
+        cond: Array | Mapping[str, Array | None] | None,
+        sites: int | None = None,
+        keys: Keys | None = None,
     ) -> Float[Array, "batch *sites width"]:
         """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)` or None (null).
 
         sites: where given, `t` may also be `(batch, sites)`, and there is then a vector for each site.
+        keys: of the noise on labels, one per example; None for none.
         """
-        total = jnp.zeros((), jnp.float32)
+        total, z = jnp.zeros((), jnp.float32), None
+        if self.latent is not None:
+            z, cond = _check_latent(cond, batch, self.latent.kernel.shape[0])
         if self.time:
             total = self.time_out(jax.nn.silu(self.time_in(time_embedding(_check_time(t, batch, sites)))))
         labels = _check_labels(cond, self.num_classes, batch)
         if self.labels is not None:
             row = lookup(self.labels[...], labels)
+            if keys is not None and self.label_noise:
+                row = row + self.label_noise * row.shape[-1] ** -0.5 * random.normal(keys, row.shape[1:])
             total = total + (row[:, None] if total.ndim == 3 else row)
+        if z is not None:
+            total = total + (self.latent(z)[:, None] if total.ndim == 3 else self.latent(z))
         return jax.nn.silu(total)
 
 
@@ -133,6 +166,15 @@ def _check_time(t: Array | None, batch: int, sites: int | None) -> Array:
     if t.shape not in ((), (batch,)):
         raise ValueError(f"t has shape {t.shape}; expected ({batch},), one time per example, or ()")
     return jnp.broadcast_to(t, (batch,))
+
+
+def _check_latent(cond: Any, batch: int, bits: int) -> tuple[Float[Array, "batch bits"], Array | None]:
+    """The latent and the labels."""
+    if not isinstance(cond, Mapping) or set(cond) != {"z", "cond"} or cond["z"].shape != (batch, bits):
+        raise ValueError(
+            f'the network knows a latent: expected cond={{"z": ({batch}, {bits}), "cond": labels or None}}'
+        )
+    return cond["z"], cond["cond"]
 
 
 def _check_labels(cond: Array | None, num_classes: int, batch: int) -> Int[Array, " batch"]:
