@@ -41,6 +41,8 @@ class DataConfig:
     tokens: bool = True  # categorical states; False: values in [-1, 1]
     options: dict = dataclasses.field(default_factory=dict)  # of the source: length, size, vocabulary, valid_path, ...
     eval_split: str = "test"  # the split on which bounds are reported
+    # of values: what [-1, 1] is mapped onto, [0, 1] for reflected, of positive numbers for geometric
+    interval: list = dataclasses.field(default_factory=lambda: [-1.0, 1.0])
     # sigma, share, seed: a share of the training items is seen through noise of standard deviation sigma, drawn once
     # for each, for the objective ambient; empty for none
     noise: dict = dataclasses.field(default_factory=dict)
@@ -52,11 +54,12 @@ class ProcessConfig:
 
     # of tokens: masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning,
     # glauber; of values: gaussian, learned_variance, learned_gaussian (DiffEnc, NDM, NFDM), pfgm, interpolant,
-    # blurring, shortest_path, linear_sde, critically_damped
+    # blurring, shortest_path, linear_sde, critically_damped, geometric, reflected, bridge_mixture (GruM),
+    # mixture_output (SMD), adaptive_gaussian (MuLAN with its latent)
     name: str = "masked"
     # linear, polynomial, cosine, log_linear; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
     # trigonometric, polynomial_path, linear_vp, log_snr_linear, laplace, sigmoid, ddpm_linear, ddpm_cosine, shifted,
-    # and monotone and per_site, which the objective learned_elbo trains
+    # ou_bridge (bridge_mixture's), and monotone and per_site, which the objective learned_elbo trains
     schedule: str = "linear"
     schedule_options: dict = dataclasses.field(default_factory=dict)
     data_std: float = 1.0  # of values: their standard deviation
@@ -64,7 +67,8 @@ class ProcessConfig:
     # pfgm: D; interpolant: path (straight, trigonometric, residual), noise (scale, start, end, or left out),
     # correlation (markov, deterministic, accumulating), source_std; learned_gaussian: gate (elapsed, noise_share),
     # outputs (1 or 2), width, seed; blurring: blur, floor; shortest_path: power, offset; linear_sde: noise, rotation,
-    # data, scale, start; critically_damped: mass, start
+    # data, scale, start; critically_damped: mass, start; geometric: growth; mixture_output: components;
+    # adaptive_gaussian: bits, ones, width, seed, log_snr_max, log_snr_min
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -74,11 +78,12 @@ class DenoiserConfig:
 
     name: str = "dit"  # dit, text
     # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm; encoded
-    # (learned_gaussian); of an interpolant x0, x1, noise, score, velocity, residual, and where it has noise pairs
-    # such as velocity+noise
+    # (learned_gaussian); hyvarinen (geometric); of an interpolant x0, x1, noise, score, velocity, residual, and where
+    # it has noise pairs such as velocity+noise
     kind: str = "posterior"
-    # constructor arguments: width, depth, heads, dropout, time, block (text), dtype, scan, remat, ...; and
-    # shared_times, a dict of until and parts: one time for each part of the first times (E-TSDM)
+    # constructor arguments: width, depth, heads, dropout, label_noise (dit: CEP), time, block (text), dtype, scan,
+    # remat, ...; and shared_times, a dict of until and parts: one time for each part of the first times (E-TSDM);
+    # truncated_logistic: True for tokens with an order, a centre and a width for each site (D3PM)
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -88,14 +93,15 @@ class ObjectiveConfig:
 
     # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
     # block_elbo, diffusion_forcing; of values elbo, gaussian, learned_uncertainty, adaptive, fokker_planck,
-    # contrastive_flow_matching, ddpm_hybrid, ambient, interpolant; with the process's parameters learned_elbo,
-    # learned_process
+    # contrastive_flow_matching, ddpm_hybrid, ambient, interpolant, mixture_steps; with the process's parameters
+    # learned_elbo, learned_process, adaptive_noise (adaptive_gaussian's)
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
-    # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at; genmd4: every;
-    # d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top; diffusion_forcing: t_range, frame_axes;
-    # gaussian, learned_uncertainty: error, weighting, density and their arguments; fokker_planck: these and weight;
-    # learned_process: t_range, curvature; interpolant: error, density, coupling (independent; transported and group)
+    # elbo: t_range, or steps and end (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
+    # genmd4: every; d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top;
+    # diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty: error, weighting, density and their
+    # arguments; fokker_planck: these and weight; learned_process: t_range, curvature; adaptive_noise: draws, t_range;
+    # mixture_steps: steps, end; interpolant: error, density, coupling (independent; transported and group)
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -137,7 +143,8 @@ class SampleConfig:
     """How samples are drawn, unless asked otherwise."""
 
     num: int = 64
-    solver: str = "ancestral"  # ancestral, ddim, heun
+    # ancestral, ddim, heun; folded_heun (reflected); given_latent (adaptive_gaussian), with the option solver
+    solver: str = "ancestral"
     solver_options: dict = dataclasses.field(default_factory=dict)
     steps: int = 64  # of all blocks together, where the network has blocks
     grid: str = "uniform"  # uniform, cosine, karras, uniform_log_snr

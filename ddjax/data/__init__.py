@@ -14,6 +14,7 @@ from ddjax.data.noisy import noisy
 from ddjax.data.pipeline import Batches, batches, epoch
 from ddjax.data.png import grid, write_png
 from ddjax.data.registry import load
+from ddjax.data.rescaled import rescaled
 from ddjax.data.transport import Transported
 from ddjax.data.vocabulary import Bytes, Characters, Subwords, text8
 
@@ -33,6 +34,7 @@ __all__ = [
     "grid",
     "load",
     "noisy",
+    "rescaled",
     "text8",
     "unigram_entropy",
     "write_png",

@@ -51,6 +51,7 @@ class Dataset:
         levels: for continuous data made of discrete values, the increasing float32 array of the values a
             site can take (every x0 is one of them exactly); a binned decoder turns them back into a
             likelihood. None otherwise.
+        interval: for continuous data, where their least and greatest lie; what is shown black and white.
         vocabulary: for text, what turns tokens back into text. None otherwise.
         counts: for tokens, how often each symbol occurs, once somebody has counted (`count_symbols`).
     """
@@ -62,6 +63,7 @@ class Dataset:
     num_symbols: int | None = None
     num_classes: int = 0
     levels: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    interval: tuple[float, float] = (-1.0, 1.0)
     vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False)
     counts: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
@@ -83,7 +85,7 @@ class Dataset:
         """States as images to look at.
 
         Args:
-            x0: `(n, *shape)`, tokens or values in [-1, 1]. What lies outside (a mask token, an overshoot)
+            x0: `(n, *shape)`, tokens or values in `interval`. What lies outside (a mask token, an overshoot)
                 is clipped to the nearest shade.
 
         Returns:
@@ -96,7 +98,8 @@ class Dataset:
             raise ValueError(f"{self.name}: states of shape {self.shape} are not images")
         x0 = self._batch(x0)
         if self.num_symbols is None:
-            shade = (x0.astype(np.float64) + 1) * 127.5
+            low, high = self.interval
+            shade = (x0.astype(np.float64) - low) * (255 / (high - low))
         else:
             shade = x0.astype(np.float64) * 255 / max(self.num_symbols - 1, 1)
         return np.rint(np.clip(shade, 0, 255)).astype(np.uint8)

@@ -36,6 +36,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "num_symbols": dataset.num_symbols,
         "num_classes": dataset.num_classes,
         "levels": None if dataset.levels is None else [float(v) for v in dataset.levels],
+        "interval": list(dataset.interval),
         "vocabulary": vocabulary,
         "counts": None if dataset.counts is None else dataset.counts.tolist(),
     }
@@ -60,6 +61,7 @@ def from_description(description: dict[str, Any]) -> Dataset:
         num_symbols=description["num_symbols"],
         num_classes=description["num_classes"],
         levels=None if levels is None else np.asarray(levels, np.float32),
+        interval=tuple(description.get("interval", (-1.0, 1.0))),  # older runs do not say it
         vocabulary=vocabulary,
         counts=None if description["counts"] is None else np.asarray(description["counts"], np.int64),
     )

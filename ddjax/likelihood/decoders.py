@@ -20,7 +20,7 @@ from ddjax.types import left_broadcast
 
 
 def binned(levels: Sequence[float] | Float[Array, " levels"]) -> Reconstruction:
-    """p(v | x_low) ∝ N(x_low; alpha v, sigma^2) (Kingma et al. 2021, "Variational Diffusion Models", eq. 30).
+    """p(v | x_low) ∝ q(x_low | v), N(x_low; alpha v, sigma^2) (Kingma et al. 2021, "VDM", eq. 30).
 
     levels: the values, in the units of x0 (for 8-bit images in [-1, 1]: `linspace(-1, 1, 256)`). The network is not
     asked: all that the decoder knows, x_low shows. Raises ValueError for fewer than two levels.
@@ -63,12 +63,13 @@ class _Binned:
     def __call__(self, process, x0, prediction, x_low, low):
         """-log p(level of x0 | x_low), nats per site."""
         check_sitewise(process, "a binned decoder")
-        t = left_broadcast(low, x0)
-        alpha, sigma = process.schedule.alpha(t)[..., None], process.schedule.sigma(t)[..., None]
+        process = getattr(process, "base", process)  # a learned transform does next to nothing there
         levels = jnp.asarray(self.levels, x0.dtype)
-        logits = -0.5 * ((x_low[..., None] - alpha * levels) / sigma) ** 2
-        nearest = _nearest(x0, levels)
-        return cross_entropy(logits, nearest)
+
+        def log_q(level):
+            return process.marginal(jnp.full_like(x0, level), low).log_prob(x_low)
+
+        return cross_entropy(jax.vmap(log_q, out_axes=-1)(levels), _nearest(x0, levels))
 
 
 @dataclasses.dataclass(frozen=True)

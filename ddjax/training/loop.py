@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ddjax import data as datasets
-from ddjax.config import Config, ConfigError, differences, to_dict
+from ddjax.config import Config, ConfigError, differences, to_dict, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import describe
 from ddjax.evaluation import label_accuracy
@@ -191,8 +191,10 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
     if path.exists():
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
-            changed = differences(old["config"], description["config"])
-            before, now = ({k: v for k, v in d["data"].items() if k != "name"} for d in (old, description))
+            # Keys that an older run does not know were at their defaults.
+            changed = differences(to_dict(typed(old["config"])), description["config"])
+            old_data = {"interval": [-1.0, 1.0], **old["data"]}
+            before, now = ({k: v for k, v in d.items() if k != "name"} for d in (old_data, description["data"]))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); use another --workdir or repair it") from error
         if changed:

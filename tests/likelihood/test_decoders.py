@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ddjax.fixtures import GaussianMixture
-from ddjax.likelihood import discretised, nelbo
+from ddjax.likelihood import binned, discretised, nelbo
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian
-from ddjax.schedules import CondOT
+from ddjax.processes import Gaussian, Geometric, Reflected
+from ddjax.schedules import EDM, CondOT
 
 PROCESS, LEVELS = Gaussian(CondOT()), (-1.0, -0.2, 0.1, 0.7)
 
@@ -70,3 +70,22 @@ def test_values_and_errors():
     ):
         with pytest.raises(ValueError, match=words):
             discretised(levels, std)
+
+
+def test_levels_are_told_by_the_law_of_what_they_become(x64):
+    """In the box by images, of logarithms by their normal; the states' own units leave no trace in a probability."""
+    levels, x, sigma = np.asarray([0.1, 0.5, 0.9]), np.asarray([[0.02, 0.55, 0.97]]), 0.8
+    t, decoder, x0 = jnp.asarray([sigma]), binned(levels), jnp.asarray(levels)[None]
+
+    def chances(log_q):
+        q = np.exp(log_q)  # of each site (rows) under each level
+        return -np.log(np.diag(q) / q.sum(1))
+
+    images = 2.0 * np.arange(-20, 21) + np.stack([levels, -levels])[..., None]  # (2, levels, images)
+    folded = np.log(np.exp(-0.5 * ((x[0][:, None, None, None] - images) / sigma) ** 2).sum((1, 3)))
+    ours = decoder(Reflected(EDM(1.0)), x0, None, jnp.asarray(x), t)
+    np.testing.assert_allclose(ours[0], chances(folded), rtol=1e-10)
+    growth = 0.2
+    shift = np.log(x[0])[:, None] - np.log(levels) - (growth - 0.5) * sigma**2
+    ours = decoder(Geometric(Gaussian(EDM(1.0)), growth), x0, None, jnp.asarray(x), t)
+    np.testing.assert_allclose(ours[0], chances(-0.5 * (shift / sigma) ** 2), rtol=1e-10)
