@@ -34,8 +34,7 @@ class ClassifierFree:
             raise ValueError(
                 "classifier-free guidance needs a condition; for unconditional samples use the denoiser without it"
             )
-        null = jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), self.null, cond)
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, _without(cond, self.null))
         out = self.denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), both)
         value = jax.nn.log_softmax(out.value) if out.kind in LOGIT_KINDS else out.value
         with_cond, without = jnp.split(value, 2)
@@ -43,6 +42,12 @@ class ClassifierFree:
         impossible = jnp.isneginf(with_cond) | jnp.isneginf(without)
         change = jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without)
         return Prediction(jnp.where(impossible, with_cond, without + self.scale * change), out.kind)
+
+
+def _without(cond: Any, null: Any) -> Any:
+    if isinstance(cond, dict) and "cond" in cond:
+        return {**cond, "cond": _without(cond["cond"], null)}
+    return jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null, cond)
 
 
 def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
@@ -54,7 +59,8 @@ def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
     level of x0; Schiff et al. 2024,
     eq. 12, for absorbing noise). With scale other than 1 the result is not the law of any diffusion.
 
-    null: the condition that stands for none, as in `objectives.with_condition_dropout`. scale: 1 is off, and returns
+    null: the condition that stands for none, as in `objectives.with_condition_dropout` (of a dict with an entry "cond",
+    that entry; the others, such as a latent, stay). scale: 1 is off, and returns
     `denoise` itself at no cost; 0 is unconditional. Each call costs two network evaluations, made as one batch.
     """
     if isinstance(scale, (int, float)) and scale == 1.0:

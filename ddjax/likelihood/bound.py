@@ -51,6 +51,8 @@ def nelbo(
         steps are drawn for each example.
     known: sites that are given (padding, a prompt): they are shown clean and cost nothing; the bound is then on
         -log p(the others | the known).
+    Where the process has a latent (`AdaptiveGaussian`), one is drawn from q(z | x0) for each example, and KL(q(z | x0)
+    || p(z)) counts as prior.
     Raises ValueError where num_times < 1, the range is empty, or `known` has another shape than x0.
     """
     if num_times < 1:
@@ -59,6 +61,8 @@ def nelbo(
         raise ValueError(f"known has shape {known.shape}; give one entry per site, {x0.shape}")
     if known is not None:
         check_sitewise(process, "a bound given known sites")
+        if hasattr(process, "latents"):
+            raise ValueError(f"the latent of {type(process).__name__} is drawn from all sites: none can be known")
     times = chain_grid(process, times, t_range)
     if times is not None:
         t_range = times[-1], times[0]
@@ -78,7 +82,12 @@ def nelbo(
 
 @functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "reconstruction"))
 def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_range, reconstruction):
-    batch, dtype = x0.shape[0], time_dtype(x0)
+    batch, dtype, divergence = x0.shape[0], time_dtype(x0), 0.0
+    if hasattr(process, "latents"):  # one is drawn, and all else is given it
+        key, latent_key = jax.random.split(key)
+        law = process.posterior(x0)
+        z, divergence = law.sample(random.example_keys(latent_key, rows)), law.kl_from_uniform()
+        process, cond = process.given(z), {"z": z, "cond": cond}
     time_keys, noise_keys, low_keys = random.split(random.example_keys(key, rows), 3)
     low, high = (jnp.full((batch,), end, dtype) for end in t_range)
 
@@ -106,7 +115,7 @@ def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_ran
         ends = process.reconstruction(x0, prediction, x_low, low)
     else:
         ends = reconstruction(process, x0, prediction, x_low, low)
-    return total(process.prior_kl(x0, high)), diffusion, total(ends), error
+    return total(process.prior_kl(x0, high)) + divergence, diffusion, total(ends), error
 
 
 def mean_and_error(

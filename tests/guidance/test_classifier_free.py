@@ -119,3 +119,18 @@ def test_a_tree_of_conditions():
 def test_errors():
     with pytest.raises(ValueError, match="needs a condition"):
         classifier_free(MIXTURE.denoise(PROCESS), null=3, scale=2.0)(XT, T, None)
+
+
+def test_of_a_dict_the_entry_cond_is_the_condition():
+    """The others are shown on both sides."""
+    seen = []
+
+    def denoise(xt, t, cond):
+        seen.append(cond)
+        return Prediction(cond["z"] + 10.0 * cond["cond"][:, None], "x0")
+
+    z = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    guided = classifier_free(denoise, null=5, scale=3.0)(XT, T, {"z": z, "cond": COND})
+    np.testing.assert_array_equal(seen[0]["z"], np.concatenate([z, z]))
+    np.testing.assert_array_equal(seen[0]["cond"], [0, 2, 5, 5])
+    np.testing.assert_allclose(guided.value, z + 10.0 * (5 + 3 * (COND[:, None] - 5)))

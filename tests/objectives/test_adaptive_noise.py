@@ -10,7 +10,7 @@ import pytest
 import ddjax
 from ddjax import random
 from ddjax.latents import Subsets
-from ddjax.likelihood import binned
+from ddjax.likelihood import binned, nelbo
 from ddjax.objectives import adaptive_noise, whole_elbo
 from ddjax.objectives.leave_one_out import leave_one_out
 from ddjax.processes import AdaptiveGaussian, Gaussian
@@ -221,6 +221,24 @@ def test_given_its_latent_it_is_the_polynomial_of_each_site(x64):
     for t in (0.0, 0.3, 1.0):
         share = (rise(t) + 1e-3 * t) / (rise(1.0) + 1e-3)
         np.testing.assert_allclose(log_snr(jnp.full((3, 1), t)), 9.0 - 24.0 * share, rtol=1e-12)
+
+
+def test_the_evaluator_draws_a_latent_and_counts_its_divergence(x64):
+    """Where q(z | x0) is sure of one of the three: the bound of that latent's own process, and log 3."""
+    sure = {"w": np.zeros((2, 3)), "b": np.asarray([50.0, 50.0, -50.0])}
+    process = PROCESS.with_parameters({**VALUES, "encoder": sure})
+    x0, key, z = jnp.asarray(ATOMS), jax.random.key(4), np.asarray([[1.0, 1.0, 0.0]] * 3)
+    options = {"num_times": 2, "t_range": (0.1, 0.9)}
+    params = some_params(process)["network"]
+    ours = nelbo(key, ddjax.bind(network, params, process, "x0"), process, x0, **options)
+    alone = Gaussian(PerSite(np.asarray(polynomials(VALUES["polynomials"], z))[:, 0], 9.0, -15.0))
+    key, cond = jax.random.split(jax.random.clone(key))[0], {"z": jnp.asarray(z)}
+    theirs = nelbo(key, ddjax.bind(network, params, alone, "x0"), alone, x0, cond, **options)
+    np.testing.assert_allclose(ours.prior, theirs.prior + np.log(3.0), rtol=1e-10)
+    np.testing.assert_allclose(ours.diffusion, theirs.diffusion, rtol=1e-10)
+    np.testing.assert_allclose(ours.reconstruction, theirs.reconstruction, rtol=1e-10)
+    with pytest.raises(ValueError, match="none can be known"):
+        nelbo(key, None, process, x0, known=x0 > 0)
 
 
 @pytest.mark.slow
