@@ -107,6 +107,7 @@ def bench_sample(
     experiment, params = experiment.trained(jax.jit(experiment.init)(init_key))
     process, solver = experiment.sampling_process, experiment.solver()
     denoise = experiment.guided(bind(experiment.apply, params, process, experiment.kind), config.sample.guidance, cond)
+    cond = experiment.to_sample(prior_key, jnp.arange(num), cond)
 
     @jax.jit
     def draw(key, denoise, times, cond):
@@ -172,7 +173,11 @@ def bench_objectives(
     for name in names:
         if name not in usual | besides:
             raise ValueError(f"unknown objective {name!r}; it is one of {', '.join(usual | besides)}")
-    steps = {name: _Stepper(build((usual | besides)[name].of(config), data), data) for name in names}
+    steps = {}
+    for name in names:
+        case = (usual | besides)[name]
+        theirs = case.data(data)
+        steps[name] = _Stepper(build(case.of(config), theirs), theirs)
     seconds = np.array([[stepper() for stepper in steps.values()] for _ in range(warmup + rounds)])[warmup:]
     ratios = np.percentile(seconds / seconds[:, :1], [10, 50, 90], axis=0).T
     memory = {name: _memory(stepper.step)["executable"]["total"] for name, stepper in steps.items()}

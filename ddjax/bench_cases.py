@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ddjax.config import Config, ProcessConfig, SampleConfig
+from ddjax.data import Dataset, rescaled
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -22,10 +23,13 @@ class Case(NamedTuple):
     of_process: Mapping[str, Any] = NONE
     schedule: str | None = None
     solver: str = "ancestral"  # not run, but `build` looks whether it goes with the process
+    schedule_options: Mapping[str, Any] = NONE
+    interval: tuple[float, float] | None = None  # of the data, where the process asks for another than [-1, 1]
 
     def of(self, config: Config) -> Config:
         """The config with this process, prediction and objective in the place of its own."""
         schedule = {} if self.schedule is None else {"schedule": self.schedule}
+        schedule["schedule_options"] = dict(self.schedule_options)
         return dataclasses.replace(
             config,
             process=ProcessConfig(name=self.process, options=dict(self.of_process), **schedule),
@@ -33,6 +37,10 @@ class Case(NamedTuple):
             objective=dataclasses.replace(config.objective, name=self.objective, options=dict(self.options)),
             sample=SampleConfig(solver=self.solver),
         )
+
+    def data(self, data: Dataset) -> Dataset:
+        """The data as the process takes them."""
+        return data if self.interval is None else rescaled(data, *self.interval)
 
 
 # Kernels and chains hold matrices of symbols x symbols, so they are asked for by name.
@@ -94,6 +102,15 @@ VALUES = {
     "ddpm_hybrid": Case("learned_variance", "noise", "ddpm_hybrid", {"steps": 100}, schedule="vp_cosine"),
     "monotone learned_elbo": Case("gaussian", "v", "learned_elbo", schedule="monotone"),
     "learned_gaussian": Case("learned_gaussian", "x0", "learned_process", schedule="vp_cosine"),
+    "geometric": Case(
+        "geometric", "noise", "elbo", schedule="edm", schedule_options={"sigma_max": 5.0}, interval=(0.5, 1.5)
+    ),
+    "reflected": Case("reflected", "noise", "elbo", schedule="ve", interval=(0.0, 1.0)),
+    "bridge_mixture": Case("bridge_mixture", "x0", "elbo", schedule="ou_bridge"),
+    "mixture_steps": Case(
+        "mixture_output", "x0", "mixture_steps", {"steps": 100, "end": 0.01}, {"components": 4}, "vp_cosine"
+    ),
+    "adaptive_noise": Case("adaptive_gaussian", "noise", "adaptive_noise", solver="given_latent"),
     "fokker_planck": _gaussian("score", objective="fokker_planck", weight=0.1),
 }
 

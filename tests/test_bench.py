@@ -237,7 +237,8 @@ def test_every_objective_of_the_bench_builds(name):
     sections = tiny()
     if name in VALUES:
         sections.data.tokens = False
-    build((TOKENS | VALUES)[name].of(typed(sections)), load_data(typed(sections), "train"))
+    case = (TOKENS | VALUES)[name]
+    build(case.of(typed(sections)), case.data(load_data(typed(sections), "train")))
 
 
 def test_the_cases_are_those_of_the_data():
