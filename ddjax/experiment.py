@@ -17,10 +17,10 @@ from jaxtyping import Array
 
 from ddjax import data as datasets
 from ddjax import denoisers, grids, guidance, likelihood, names, objectives, processes, random
-from ddjax.config import Config, ConfigError, ProcessConfig
+from ddjax.config import Config, ConfigError, DataConfig, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
-from ddjax.predictions import COUNT_KINDS, STATE_KINDS, Prediction, bind
+from ddjax.predictions import COUNT_KINDS, STATE_KINDS, bind
 from ddjax.training import Ema, adamw
 from ddjax.types import Apply, Denoise, Params
 
@@ -69,6 +69,13 @@ class Experiment:
         """The condition under which the network is trained and scored on x0."""
         return cond if self.block is None else objectives.with_clean(x0, cond)
 
+    def to_sample(self, key: Array, rows: Array, cond: Any) -> Any:
+        """The condition to sample these rows with: with the latent, drawn first, where the process has one."""
+        if not hasattr(self.process, "latents"):
+            return cond
+        keys = random.example_keys(jax.random.fold_in(key, 2**31 - 1), rows)  # a number that no row has
+        return {"z": self.process.latents(len(rows)).sample(keys), "cond": cond}
+
     @property
     def state_shape(self) -> tuple[int, ...]:
         """The shape of one state: that of the data, or longer where the process adds variables to them."""
@@ -89,7 +96,7 @@ class Experiment:
             if option in options:
                 names.make_option(table, option, options, key, self.process)
         if "steps" in options:
-            options["times"] = tuple(np.linspace(1.0, 0.0, options.pop("steps") + 1).tolist())
+            options["times"] = tuple(np.linspace(1.0, options.pop("end", 0.0), options.pop("steps") + 1).tolist())
         return options
 
     def objective(self) -> Objective:
@@ -157,7 +164,7 @@ class Experiment:
         if self._named.parameters is not None:
             params = params["network"]
         if heads := self._named.heads:
-            experiment = dataclasses.replace(experiment, apply=_FirstHeads(self.apply, heads))
+            experiment = dataclasses.replace(experiment, apply=denoisers.outputs.FirstHeads(self.apply, heads))
         return experiment, params
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -181,8 +188,14 @@ class Experiment:
         low, high = self.process.t_range
         if self.data.levels is None:
             return low, high
-        log_snr = -2.0 * math.log(float(np.diff(self.data.levels).min()) / 8.0)
+        log_snr = -2.0 * math.log(self._spacing / 8.0)
         return max(low, float(self.process.schedule.common.time(jnp.float32(log_snr)))), high
+
+    @property
+    def _spacing(self) -> float:
+        """The least distance between levels, where noise is added to them."""
+        levels = np.log(self.data.levels) if isinstance(self.process, processes.Geometric) else self.data.levels
+        return float(np.diff(levels).min())
 
     def reconstruction(self) -> Any:
         """The bound's decoder: for data with known levels a probability of these, else the process's own density.
@@ -194,7 +207,7 @@ class Experiment:
             return None
         if getattr(self.process, "sitewise", True):
             return likelihood.binned(levels)
-        return likelihood.discretised(levels, std=float(np.diff(levels).min()) / 8.0)
+        return likelihood.discretised(levels, std=self._spacing / 8.0)
 
     def solver(self, name: str | None = None, **options: Any) -> Any:
         """The sampler's step, by name; default that of the config."""
@@ -246,9 +259,15 @@ def load_data(config: Config, split: str) -> Dataset:
             "there are config.data.tokens and config.data.eval_split"
         )
     try:
-        return datasets.load(c.name, split, tokens=c.tokens, **c.options)
+        data = datasets.load(c.name, split, tokens=c.tokens, **c.options)
     except TypeError as error:
         raise ConfigError(f"config.data.options: {error}") from error
+    if c.interval == DataConfig().interval:
+        return data
+    try:
+        return datasets.rescaled(data, *c.interval)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.data.interval={c.interval}: {error}") from error
 
 
 def build(config: Config, data: Dataset) -> Experiment:
@@ -300,7 +319,7 @@ def _rehearse(experiment: Experiment) -> None:
     def network(params, xt, t, cond=None, **_):
         if jnp.ndim(t) > 1:
             raise ValueError(f"the network {c.denoiser.name!r} takes one time for each example, not one for each site")
-        if isinstance(cond, dict):
+        if isinstance(cond, dict) and "z" not in cond:
             raise ValueError(f"the batch's condition has entries {', '.join(cond)}, which are not for the network")
         return jnp.zeros((xt.shape[0], *outputs))
 
@@ -313,8 +332,8 @@ def _rehearse(experiment: Experiment) -> None:
         return objective(key, network, {"network": {}, **params} if params else {}, x0, cond)
 
     def draw(key, xt, t, s):
-        denoise = bind(network, {}, process, kind)
-        return solver.step(random.example_keys(key, 2), solver.init(xt), xt, t, s, denoise)
+        denoise, cond = bind(network, {}, process, kind), experiment.to_sample(key, jnp.arange(2), None)
+        return solver.step(random.example_keys(key, 2), solver.init(xt, cond), xt, t, s, denoise, cond)
 
     batch, key = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.random.key(0)
     cond = None if experiment.null is None else batch((2,), dtype=jnp.int32)
@@ -336,33 +355,6 @@ def _rehearse(experiment: Experiment) -> None:
                 f"{name} does not go with config.process.name={c.process.name!r} and config.denoiser.kind={kind!r}: "
                 f"{' '.join(str(error).split())}"
             ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _FirstHeads:
-    """A network without its last outputs."""
-
-    apply: Apply
-    dropped: int
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        return self.apply(*args, **kwargs)[..., : -self.dropped]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ratios:
-    """A network whose output 0 says the ratios of data uniform over symbols, at all times.
-
-    The authors of score entropy add the same to theirs, up to a constant (Lou et al. 2024, section 5.1 and code).
-    """
-
-    apply: Apply
-    process: Any
-
-    def __call__(self, params: Params, xt: Array, t: Array, cond: Any = None, **options: Any) -> Array:
-        output = self.apply(params, xt, t, cond, **options)
-        nothing = Prediction(jnp.zeros((*xt.shape, self.process.num_symbols), output.dtype), "cavity")
-        return output + self.process.convert(nothing, "ratio", xt, t).value
 
 
 def _with(init: Callable[[Array], Params], name: str, parameters: Callable[[], Params], key: Array) -> Params:
@@ -402,21 +394,44 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     options = names.taken(make_process, given)
     if clash := options.keys() & c.options.keys():
         raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
-    return names.make(names.PROCESSES, c.name, "config.process.options", **options, **c.options), data
+    process = names.make(names.PROCESSES, c.name, "config.process.options", **options, **c.options)
+    _check_values(config, data, process)
+    return process, data
+
+
+def _check_values(config: Config, data: Dataset, process: Any) -> None:
+    """Raise ConfigError where the process is not for such values as the data's levels, or their first items."""
+    values = data[:64]["x0"] if data.levels is None and len(data) else data.levels
+    if values is not None and hasattr(process, "check_data"):
+        try:
+            process.check_data(values)
+        except ValueError as error:
+            raise ConfigError(
+                f"config.process.name={config.process.name!r}: {error}; config.data.interval maps [-1, 1] onto another "
+                "interval"
+            ) from error
 
 
 def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
     c = config.denoiser
     options = dict(c.options)
-    shared = options.pop("shared_times", None)
+    shared, ordinal = options.pop("shared_times", None), options.pop("truncated_logistic", False)
+    heads = names.pick(names.OBJECTIVES, config.objective.name, "config.objective.name").heads
+    if ordinal and (heads or c.kind not in ("posterior", "cavity")):
+        raise ConfigError(
+            "config.denoiser.options.truncated_logistic is for a posterior or a cavity of tokens, "
+            f"not for {c.kind!r} with config.objective.name={config.objective.name!r}"
+        )
     if "dtype" in options:
         options["dtype"] = names.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
     if data.num_symbols is not None:
         numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
-        numbers += names.pick(names.OBJECTIVES, config.objective.name, "config.objective.name").heads
+        numbers = 2 if ordinal else numbers + heads
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     options |= {"num_classes": data.num_classes}
+    if hasattr(process, "latents"):
+        options |= {"latent": process.bits}
     if c.name == "text":
         if len(data.shape) != 1 or data.num_symbols is None:
             raise ConfigError(
@@ -441,9 +456,13 @@ def _network(config: Config, data: Dataset, process: Any) -> tuple[Callable, App
             raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
 
     init, apply = denoisers.functional_init(make)
+    if ordinal:
+        apply = denoisers.TruncatedLogistic(apply, process.num_symbols)
+    if isinstance(process, processes.MixtureOutput):
+        apply = denoisers.outputs.Apart(apply, process.components)
     if shared is not None:
         apply = _sharing_times(apply, process, data, config, shared)
-    return init, _Ratios(apply, process) if c.kind == "ratio" else apply
+    return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
 
 
 def _sharing_times(apply: Apply, process: Any, data: Dataset, config: Config, options: Mapping[str, Any]) -> Apply:

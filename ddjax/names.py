@@ -47,6 +47,7 @@ SCHEDULES = {
     "shifted": _shifted,
     "monotone": schedules.Monotone.initial,
     "per_site": schedules.PerSite.initial,
+    "ou_bridge": schedules.OUBridge,
 }
 GENERATORS = {
     "uniform": processes.generators.uniform,
@@ -151,6 +152,11 @@ def _learned_gaussian(
     return processes.LearnedGaussian(transforms.Residual(network, gate), values, schedule, data_std)
 
 
+def _geometric(schedule: schedules.Gaussian, data_std: float, growth: float = 0.0) -> processes.Geometric:
+    """`Geometric`; data_std is that of the logarithm."""
+    return processes.Geometric(processes.Gaussian(schedule, data_std), growth)
+
+
 # Of the arguments, num_symbols, schedule, data_std, shape and counts (of the symbols of the training data) are given
 # where they are taken; the others are config.process.options. What takes num_symbols corrupts tokens.
 PROCESSES = {
@@ -173,6 +179,11 @@ PROCESSES = {
     "shortest_path": _shortest_path,
     "linear_sde": processes.LinearSDE,
     "critically_damped": processes.critically_damped,
+    "geometric": _geometric,
+    "reflected": processes.Reflected,
+    "bridge_mixture": processes.BridgeMixture,
+    "mixture_output": processes.MixtureOutput,
+    "adaptive_gaussian": processes.AdaptiveGaussian.initial,
 }
 DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
@@ -298,8 +309,23 @@ OBJECTIVES = {
     "ddpm_hybrid": Named(objectives.ddpm_hybrid),
     "ambient": Named(objectives.ambient, _FACTORS),
     "interpolant": Named(_interpolant_loss, {"coupling": COUPLINGS, "density": CLOCK_DENSITIES}),
+    "mixture_steps": Named(objectives.mixture_steps),
+    "adaptive_noise": Named(objectives.adaptive_noise, learns_process=True),
 }
-SOLVERS = {"ancestral": solvers.Ancestral, "ddim": solvers.DDIM, "heun": solvers.Heun}
+
+
+def _given_latent(process: processes.AdaptiveGaussian, solver: str = "ancestral") -> solvers.GivenLatent:
+    """`GivenLatent` with another of `SOLVERS`, with its defaults."""
+    return solvers.GivenLatent(process, pick(SOLVERS, solver, "config.sample.solver_options.solver"))
+
+
+SOLVERS = {
+    "ancestral": solvers.Ancestral,
+    "ddim": solvers.DDIM,
+    "heun": solvers.Heun,
+    "folded_heun": solvers.FoldedHeun,
+    "given_latent": _given_latent,
+}
 GRIDS = {
     "uniform": grids.uniform,
     "cosine": grids.cosine,

@@ -95,7 +95,7 @@ class Run:
         times = experiment.times(steps)
         parts = []
         for rows in _chunks(n, batch_size):
-            part = jax.tree.map(lambda a, rows=rows: jnp.asarray(a[rows]), (cond, observed))
+            labels, known = jax.tree.map(lambda a, rows=rows: jnp.asarray(a[rows]), (cond, observed))
             drawn = sample(
                 key,
                 denoise,
@@ -103,8 +103,8 @@ class Run:
                 shape=(len(rows), *experiment.state_shape),
                 solver=step,
                 times=times,
-                cond=part[0],
-                observed=part[1],
+                cond=experiment.to_sample(key, jnp.asarray(rows), labels),
+                observed=known,
                 rows=jnp.asarray(rows),
             )
             parts.append(experiment.clean(drawn.x0))

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ddjax import names, objectives, processes, transforms
+from ddjax import names, objectives, processes, schedules, solvers, transforms
 from ddjax.config import ConfigError, typed
-from ddjax.data import from_arrays, noisy
+from ddjax.data import from_arrays, noisy, rescaled
 from ddjax.experiment import build
 from ddjax.run import Run
 from ddjax.training import init_state, make_train_step
@@ -18,18 +18,22 @@ LEVELS = np.linspace(-1.0, 1.0, 5, dtype=np.float32)
 RNG = np.random.default_rng(0)
 FLOATS = from_arrays(RNG.uniform(-1, 1, (16, 4, 4, 1)).astype(np.float32), LABELS)
 PIXELS = dataclasses.replace(from_arrays(LEVELS[RNG.integers(0, 5, (16, 4, 4, 1))], LABELS), levels=LEVELS)
+POSITIVE, BOXED = rescaled(FLOATS, 0.5, 1.5), rescaled(PIXELS, 0.0, 1.0)
+SHADES = from_arrays(RNG.integers(0, 5, (16, 4, 4, 1)), LABELS, num_symbols=5)
 TEXT = from_arrays(RNG.integers(0, 7, (16, 6)), num_symbols=7)
 SIZES = {"width": 8, "depth": 1, "heads": 2, "patch": 2}
 BRIDGE = {"scale": 0.5, "start": 1.0, "end": 1.0}
+NARROW = ("edm", {"sigma_max": 5.0})
 GROWING = {"scale": 1.0, "start": 1.0, "end": 0.0}
 
 
 def config(
     process, schedule, kind, objective="gaussian", solver="ancestral", *, data=FLOATS, extra=None, noise=None, **options
 ):
-    """A tiny config. process, objective: a name, or a name and options. extra: options of the network."""
+    """A tiny config. process, schedule, objective: a name, or a name and options. extra: options of the network."""
     process, objective = ((v, {}) if isinstance(v, str) else v for v in (process, objective))
-    schedule = {} if schedule is None else {"schedule": schedule}
+    schedule, of_schedule = schedule if isinstance(schedule, tuple) else (schedule, {})
+    schedule = {} if schedule is None else {"schedule": schedule, "schedule_options": of_schedule}
     network = {"options": SIZES | (extra or {}), "kind": kind}
     if data is TEXT:
         network = {"name": "text", "options": {"width": 8, "depth": 1, "heads": 2}, "kind": kind}
@@ -74,6 +78,22 @@ CONFIGS = {
     "ambient": config("gaussian", "ve", "x0", ("ambient", {"density": "uniform_log_snr"}), noise={"sigma": 0.3}),
     "fokker-planck": config("gaussian", "vp_cosine", "score", ("fokker_planck", {"weight": 0.1, "weighting": "unit"})),
     "e-tsdm": config("gaussian", "vp_cosine", "noise", extra={"shared_times": {"until": 0.2, "parts": 4}}),
+    "geometric": config(("geometric", {"growth": 0.5}), NARROW, "hyvarinen", "elbo", data=POSITIVE),
+    "geometric, levels": config(
+        "geometric", ("ve", {"sigma_max": 5.0}), "noise", ("gaussian", {"error": "x0"}), data=rescaled(PIXELS, 1.0, 2.0)
+    ),
+    "reflected": config("reflected", "ve", "noise", "elbo", "folded_heun", data=BOXED),
+    "bridges": config("bridge_mixture", ("ou_bridge", {"pull": 0.0}), "x0", "elbo"),
+    "mixture": config(
+        ("mixture_output", {"components": 3}), "vp_cosine", "x0", ("mixture_steps", {"steps": 4, "end": 0.05}),
+        data=PIXELS,
+    ),
+    "mulan": config(
+        ("adaptive_gaussian", {"bits": 6, "ones": 2, "width": 8}), None, "noise", ("adaptive_noise", {"draws": 2}),
+        "given_latent", data=PIXELS,
+    ),
+    "logistic": config("uniform", None, "cavity", "elbo", data=SHADES, extra={"truncated_logistic": True}),
+    "perturbed labels": config("gaussian", "vp_cosine", "v", extra={"label_noise": 1.0}),
     "diffusion forcing": config("masked", None, "posterior", "diffusion_forcing", data=TEXT),
 }  # fmt: skip
 
@@ -101,13 +121,16 @@ def test_it_trains_is_scored_and_samples(name):
     if getattr(run.process, "has_bound", True):
         bits = run.nelbo(jax.random.key(1), x0, cond=cond).bits_per_dim
         assert np.isfinite(bits).all()
-        assert (np.asarray(bits) > 0).all() or data is FLOATS  # a density's may be negative
+        density = data.num_symbols is None and data.levels is None  # its bits may be negative
+        assert (np.asarray(bits) > 0).all() or density
     else:
         with pytest.raises(ValueError, match="has no bound"):
             run.nelbo(jax.random.key(1), x0, cond=cond)
     drawn = run.sample(jax.random.key(2), 3, cond=cond)
     assert drawn.shape == (3, *data.shape)
     assert np.isfinite(drawn).all()
+    if hasattr(run.process, "check_data"):
+        run.process.check_data(np.asarray(drawn))
 
 
 def test_names_stand_for_their_objects():
@@ -130,6 +153,38 @@ def test_names_stand_for_their_objects():
     assert made["iadb"].schedule.noise is None
     assert made["rddm"].correlation == processes.interpolant.accumulating
     assert made["rddm"].schedule.beta(0.5) == 0.75
+
+
+def test_later_names_stand_for_their_objects():
+    made = {name: build(*CONFIGS[name]) for name in ("geometric", "bridges", "mulan")}
+    process = {name: experiment.process for name, experiment in made.items()}
+    assert process["geometric"] == processes.Geometric(processes.Gaussian(schedules.EDM(5.0)), 0.5)
+    start = build(*CONFIGS["geometric, levels"]).t_range[0]  # at an eighth of the least distance of logarithms
+    np.testing.assert_allclose(0.01 * 500.0**start, np.log(2.0 / 1.75) / 8.0, rtol=1e-4)
+    assert process["bridges"].schedule == schedules.OUBridge(0.0)
+    assert process["mulan"] == processes.AdaptiveGaussian.initial((4, 4, 1), 6, 2, 8)
+    assert made["mulan"].solver("given_latent", solver="ddim").make is solvers.DDIM
+    with pytest.raises(ConfigError, match=r"solver_options.solver='x' is unknown"):
+        made["mulan"].solver("given_latent", solver="x")
+
+
+@pytest.mark.slow
+def test_latents_are_drawn_by_row():
+    experiment, rows = build(*CONFIGS["mulan"]), np.arange(5)
+    drawn = experiment.to_sample(jax.random.key(0), rows, LABELS[:5])
+    np.testing.assert_array_equal(drawn["z"].sum(-1), 2)
+    np.testing.assert_array_equal(drawn["cond"], LABELS[:5])
+    np.testing.assert_array_equal(experiment.to_sample(jax.random.key(0), rows[3:], None)["z"], drawn["z"][3:])
+    run = Run(*experiment.trained(experiment.init(jax.random.key(1))), 0)
+    whole, parts = (run.sample(jax.random.key(2), 5, cond=1, guidance=2.0, batch_size=size) for size in (5, 2))
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_untrained_components_state_different_means_of_the_same_weight():
+    experiment = build(*CONFIGS["mixture"])
+    said = experiment.apply(experiment.init(jax.random.key(0)), np.zeros((1, 4, 4, 1), np.float32), np.ones(1))
+    np.testing.assert_allclose(said[0, 0, 0], [-0.1, 0.0, 0.1, 0.0, 0.0, 0.0], atol=1e-6)
 
 
 def test_transport_pairs_a_batch_with_noise_of_the_sources_width():
@@ -174,6 +229,35 @@ def test_dropout_hides_the_networks_own_condition_alone():
 
 
 WRONG = {
+    r"config.process.name='reflected': Reflected is for values in \[0, 1\], got some from -.*; config.data.interval": (
+        ("reflected", "ve", "noise", "elbo")
+    ),
+    r"config.process.name='geometric': Geometric is for positive values": (
+        "geometric",
+        ("edm", {"sigma_max": 5.0}),
+        "x0",
+    ),
+    r"config.process.options: 'geometric': logarithms reach .*, beyond float32": ("geometric", "ve", "x0"),
+    r"config.process.options: 'reflected': Reflected needs a schedule with alpha = 1": (
+        "reflected",
+        "cond_ot",
+        "noise",
+    ),
+    r"config.process.options: 'bridge_mixture': BridgeMixture needs schedules.OUBridge": (
+        ("bridge_mixture", "vp_linear", "x0")
+    ),
+    r"objective.name='gaussian' does not go with .*: AdaptiveGaussian says nothing without its latent": (
+        ("adaptive_gaussian", None, "noise", "gaussian", "given_latent")
+    ),
+    r"solver='ancestral' does not go with .*: AdaptiveGaussian says nothing without its latent": (
+        ("adaptive_gaussian", None, "noise", "adaptive_noise")
+    ),
+    r"config.sample.solver: 'folded_heun': FoldedHeun is for processes.Reflected, got Gaussian": (
+        ("gaussian", "vp_cosine", "v", "gaussian", "folded_heun")
+    ),
+    r"config.objective.name: 'mixture_steps': the grid ends at t=0, where": (
+        ("mixture_output", "vp_linear", "x0", ("mixture_steps", {"steps": 4}))
+    ),
     r"solver='ancestral' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": ("pfgm", "edm", "edm"),
     r"objective.name='elbo' does not go with config.process.name='pfgm' .*: PFGM\+\+ is an ODE": (
         ("pfgm", "edm", "edm", "elbo", "heun")
@@ -232,6 +316,15 @@ def test_what_else_makes_no_sense():
         build(*config("gaussian", "ve", "x0", "ambient", noise={"std": 0.1})).batches(FLOATS)
     with pytest.raises(ConfigError, match=r"shared_times is for networks that are told the clock, not for .*'edm'"):
         build(*config("gaussian", "edm", "edm", extra={"shared_times": {}}))
+    with pytest.raises(ConfigError, match=r"config.sample.solver: 'heun': Geometric has no ODE for its states"):
+        build(*config("geometric", NARROW, "x0", "elbo", "heun", data=POSITIVE))
+    for wrong in (
+        {"process": "uniform", "schedule": None, "kind": "ratio", "objective": "score_entropy", "data": SHADES},
+        {"process": "uniform", "schedule": None, "kind": "cavity", "objective": "ddpd", "data": SHADES},
+        {"process": "gaussian", "schedule": "vp_cosine", "kind": "x0"},
+    ):
+        with pytest.raises(ConfigError, match="truncated_logistic is for a posterior or a cavity of tokens"):
+            build(*config(**wrong, extra={"truncated_logistic": True}))
     with pytest.raises(ConfigError, match="has no option 'till'"):
         build(*config("gaussian", "edm", "noise", extra={"shared_times": {"till": 0.1}}))
 

@@ -21,6 +21,8 @@ def mixture_steps(process: MixtureOutput, kind: str, times: Float[Array, " steps
     times: decreasing; there must be noise at the last. Raises ValueError for a bad grid.
     """
     times = check_grid(times)
+    if process.schedule.sigma(times[-1]) == 0:
+        raise ValueError(f"the grid ends at t={times[-1]:g}, where {process.schedule!r} has no noise: end it before")
     steps = times.shape[0] - 1
 
     def draw(u, keys, x0):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -59,19 +60,32 @@ class AdaptiveGaussian:
 
     @classmethod
     def initial(
-        cls, shape: Sequence[int], bits: int = 50, ones: int = 15, width: int = 64, seed: int = 0, **options: float
+        cls,
+        shape: Sequence[int],
+        bits: int = 50,
+        ones: int = 15,
+        width: int = 64,
+        seed: int = 0,
+        log_snr_max: float = 13.3,
+        log_snr_min: float = -5.0,
+        data_std: float = 1.0,
     ) -> AdaptiveGaussian:
         """Where learning starts, for examples of this shape: q(z | x0) uniform, schedules nearly straight lines."""
         shape = tuple(shape)
         encoder, polynomials = Encoder(bits, width), Polynomials(shape, width)
         keys = jax.random.split(jax.random.key(seed))
         values = {"encoder": encoder.initial(keys[0], shape), "polynomials": polynomials.initial(keys[1], bits)}
-        return cls(encoder, polynomials, values, bits, ones, **options)
+        return cls(encoder, polynomials, values, bits, ones, log_snr_max, log_snr_min, data_std)
 
     @property
     def base(self) -> Gaussian:
         """The process under the straight line between the ends, with which all latents agree at both ends."""
         return Gaussian(LogSNRLinear(self.log_snr_max, self.log_snr_min), self.data_std)
+
+    @property
+    def schedule(self) -> LogSNRLinear:
+        """`base`'s: what grids go by."""
+        return self.base.schedule
 
     @property
     def parameters(self) -> PyTree:
@@ -98,6 +112,15 @@ class AdaptiveGaussian:
         parameters = jax.tree.map(lambda v: v.astype(z.dtype), self.parameters["polynomials"])
         coefficients = self.polynomials(parameters, z)
         return Gaussian(PerSite(coefficients, self.log_snr_max, self.log_snr_min), self.data_std)
+
+    def marginal(self, *_) -> NoReturn:
+        """Not offered, nor `convert` and `reverse`: a matter of the latent."""
+        raise ValueError(
+            "AdaptiveGaussian says nothing without its latent: train it with objectives.adaptive_noise, sample with "
+            "solvers.GivenLatent"
+        )
+
+    convert = reverse = marginal
 
     # -- what does not depend on it --------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ddjax import schedules
@@ -55,7 +56,7 @@ class Geometric:
     """`process` on the logarithm of positive states.
 
     process: `Gaussian`. Its schedule's alpha = 1 (`EDM`, `VE`) is geometric Brownian motion; its `data_std` is that of
-        log x_0. Mind the width of float32: exp(5 sigma_max) must fit.
+        log x_0. Raises ValueError where exp(5 sigma_max) does not fit into float32.
     growth: mu / s^2. With 0, states keep their mean; with 1/2, their median. It moves no nats.
 
     States are positive (a sign would never change: shift data that have one). Networks are shown the logarithm and
@@ -73,6 +74,15 @@ class Geometric:
     def __post_init__(self):
         if type(self.process) is not Gaussian:
             raise ValueError(f"Geometric needs a Gaussian process for the logarithm, got {self.process!r}")
+        with jax.ensure_compile_time_eval():
+            sigma = float(self.schedule.sigma(jnp.ones(())).max())
+        if (reach := abs(self.growth - 0.5) * sigma**2 + 5.0 * sigma) > 85.0:
+            raise ValueError(f"logarithms reach {reach:.4g}, beyond float32: take less noise than {self.schedule!r}")
+
+    def check_data(self, x0: np.ndarray) -> None:
+        """Raise ValueError for values that have no logarithm."""
+        if not (x0 > 0).all():
+            raise ValueError(f"Geometric is for positive values, got some from {x0.min():.4g} to {x0.max():.4g}")
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ latent; here it has K components, and its density is exact.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,10 @@ class MixtureOutput(Gaussian):
         if output.shape == (*xt.shape[:-1], count * xt.shape[-1]):
             return jnp.stack(jnp.split(output, count, -1), -1)
         return output
+
+    def output_shape(self, shape: Sequence[int], kind: str) -> tuple[int, ...]:
+        """The shape of what a network says of one example of this shape."""
+        return (*shape[:-1], 2 * self.components * shape[-1])
 
     def split(self, prediction: Prediction, xt: X, t: Time) -> tuple[Float[Array, "batch components"], Components]:
         """Log-weights and clean states."""

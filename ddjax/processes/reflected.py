@@ -127,6 +127,11 @@ class Reflected:
     def _sigma(self, t: Time, x: X) -> Array:
         return self.schedule.sigma(left_broadcast(jnp.asarray(t), x))
 
+    def check_data(self, x0: np.ndarray) -> None:
+        """Raise ValueError for values outside the box."""
+        if not ((x0 >= 0) & (x0 <= 1)).all():
+            raise ValueError(f"Reflected is for values in [0, 1], got some from {x0.min():.4g} to {x0.max():.4g}")
+
     # -- the forward process ---------------------------------------------------------------------------------
 
     def marginal(self, x0: X, t: Time) -> Folded:

@@ -72,6 +72,8 @@ class Heun:
     def __post_init__(self):
         if self.process.state != "gaussian":
             raise ValueError(f"Heun is for Gaussian states, got {type(self.process).__name__}: use Ancestral")
+        if not hasattr(self.process, "noiseless"):
+            raise ValueError(f"{type(self.process).__name__} has no ODE for its states as they are: use Ancestral")
 
     def init(self, xt, cond=None):
         """Nothing to carry."""

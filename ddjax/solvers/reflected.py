@@ -22,6 +22,10 @@ class FoldedHeun:
 
     process: Reflected
 
+    def __post_init__(self):
+        if not isinstance(self.process, Reflected):
+            raise ValueError(f"FoldedHeun is for processes.Reflected, got {type(self.process).__name__}: use Heun")
+
     def init(self, xt, cond=None):
         """Nothing to carry."""
         return ()
