@@ -50,7 +50,7 @@ def with_condition_noise(objective: Objective, gamma: float = 1.0) -> Objective:
 
     (Chen et al. 2024, "Slight corruption in pre-training data makes better diffusion models": CEP.) An
     embedding of unit-sized entries is so moved by about gamma, however long it is. For conditions that come as
-    embeddings; labels are left as they are.
+    embeddings; labels are left as they are (a network that embeds them perturbs them itself: `DiT(label_noise=)`).
     Raises ValueError for a negative gamma, or (when called) a condition without floats.
     """
     if not gamma >= 0:
