@@ -36,6 +36,7 @@ def test_images_look_the_same_also_from_a_description():
     assert from_description(older).interval == (-1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_from_a_config():
     data = load_data(typed({"data": {"tokens": False, "interval": [0.0, 1.0]}}), "train")
     np.testing.assert_array_equal(data.levels, np.arange(17) / 16)
