@@ -3,7 +3,7 @@
     p(x_s | x_t) = sum_k w_k(x_t) N(the bridge's mean at x0_k,  the bridge's variance)
 
 Where the data are some points, the true reverse step is such a mixture, of any length; one normal is right only as
-s -> t, and its error in few steps is not bounded (their theorems 3.1 and 3.2). SMD's mixture is over a continuous
+s -> t, and its error in few steps is not bounded (their section 3). SMD's mixture is over a continuous
 latent; here it has K components, and its density is exact.
 """
 
@@ -55,8 +55,8 @@ class MixtureOutput(Gaussian):
     A prediction's value is `(batch, *sites, 2 components)`: for each component its statement, of the prediction's kind,
     and then its logits, which add up over the sites of an example. Networks with a longer last axis, `(..., 2
     components channels)`, give it in that order. A value shaped like the state is one component.
-    Sites go together, so that none can be given a weight of its own, and `likelihood.discretised` is the decoder of levels
-    (`binned` is the plain process's).
+    Sites go together, so that none can be given a weight of its own, and `likelihood.discretised` is the decoder of
+    levels (`binned` is the plain process's).
     Conversions, continuous time and solvers other than `Ancestral` need the mixture's mean alone.
     """
 
@@ -109,7 +109,7 @@ class MixtureOutput(Gaussian):
     def step_kl(self, x0: X, prediction: Prediction, xt: X, s: Time, t: Time) -> X:
         """An upper bound on KL(bridge || reverse): -log sum_k w_k exp(-KL_k), KL_k to each component alone.
 
-        (Hershey & Olsen 2007, section 7.) The KL itself has no closed form; `step_nats` is an unbiased estimate of it.
+        (The variational bound of Hershey & Olsen 2007.) The KL itself has no closed form; `step_nats` is an unbiased estimate of it.
         Each example's, in equal shares over its sites.
         """
         log_weights, clean = self.split(prediction, xt, t)
