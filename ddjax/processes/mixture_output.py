@@ -109,7 +109,7 @@ class MixtureOutput(Gaussian):
     def step_kl(self, x0: X, prediction: Prediction, xt: X, s: Time, t: Time) -> X:
         """An upper bound on KL(bridge || reverse): -log sum_k w_k exp(-KL_k), KL_k to each component alone.
 
-        (The variational bound of Hershey & Olsen 2007.) The KL itself has no closed form; `step_nats` is an unbiased estimate of it.
+        (The variational bound of Hershey & Olsen 2007.) The KL has no closed form; `step_nats` estimates it, unbiased.
         Each example's, in equal shares over its sites.
         """
         log_weights, clean = self.split(prediction, xt, t)
