@@ -234,7 +234,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path} (configs/ of the repository has some)")
-    values = _read(path)
+    return _overridden(_read(path), overrides)
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with overrides applied, as `load` does. Raises ConfigError as it does."""
+    return _overridden(to_dict(config), overrides)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Config:
     for override in overrides:
         _override(values, override)
     return typed(values)
