@@ -95,6 +95,7 @@ class ObjectiveConfig:
     # elbo: t_range or steps (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at; genmd4: every;
     # d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top; diffusion_forcing: t_range, frame_axes;
     # gaussian, learned_uncertainty: error, weighting, density and their arguments; fokker_planck: these and weight;
+    # elbo, gaussian: uniforms (stratified, antithetic, independent: how times are spread over a batch);
     # learned_process: t_range, curvature; interpolant: error, density, coupling (independent; transported and group)
     options: dict = dataclasses.field(default_factory=dict)
 
