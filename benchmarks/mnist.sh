@@ -40,4 +40,8 @@ for name in $wanted; do
     esac
     # shellcheck disable=SC2086
     python -m ddjax train --config configs/mnist.py --workdir "$folder/$name" --quiet $own
+    python -m ddjax eval --workdir "$folder/$name" --labels 200 --out "$folder/$name/bound.json" \
+        --config.eval.max_examples=256
+    python -m ddjax eval --workdir "$folder/$name" --likelihood ode --out "$folder/$name/ode.json" \
+        --config.eval.max_examples=64 --config.eval.steps=24 --config.eval.probes=2 --config.eval.batch_size=64
 done

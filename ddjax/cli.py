@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments, overrides = parser().parse_known_args(argv)
     name = f"ddjax {arguments.command}"
-    stray = [a for a in overrides if not (hasattr(arguments, "config") and a.startswith("--config."))]
+    taken = tuple(f"--config.{section}" for section in getattr(arguments, "overrides", ()))
+    stray = [a for a in overrides if not a.startswith(taken)]
     if stray:
         print(
             f"{name}: unknown argument {stray[0]} (see {name} --help; overrides are --config.key=value)",
@@ -76,7 +77,11 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, help="of the samples; the same seed gives the same samples")
     sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
-    evaluate = _command(commands, "eval", _eval, "report the likelihood of held-out data, in bits per dimension")
+    evaluate = _command(
+        commands, "eval", _eval, "report the likelihood of held-out data, in bits per dimension",
+        epilog="How it is estimated can be overridden: --config.eval.max_examples=100 --config.eval.probes=2",
+    )  # fmt: skip
+    evaluate.set_defaults(overrides=("eval.",))
     _add_workdir(evaluate, "folder of the run")
     evaluate.add_argument(
         "--likelihood",
@@ -143,6 +148,7 @@ def _command(commands: Any, name: str, run: Any, words: str, epilog: str | None 
 
 def _add_config(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument("--config", type=Path, required=required, help="config file, e.g. configs/digits_masked.py")
+    command.set_defaults(overrides=("",))
 
 
 def _add_workdir(command: argparse.ArgumentParser, words: str) -> None:
@@ -228,12 +234,13 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
+    from ddjax.config import overridden
     from ddjax.training.loop import evaluate, judge_labels
     from ddjax.training.manifest import write_atomically
     from ddjax.training.report import describe_bound
 
     run = _load(arguments)
-    config = _with_data(run.config, arguments.data, arguments.num_times)
+    config = _with_data(overridden(run.config, overrides), arguments.data, arguments.num_times)
     values = evaluate(run, config, likelihood=arguments.likelihood)
     print(describe_bound(values, config.data.eval_split))
     if arguments.labels:

@@ -101,6 +101,7 @@ class ObjectiveConfig:
     # genmd4: every; d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top;
     # diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty: error, weighting, density and their
     # arguments; fokker_planck: these and weight; learned_process: t_range, curvature; adaptive_noise: draws, t_range;
+    # elbo, gaussian: uniforms (stratified, antithetic, independent: how times are spread over a batch);
     # mixture_steps: steps, end; interpolant: error, density, coupling (independent; transported and group)
     options: dict = dataclasses.field(default_factory=dict)
 
@@ -241,7 +242,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path} (configs/ of the repository has some)")
-    values = _read(path)
+    return _overridden(_read(path), overrides)
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with overrides applied, as `load` does. Raises ConfigError as it does."""
+    return _overridden(to_dict(config), overrides)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Config:
     for override in overrides:
         _override(values, override)
     return typed(values)

@@ -2,7 +2,7 @@
 
     q(z) = exp(logits . z) / e_k(exp(logits)),    e_k the elementary symmetric polynomial of degree k = `ones`
 
-(the k-subset law of Niepert et al. 2021, "Implicit MLE", section 4, that MuLAN's z ~ q(z | x0) has). Normaliser,
+(the k-subset law of Niepert et al. 2021, "Implicit MLE", that MuLAN's z ~ q(z | x0) has). Normaliser,
 marginals, draws and the divergence from the uniform law are exact, in bits times ones operations.
 """
 

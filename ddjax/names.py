@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddjax import denoisers, grids, objectives, paths, processes, schedules, solvers, symbol_schedules, transforms
+from ddjax import (
+    denoisers,
+    grids,
+    objectives,
+    paths,
+    processes,
+    random,
+    schedules,
+    solvers,
+    symbol_schedules,
+    transforms,
+)
 from ddjax.config import ConfigError
 from ddjax.objectives.base import Objective
 from ddjax.objectives.interpolant import Coupling
@@ -283,9 +294,15 @@ class Named:
     heads: int = 0
 
 
+# How times are spread over a batch.
+UNIFORMS = {
+    "stratified": lambda: random.stratified,
+    "antithetic": lambda: random.antithetic,
+    "independent": lambda: random.independent,
+}
 _FACTORS = {"weighting": WEIGHTINGS, "density": DENSITIES}
 OBJECTIVES = {
-    "elbo": Named(objectives.elbo, {"weighting": SITE_WEIGHTINGS}),
+    "elbo": Named(objectives.elbo, {"weighting": SITE_WEIGHTINGS, "uniforms": UNIFORMS}),
     "any_order": Named(objectives.any_order),
     "block_elbo": Named(objectives.block_elbo),
     "cross_entropy": Named(objectives.cross_entropy),
@@ -299,7 +316,7 @@ OBJECTIVES = {
     "glauber": Named(objectives.glauber),
     "duo": Named(objectives.duo),
     "diffusion_forcing": Named(objectives.diffusion_forcing),
-    "gaussian": Named(objectives.gaussian, _FACTORS),
+    "gaussian": Named(objectives.gaussian, _FACTORS | {"uniforms": UNIFORMS}),
     "fokker_planck": Named(_fokker_planck, _FACTORS),
     "learned_uncertainty": Named(
         objectives.learned_uncertainty, _FACTORS, parameters=objectives.uncertainty_parameters

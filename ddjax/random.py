@@ -60,6 +60,22 @@ def stratified(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Arra
     return jnp.minimum(u, 1.0 - jnp.finfo(dtype).epsneg)  # rounding must not reach 1
 
 
+def antithetic(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Array, " batch"]:
+    """Uniforms on [0, 1) in pairs u, 1 - u, of rows 2 k and 2 k + 1 of the global batch; the pairs are independent.
+
+    Each is uniform on its own; the mean over a pair of what is linear in u has no variance (Song et al. 2021, "DDIM";
+    Hammersley & Morton 1956).
+    """
+    u = uniform(example_keys(key, rows.index // 2), dtype=dtype)
+    u = jnp.where(rows.index % 2 == 1, 1.0 - u, u)
+    return jnp.minimum(u, 1.0 - jnp.finfo(dtype).epsneg)  # of u = 0
+
+
+def independent(key: Key[Array, ""], rows: Rows, dtype=jnp.float32) -> Float[Array, " batch"]:
+    """Uniforms on [0, 1), one for each row of the global batch."""
+    return uniform(example_keys(key, rows.index), dtype=dtype)
+
+
 def latin(key: Key[Array, ""], rows: Rows, num: int, dtype=jnp.float32) -> Float[Array, "batch num"]:
     """`num` low-discrepancy uniforms for each row: `stratified` over all `num * total` of them.
 

@@ -66,7 +66,7 @@ class Edge(SimplexPath):
 
 @dataclasses.dataclass(frozen=True)
 class Sines(SimplexPath):
-    """Squares of sine series added to the edge, divided by the sum (Albergo et al. 2023, "Multimarginal", section 2.2).
+    """Squares of sine series added to the edge, divided by the sum (after Albergo et al. 2023, "Multimarginal").
 
     alpha_k ∝ edge_k(t) + (sum over n of coefficients[k, n] sin(pi (n + 1) t))^2
 

@@ -79,6 +79,9 @@ def test_stray_arguments(capsys, tmp_path):
     assert "unknown argument --config.train.steps=3" in fails(
         capsys, "sample", "--workdir", tmp_path, "--config.train.steps=3", code=2
     )
+    assert "unknown argument --config.train.steps=3" in fails(
+        capsys, "eval", "--workdir", tmp_path, "--config.train.steps=3", code=2
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -251,13 +254,14 @@ def test_eval_options(capsys, tmp_path, run, monkeypatch):
     seen = []
 
     def fake(loaded, config, likelihood):
-        seen.append((config.eval.num_times, config.data.name, likelihood))
+        seen.append((config.eval.num_times, config.data.name, likelihood, config.eval.probes))
         return dict.fromkeys(("bits_per_dim", "stderr", "prior", "diffusion", "reconstruction"), 1.0)
 
     monkeypatch.setattr(loop, "evaluate", fake)
     monkeypatch.setattr(loop, "judge_labels", lambda run, config, num, scale: seen.append((num, scale)) or 0.75)
-    out = ok(capsys, "eval", "--workdir", run, "--num-times", 3, "--data", "x.npz", "--labels", 8, "--guidance", 2)
-    assert seen == [(3, "x.npz", "bound"), (8, 2.0)]
+    out = ok(capsys, "eval", "--workdir", run, "--num-times", 3, "--data", "x.npz", "--labels", 8, "--guidance", 2,
+             "--config.eval.probes=5")  # fmt: skip
+    assert seen == [(3, "x.npz", "bound", 5), (8, 2.0)]
     assert "75.0% of 8 samples are given their own label (guidance 2)" in out
     monkeypatch.undo()
     assert "no such file" in fails(capsys, "eval", "--workdir", run, "--data", tmp_path / "none.npz")

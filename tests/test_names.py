@@ -76,6 +76,7 @@ CONFIGS = {
         ("interpolant", {"source_std": 2.0}), None, "velocity", ("interpolant", {"coupling": "transported", "group": 4})
     ),
     "ambient": config("gaussian", "ve", "x0", ("ambient", {"density": "uniform_log_snr"}), noise={"sigma": 0.3}),
+    "antithetic": config("gaussian", "cond_ot", "velocity", ("gaussian", {"uniforms": "antithetic"})),
     "fokker-planck": config("gaussian", "vp_cosine", "score", ("fokker_planck", {"weight": 0.1, "weighting": "unit"})),
     "e-tsdm": config("gaussian", "vp_cosine", "noise", extra={"shared_times": {"until": 0.2, "parts": 4}}),
     "geometric": config(("geometric", {"growth": 0.5}), NARROW, "hyvarinen", "elbo", data=POSITIVE),

@@ -69,3 +69,21 @@ def test_stratified_split_over_microbatches():
     whole = random.stratified(jax.random.key(3), Rows.all(total))
     parts = [random.stratified(jax.random.key(3), Rows(jnp.arange(i, i + 3), total)) for i in range(0, total, 3)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_antithetic_pairs_add_up_to_one(x64):
+    """Each is uniform; pairs are independent; rows are the same wherever they are held; an odd last row is alone."""
+    u = np.asarray(random.antithetic(jax.random.key(0), Rows.all(4001), jnp.float64))
+    np.testing.assert_allclose(u[0:4000:2] + u[1:4000:2], 1.0, atol=1e-15)
+    half = np.sort(u[0::2])
+    assert np.abs(half - np.linspace(0, 1, len(half))).max() < 1.63 / np.sqrt(len(half))  # Kolmogorov, 1 %
+    assert abs(np.corrcoef(u[0:3998:2], u[2:4000:2])[0, 1]) < 0.1
+    part = random.antithetic(jax.random.key(0), Rows(jnp.asarray([7, 2, 4000]), 4001), jnp.float64)
+    np.testing.assert_array_equal(part, u[[7, 2, 4000]])
+    alone = random.independent(jax.random.key(0), Rows.all(2001), jnp.float64)
+    np.testing.assert_array_equal(alone, u[0::2])
+
+
+def test_antithetic_uniforms_stay_below_one(monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda keys, dtype: jnp.zeros(keys.shape, dtype))
+    assert (np.asarray(random.antithetic(jax.random.key(0), Rows.all(2))) == [0.0, 1.0 - 2.0**-24]).all()

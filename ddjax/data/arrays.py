@@ -12,7 +12,7 @@ import numpy as np
 
 from ddjax.data import splits
 from ddjax.data.dataset import Dataset
-from ddjax.data.images import jpeg_scans
+from ddjax.data.images import jpeg_scans, resized
 from ddjax.data.sources import ArraySource, check_tokens, levels
 
 _X_KEYS = ("x0", "x", "X", "images", "data", "arr_0")
@@ -122,6 +122,7 @@ def npz(
     num_symbols: int | None = None,
     x_key: str | None = None,
     y_key: str | None = None,
+    size: int | None = None,
     valid_fraction: float | None = None,
     fractions: tuple[float, float, float] | None = None,
 ) -> Dataset:
@@ -139,6 +140,7 @@ def npz(
         num_symbols: see `from_arrays`.
         x_key: the array's name, for an archive without its own splits.
         y_key: the labels' name; "" for none.
+        size: for arrays of 8-bit images: resize the shorter side to this and crop the centre square.
         valid_fraction: for archives with train and test only: how much of train to hold out.
         fractions: (train, valid, test), for archives without their own splits.
     """
@@ -149,6 +151,10 @@ def npz(
         keys = archive.files
         own = [name for name in splits.SPLITS if f"x_{name}" in keys] if x_key is None else []
         if {"header", "train_scan", "train_off"} <= set(keys) and x_key is None:
+            if size is not None:
+                raise ValueError(
+                    f"{path}: size is for arrays of images, not for scans that are decoded as they are read"
+                )
             return jpeg_scans(
                 {key: _member(archive, key, path) for key in keys if not key.endswith("_src")},
                 split,
@@ -161,14 +167,14 @@ def npz(
                 raise ValueError(f"{path} has no splits of its own: use fractions, not valid_fraction")
             x_key = _key(x_key, _X_KEYS, keys, path)
             y_key = _key(y_key, _Y_KEYS, keys, path, needed=False)
-            x0 = _member(archive, x_key, path)
+            x0 = _sized(_member(archive, x_key, path), size, path)
             cond = _member(archive, y_key, path) if y_key else None
             rows = splits.items(len(x0) if x0.ndim else 0, split, fractions or splits.FRACTIONS, str(path))
             return from_arrays(x0, cond, split=split, tokens=tokens, num_symbols=num_symbols, rows=rows, name=str(path))
         if fractions is not None:
             raise ValueError(f"{path} has its own splits ({', '.join(own)}): leave out fractions")
         part = splits.part(split, own, valid_fraction, str(path))
-        x0, cond, classes = _member(archive, f"x_{part}", path), None, None
+        x0, cond, classes = _sized(_member(archive, f"x_{part}", path), size, path), None, None
         if f"y_{part}" in keys and y_key != "":
             labels = {name: _member(archive, f"y_{name}", path) for name in own if f"y_{name}" in keys}
             cond, classes = labels[part].reshape(-1), max(int(y.max()) for y in labels.values()) + 1
@@ -185,6 +191,16 @@ def npz(
         rows=splits.carve(len(x0), split, valid_fraction, str(path), cond),
         name=str(path),
     )
+
+
+def _sized(x0: np.ndarray, size: int | None, path: Path) -> np.ndarray:
+    if size is None:
+        return x0
+    if x0.dtype != np.uint8 or not (x0.ndim == 3 or (x0.ndim == 4 and x0.shape[-1] in (1, 3))):
+        raise ValueError(
+            f"{path}: size is for images (items, height, width[, 1 or 3]) of uint8, got {x0.shape} of {x0.dtype}"
+        )
+    return resized(x0, size)
 
 
 def _read(path: Path):

@@ -127,8 +127,7 @@ def folder(
     Raises:
         ValueError: no images, or one that cannot be read or has another size; names it.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size must be positive, got {size}")
+    _check_size(size)
     own = [name for name in splits.SPLITS if (path / name).is_dir()]
     own = own if "train" in own else []
     if own and fractions is not None:
@@ -190,6 +189,15 @@ def jpeg_scans(
     return _images(source, rows, name, split, shape, classes, scale)
 
 
+def resized(x0: np.ndarray, size: int) -> np.ndarray:
+    """Images `(n, height, width[, channels])` of uint8, their shorter side resized and the centre square cropped."""
+    _check_size(size)
+    pillow = require("PIL.Image", "plot", "resizing images")
+    plain = x0[..., 0] if x0.shape[3:] == (1,) else x0
+    square = [np.asarray(_crop(pillow.fromarray(image), size)) for image in plain]
+    return np.stack(square).reshape(len(x0), size, size, *x0.shape[3:])
+
+
 def find(root: Path, extensions: tuple[str, ...]) -> list[Path]:
     """The files under `root` with these extensions, by relative path; none with a leading dot."""
     found = [
@@ -224,6 +232,11 @@ def _open(file, channels: int | None, name: str | None = None):
             return image.convert({None: image.mode, 1: "L", 3: "RGB"}[channels])
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise ValueError(f"{name or file}: not a readable image ({error}): mend or remove it") from error
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError(f"size must be positive, got {size}")
 
 
 def _crop(image, size: int):

@@ -36,6 +36,7 @@ def nelbo(
     t_range: tuple[float, float] | None = None,
     times: Float[Array, " steps+1"] | None = None,
     reconstruction: Reconstruction | None = None,
+    prior: Callable[[State], Float[Array, " batch"]] | None = None,
     known: Bool[Array, batch * sites] | None = None,
     rows: Rows | None = None,
 ) -> Bound:
@@ -49,11 +50,16 @@ def nelbo(
     times: a decreasing grid (default: that of a process that lives on one), in place of continuous time: the bound of
         the chain with these steps, which is the one ancestral sampling on this grid has; `num_times` of its
         steps are drawn for each example.
+    prior: what sampling starts from at the high end, in place of the process's own: its log-probability of a whole
+        state (a log-density for Gaussian states), nats per example. With a model of x_high fitted to data, the range
+        may end early (Franzese et al. 2022, "How much is enough?"); samples then start there (`sample(init=)`).
+        Its divergence from q(x_high | x0) is estimated by one draw.
     known: sites that are given (padding, a prompt): they are shown clean and cost nothing; the bound is then on
         -log p(the others | the known).
     Where the process has a latent (`AdaptiveGaussian`), one is drawn from q(z | x0) for each example, and KL(q(z | x0)
     || p(z)) counts as prior.
-    Raises ValueError where num_times < 1, the range is empty, or `known` has another shape than x0.
+    Raises ValueError where num_times < 1, the range is empty, `known` has another shape than x0, or comes with a prior
+    (which would have to be conditioned on it).
     """
     if num_times < 1:
         raise ValueError(f"num_times must be at least 1, got {num_times}")
@@ -63,6 +69,8 @@ def nelbo(
         check_sitewise(process, "a bound given known sites")
         if hasattr(process, "latents"):
             raise ValueError(f"the latent of {type(process).__name__} is drawn from all sites: none can be known")
+    if known is not None and prior is not None:
+        raise ValueError("a prior of whole states cannot be conditioned on known sites: leave out one of the two")
     times = chain_grid(process, times, t_range)
     if times is not None:
         t_range = times[-1], times[0]
@@ -74,21 +82,23 @@ def nelbo(
             f"{process.t_range[0]:g}): the decoder does the rest"
         )
     rows = Rows.of(x0, rows)
+    prior = None if prior is None else as_pytree(prior)
     terms = _terms(
-        key, as_pytree(denoise), x0, cond, rows.index, times, known, process, num_times, (low, high), reconstruction
-    )
+        key, as_pytree(denoise), x0, cond, rows.index, times, known, prior,
+        process, num_times, (low, high), reconstruction,
+    )  # fmt: skip
     return Bound(*terms, t_range=(low, high), dims=sites(x0))
 
 
 @functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "reconstruction"))
-def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_range, reconstruction):
+def _terms(key, denoise, x0, cond, rows, times, known, prior, process, num_times, t_range, reconstruction):
     batch, dtype, divergence = x0.shape[0], time_dtype(x0), 0.0
     if hasattr(process, "latents"):  # one is drawn, and all else is given it
         key, latent_key = jax.random.split(key)
         law = process.posterior(x0)
         z, divergence = law.sample(random.example_keys(latent_key, rows)), law.kl_from_uniform()
         process, cond = process.given(z), {"z": z, "cond": cond}
-    time_keys, noise_keys, low_keys = random.split(random.example_keys(key, rows), 3)
+    time_keys, noise_keys, low_keys, high_keys = random.split(random.example_keys(key, rows), 4)
     low, high = (jnp.full((batch,), end, dtype) for end in t_range)
 
     def show(xt):
@@ -115,7 +125,13 @@ def _terms(key, denoise, x0, cond, rows, times, known, process, num_times, t_ran
         ends = process.reconstruction(x0, prediction, x_low, low)
     else:
         ends = reconstruction(process, x0, prediction, x_low, low)
-    return total(process.prior_kl(x0, high)) + divergence, diffusion, total(ends), error
+    if prior is None:
+        start = total(process.prior_kl(x0, high))
+    else:
+        marginal = process.marginal(x0, high)
+        x_high = marginal.sample(high_keys)
+        start = per_example(marginal.log_prob(x_high)) - prior(x_high)
+    return start + divergence, diffusion, total(ends), error
 
 
 def mean_and_error(

@@ -28,7 +28,7 @@ def adaptive_noise(
     t_range: tuple[float, float] | None = None,
     reconstruction: Callable[..., Any] | None = None,
 ) -> Objective:
-    """KL(q(z | x0) || p(z)) and the whole bound given z ~ q(z | x0), nats per site (Sahoo et al. 2024, section 3.4).
+    """KL(q(z | x0) || p(z)) and the whole bound given z ~ q(z | x0), nats per site (Sahoo et al. 2024, section 3).
 
     params is `{"network": ..., "process": process.parameters}`. The network is given
     `cond = {"z": ..., "cond": the batch's cond}`. Metrics: the bound's four terms.

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddjax import random
 from ddjax.grids import chain_grid, range_of
-from ddjax.objectives.base import Objective, at_times, noised, on_grid
+from ddjax.objectives.base import Objective, Uniforms, at_times, noised, on_grid
 from ddjax.processes import Masked
 from ddjax.types import State, Time, left_broadcast, sites
 
@@ -25,36 +26,38 @@ def elbo(
     t_range: tuple[float, float] | None = None,
     times: Float[Array, " steps+1"] | Sequence[float] | None = None,
     weighting: Weighting | None = None,
+    uniforms: Uniforms = random.stratified,
 ) -> Objective:
     """The bound's diffusion term, one time per example, nats per site.
 
     For `Masked` this is MD4's and MDLM's objective (Shi et al. 2024, eq. 5), for `Uniform` UDLM's (Schiff et al.
-    2024, eq. 18), for
-    `Gaussian` VDM's (Kingma et al. 2021, eq. 17). Times are uniform in the process's own coordinate (fraction of lost
-    symbols; log-SNR).
+    2024, eq. 18), for `Gaussian` VDM's (Kingma et al. 2021, eq. 17). Times are uniform in the process's own coordinate
+    (fraction of lost symbols; log-SNR).
 
     kind: what the network predicts. For `Masked` posterior and cavity are one; a network trained on `Uniform`'s bound
-        as a
-        `"cavity"` is one, and must be sampled as one.
+        as a `"cavity"` is one, and must be sampled as one.
     t_range: times to integrate; default `process.t_range`.
     times: a decreasing grid (default: that of a process that lives on one) in place of the continuum: the bound of the
         chain with these steps (Austin et al. 2021, eq. 1; Shi et al. 2024, eq. 6), that of its ancestral sampler
         on this grid.
     weighting: factor at each site, e.g. `clipped()` or `dynamic()` (continuous time only); what is trained is then no
         bound.
+    uniforms: how times are spread over a batch, as in `base.noised`.
     """
     times = chain_grid(process, times, t_range)
     if times is not None:
         if weighting is not None:
             raise ValueError("elbo weighs sites in continuous time only: give weighting or times, not both")
-        return noised(process, kind, on_grid(process, times))
+        return noised(process, kind, on_grid(process, times), uniforms=uniforms)
     low_high = range_of(process, t_range)
 
     def site_loss(x0, prediction, xt, t):
         kl = process.path_kl(x0, prediction, xt, t)
         return kl if weighting is None else weighting(process, x0, xt, t) * kl
 
-    return noised(process, kind, at_times(process, lambda u: process.time_at(u, low_high), site_loss))
+    return noised(
+        process, kind, at_times(process, lambda u: process.time_at(u, low_high), site_loss), uniforms=uniforms
+    )
 
 
 def any_order(process: Masked, kind: str = "posterior") -> Objective:

@@ -20,7 +20,8 @@ What is learned beside the network: `objectives.learned` (uncertainty, density),
 
 from __future__ import annotations
 
-from ddjax.objectives.base import Draw, Objective, at_times, noised
+from ddjax import random
+from ddjax.objectives.base import Draw, Objective, Uniforms, at_times, noised
 from ddjax.objectives.densities import Density, uniform_time
 from ddjax.objectives.weightings import Weighting, unit
 from ddjax.predictions import GAUSSIAN_KINDS, Prediction, check_kind
@@ -35,6 +36,7 @@ def gaussian(
     weighting: Weighting | None = None,
     density: Density | None = None,
     measure: str = "density",
+    uniforms: Uniforms = random.stratified,
 ) -> Objective:
     """A weighted squared error.
 
@@ -45,9 +47,12 @@ def gaussian(
         density, which then only decides the variance: importance sampling (Kingma & Gao 2023). With the noise
         error and weight 1 it is the bound's diffusion term, nats per site. It covers the log-SNRs that the density
         reaches.
+    uniforms: how times are spread over a batch: `random.stratified` (low discrepancy), `antithetic` or `independent`.
     Raises ValueError for an unknown error space or measure, or a density without `pdf` where one is needed.
     """
-    return noised(process, kind, weighted_errors(process, error or kind, weighting, density, measure))
+    return noised(
+        process, kind, weighted_errors(process, error or kind, weighting, density, measure), uniforms=uniforms
+    )
 
 
 def weighted_errors(

@@ -15,7 +15,7 @@ from ddjax.processes import MixtureOutput
 def mixture_steps(process: MixtureOutput, kind: str, times: Float[Array, " steps+1"] | Sequence[float]) -> Objective:
     """KL(bridge || reverse) of the steps of a grid, one step and one draw of x_s for each example, nats per site.
 
-    The maximum likelihood of the exact mixture (Li et al. 2024, eq. 10), where `elbo(process, kind, times=)` has an
+    The maximum likelihood of the exact mixture (Li et al. 2024, section 4), where `elbo(process, kind, times=)` has an
     upper bound of it in closed form, with less variance.
 
     times: decreasing; there must be noise at the last. Raises ValueError for a bad grid.

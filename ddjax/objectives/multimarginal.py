@@ -52,7 +52,7 @@ def multimarginal(process: Barycentric, coupling: Coupling | None = None, *, con
 def path_cost(process: Barycentric, coupling: Coupling | None = None) -> Objective:
     """The kinetic cost of the process's path, E of the integral of |velocity|^2, per site, to be lowered by the path.
 
-    (Section 2.2: over the paths, at what the network has learned; Benamou & Brenier's least is over all flows.)
+    (Over the paths, at what the network has learned; Benamou & Brenier's least is over all flows.)
     params is `{"network": ..., "process": process.parameters}`, and the network gets no gradient.
     Raises ValueError where the path has no parameters.
     """

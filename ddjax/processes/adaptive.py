@@ -5,7 +5,7 @@
 Given z it is `Gaussian` under `schedules.PerSite`. The reverse process draws z first and then knows it, as the network
 does: it is shown z, so that the noise levels say nothing that the model was not told. The bound is
 
-    -log p(x_0) <= KL(q(z | x_0) || p(z)) + E_q [the bound of the process given z]        (their sections 3.3 and 3.4)
+    -log p(x_0) <= KL(q(z | x_0) || p(z)) + E_q [the bound of the process given z]        (their section 3)
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Barycentric:
     def score(self, prediction: Prediction, xt: X, t: Where, end: int, std: float = 1.0) -> X:
         """Gradient of the log-density of x(alpha), where the marginal `end` is N(0, std^2), independent of the others.
 
-        It is -g / (alpha std^2) of that end (section 2.1; Stein's identity), infinite where its alpha is 0.
+        It is -g / (alpha std^2) of that end (Stein's identity), infinite where its alpha is 0.
         """
         self._check(prediction, xt)
         if prediction.kind != "ends":

@@ -3,7 +3,7 @@
     p(x_s | x_t) = sum_k w_k(x_t) N(the bridge's mean at x0_k,  the bridge's variance)
 
 Where the data are some points, the true reverse step is such a mixture, of any length; one normal is right only as
-s -> t, and its error in few steps is not bounded (their theorems 3.1 and 3.2). SMD's mixture is over a continuous
+s -> t, and its error in few steps is not bounded (their section 3). SMD's mixture is over a continuous
 latent; here it has K components, and its density is exact.
 """
 
@@ -114,7 +114,7 @@ class MixtureOutput(Gaussian):
     def step_kl(self, x0: X, prediction: Prediction, xt: X, s: Time, t: Time) -> X:
         """An upper bound on KL(bridge || reverse): -log sum_k w_k exp(-KL_k), KL_k to each component alone.
 
-        (Hershey & Olsen 2007, section 7.) The KL itself has no closed form; `step_nats` is an unbiased estimate of it.
+        (The variational bound of Hershey & Olsen 2007.) The KL has no closed form; `step_nats` estimates it, unbiased.
         Each example's, in equal shares over its sites.
         """
         log_weights, clean = self.split(prediction, xt, t)

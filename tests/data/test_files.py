@@ -300,3 +300,23 @@ def test_shared_cifar(shared_data):
     x0 = test[np.array([9999, 0])]["x0"]
     assert x0.shape == (2, 32, 32, 3)
     assert set(x0.ravel()) <= set(test.levels)
+
+
+def test_images_of_an_archive_are_resized(tmp_path):
+    """A flat image stays flat, a step keeps its place, and the longer side is cropped on both ends."""
+    x = np.zeros((3, 8, 12), np.uint8)
+    x[0], x[1, :, 6:], x[2, :, :2] = 100, 200, 255
+    np.savez(tmp_path / "x.npz", x_train=x, x_test=x[..., None])
+    small = data.load(tmp_path / "x.npz", "train", size=4)[np.arange(3)]["x0"][..., 0]
+    assert small.shape == (3, 4, 4)
+    assert (small[0] == 100).all()
+    assert (small[1, :, :2] < 30).all()
+    assert (small[1, :, 2:] > 170).all()
+    assert (small[2] < 40).all()  # the filter reaches a pixel beyond the cut
+    test = data.load(tmp_path / "x.npz", "test", size=4)[np.arange(3)]["x0"]
+    np.testing.assert_array_equal(test[..., 0], small)
+    with pytest.raises(ValueError, match="size must be positive, got 0"):
+        data.load(tmp_path / "x.npz", "train", size=0)
+    np.savez(tmp_path / "y.npz", x=np.zeros((3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match=r"size is for images .* of uint8, got \(3, 8, 8\) of float32"):
+        data.load(tmp_path / "y.npz", "train", size=4)

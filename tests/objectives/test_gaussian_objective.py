@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ddjax
+from ddjax import random
 from ddjax.objectives import elbo, gaussian, log_normal_sigma, min_snr, uniform_log_snr, uniform_time, unit
 from ddjax.processes import Gaussian
 from ddjax.schedules import EDM, CondOT, VPCosine, VPLinear
@@ -171,3 +172,20 @@ def test_default_losses_and_gradients_are_finite(schedule, kind):
 def test_errors():
     with pytest.raises(ValueError, match="posterior"):
         gaussian(PROCESS, "x0", error="posterior")
+
+
+def test_times_may_be_spread_in_three_ways():
+    """An error that is linear in t: of stratified times the mean hardly varies, of antithetic ones not at all."""
+    x0 = jnp.full((16, 1), X0)
+    network = lambda params, xt, t, cond, **_: X0 + jnp.sqrt(t)[:, None]
+    losses = {}
+    for spread in (random.independent, random.stratified, random.antithetic):
+        objective = gaussian(PROCESS, "x0", density=lambda u: u, uniforms=spread)
+        draw = jax.jit(lambda key, o=objective: o(key, network, {}, x0)[0])
+        losses[spread.__name__] = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 300)))
+    # The variance of a uniform is 1 / 12; of 16 strata that share their place within a part, (1 / 16)^2 / 12.
+    np.testing.assert_allclose(losses["independent"].std(), (1 / 12 / 16) ** 0.5, rtol=0.2)
+    np.testing.assert_allclose(losses["stratified"].std(), 1 / 16 / 12**0.5, rtol=0.2)
+    np.testing.assert_allclose(losses["antithetic"], 0.5, atol=1e-6)
+    for values in losses.values():
+        assert abs(values.mean() - 0.5) < 4 * (values.std() / 300**0.5 + 1e-7)

@@ -114,12 +114,18 @@ def test_means_are_over_sites_examples_and_weights(x64):
     x0, key = jnp.asarray([[0.3, -0.2], [0.1, 0.9]]), lambda: jax.random.key(0)
     bound, bend = objectives.learned_process(PROCESS, whole), objectives.curvature(PROCESS, t_range=RANGE)
     nats = np.asarray(PROCESS.prior_kl(x0, jnp.full(2, RANGE[1])))
-    sites = np.asarray([[2.0, 0.0], [1.0, 1.0]])
+    sites, seen = np.asarray([[2.0, 0.0], [1.0, 0.5]]), []
+
+    def spy(params, xt, t, cond, **options):
+        seen.append(xt)
+        return apply(params, xt, t, cond, **options)
+
     for weights in (None, np.asarray([3.0, 1.0]), sites):
         given = None if weights is None else jnp.asarray(weights)
         shares = np.ones((2, 2)) if weights is None else np.broadcast_to(weights.reshape(2, -1), (2, 2))
-        prior = bound(key(), apply, params, x0, weights=given, train=False)[1]["prior"]
+        prior = bound(key(), spy, params, x0, weights=given, train=False)[1]["prior"]
         np.testing.assert_allclose(prior, (shares * nats).sum() / shares.sum(), rtol=1e-12)
+    assert [float(xt[0, 1]) for xt in seen[-2:]] == [float(x0[0, 1])] * 2  # shown clean, on the path and at its end
     # One weight on one site at a time gives the parts, and these the others.
     bent = lambda weights: float(bend(key(), apply, params["network"], x0, weights=weights, train=False)[0])
     parts = np.asarray([[bent(jnp.zeros((2, 2)).at[i, j].set(1.0)) for j in (0, 1)] for i in (0, 1)])
@@ -127,7 +133,7 @@ def test_means_are_over_sites_examples_and_weights(x64):
     assert np.unique(parts).size == 4
     np.testing.assert_allclose(bent(None), parts.mean(), rtol=1e-10)
     np.testing.assert_allclose(bent(jnp.asarray([3.0, 1.0])), (3 * parts[0] + parts[1]).sum() / 8, rtol=1e-10)
-    np.testing.assert_allclose(bent(jnp.asarray(sites)), (sites * parts).sum() / 4, rtol=1e-10)
+    np.testing.assert_allclose(bent(jnp.asarray(sites)), (sites * parts).sum() / 3.5, rtol=1e-10)
 
 
 def test_a_sum_has_its_weights_and_each_part_a_key_of_its_own():

@@ -254,6 +254,7 @@ def test_binned_density(x64):
     np.testing.assert_allclose(
         density.pdf(jnp.asarray([high + 0.1, low - 0.1])), p[jnp.asarray([0, 3])] * 4 / (high - low)
     )
+    np.testing.assert_allclose(density(jnp.cumsum(p) - 0.5 * p), PROCESS.schedule.time(jnp.asarray(middles)), rtol=1e-9)
     np.testing.assert_allclose(density(jnp.cumsum(p)[:-1]), PROCESS.schedule.time(jnp.asarray(edges[1:-1])), rtol=1e-9)
 
 
@@ -264,6 +265,7 @@ def test_all_densities_and_weights_are_finite_in_float32(schedule):
     low, high = process.t_range
     u = jnp.asarray([0.0, 1e-7, 0.5, 1 - 6e-8], jnp.float32)
     makers = [densities.uniform_time, densities.uniform_log_snr, densities.log_normal_sigma]
+    makers.append(lambda process: densities.logit_normal(process, std=4.0))  # beyond the range
     for make in (*makers, densities.logit_normal, densities.sech, densities.laplace):
         density = make(process)
         t = density(u)
