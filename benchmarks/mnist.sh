@@ -26,7 +26,7 @@ for name in $wanted; do
         flow) own="--config.process.schedule=cond_ot --config.denoiser.kind=velocity" ;;
         flow_logit_normal) own="--config.process.schedule=cond_ot --config.denoiser.kind=velocity
             --config.objective.options.density=logit_normal" ;;
-        hybrid) own="--config.process.name=learned_variance --config.objective.name=ddpm_hybrid
+        hybrid) own="--config.process.name=learned_variance --config.objective.name=ddpm_hybrid --config.objective.options.end=0.002
             --config.objective.options.steps=100" ;;
         monotone) own="--config.process.schedule=monotone --config.denoiser.kind=v
             --config.objective.name=learned_elbo" ;;

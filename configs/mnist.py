@@ -7,7 +7,7 @@ def get_config():
     config = default()
     config.data.name = "../shared/data/mnist/mnist.npz"
     config.data.tokens, config.data.options = False, {"size": 16}
-    config.process.name, config.process.schedule = "gaussian", "vp_cosine"
+    config.process.name, config.process.schedule = "gaussian", "vp_linear"
     config.denoiser.kind = "noise"
     config.denoiser.options = {"width": 96, "depth": 3, "heads": 4, "patch": 2}
     config.objective.name = "gaussian"

@@ -50,21 +50,22 @@ def noised(
     draw: Draw,
     *,
     times_each: Callable[[State], int] | None = None,
-    uniforms: Uniforms = random.stratified,
+    uniforms: Uniforms | None = None,
 ) -> Objective:
     """An objective that noises each example once, at times spread evenly over the global batch.
 
     draw: the noisy states, their times, and what a prediction at them costs; `at_times` makes one from a density of
         times, `on_grid` one from a grid.
     times_each: how many times an example needs; `draw` is then given uniforms `(batch, times)`. Default: one.
-    uniforms: how those of a global batch are spread, one for each example: `random.stratified`, `antithetic` or
-        `independent`.
+    uniforms: how those of a global batch are spread, one for each example: `random.stratified` (default), `antithetic`
+        or `independent`.
     """
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
         rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
         time_key, noise_key, network_key = jax.random.split(key, 3)
-        u = uniforms(time_key, rows) if times_each is None else random.latin(time_key, rows, times_each(x0))
+        spread = random.stratified if uniforms is None else uniforms
+        u = spread(time_key, rows) if times_each is None else random.latin(time_key, rows, times_each(x0))
         xt, t, errors = draw(u, random.example_keys(noise_key, rows.index), x0)
         rng = random.example_keys(network_key, rows.index) if train else None
         denoise = bind(apply, params, process, kind, rng=rng, train=train)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddjax import random
 from ddjax.grids import chain_grid, range_of
 from ddjax.objectives.base import Objective, Uniforms, at_times, noised, on_grid
 from ddjax.processes import Masked
@@ -26,7 +25,7 @@ def elbo(
     t_range: tuple[float, float] | None = None,
     times: Float[Array, " steps+1"] | Sequence[float] | None = None,
     weighting: Weighting | None = None,
-    uniforms: Uniforms = random.stratified,
+    uniforms: Uniforms | None = None,
 ) -> Objective:
     """The bound's diffusion term, one time per example, nats per site.
 

@@ -20,7 +20,6 @@ What is learned beside the network: `objectives.learned` (uncertainty, density),
 
 from __future__ import annotations
 
-from ddjax import random
 from ddjax.objectives.base import Draw, Objective, Uniforms, at_times, noised
 from ddjax.objectives.densities import Density, uniform_time
 from ddjax.objectives.weightings import Weighting, unit
@@ -36,7 +35,7 @@ def gaussian(
     weighting: Weighting | None = None,
     density: Density | None = None,
     measure: str = "density",
-    uniforms: Uniforms = random.stratified,
+    uniforms: Uniforms | None = None,
 ) -> Objective:
     """A weighted squared error.
 
@@ -47,7 +46,8 @@ def gaussian(
         density, which then only decides the variance: importance sampling (Kingma & Gao 2023). With the noise
         error and weight 1 it is the bound's diffusion term, nats per site. It covers the log-SNRs that the density
         reaches.
-    uniforms: how times are spread over a batch: `random.stratified` (low discrepancy), `antithetic` or `independent`.
+    uniforms: how times are spread over a batch: `random.stratified` (low discrepancy, default), `antithetic` or
+        `independent`.
     Raises ValueError for an unknown error space or measure, or a density without `pdf` where one is needed.
     """
     return noised(
