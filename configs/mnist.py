@@ -12,8 +12,8 @@ def get_config():
     config.denoiser.options = {"width": 96, "depth": 3, "heads": 4, "patch": 2}
     config.objective.name = "gaussian"
     config.optimizer.learning_rate = 2e-3
-    config.train.steps, config.train.batch_size = 1500, 64
-    config.train.eval_every, config.train.sample_every = 0, 1500
+    config.train.steps, config.train.batch_size = 800, 64
+    config.train.eval_every, config.train.sample_every = 0, 800
     config.eval.max_examples, config.eval.num_times = 500, 16
     config.sample.solver, config.sample.steps, config.sample.guidance = "heun", 24, 1.5
     return config
