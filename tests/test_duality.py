@@ -41,6 +41,7 @@ def log_odds(r, num_symbols, dtype=float):
     return np.asarray(survival_log_odds(jnp.asarray(2 * np.log(r), dtype), num_symbols))
 
 
+@pytest.mark.slow
 def test_closed_forms_of_two_and_three_symbols(x64):
     """Two: erf(r / 2). Three: an orthant of a bivariate normal of correlation 1/2, by Owen's T."""
     np.testing.assert_allclose(special.expit(log_odds(RATIOS, 2)), special.erf(RATIOS / 2), rtol=1e-11)

@@ -244,6 +244,7 @@ def test_a_learned_schedule_is_in_the_process_and_scores():
     assert 0 <= trained.t_range[0] < trained.t_range[1] == 1
 
 
+@pytest.mark.slow
 def test_a_ratio_network_begins_with_uniform_data():
     """At a mask the ratio of a symbol is alpha / K to sigma: score entropy need not learn how that changes with t."""
     experiment = build(config(kind="ratio", objective={"name": "score_entropy"}), IMAGES)

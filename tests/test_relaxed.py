@@ -116,6 +116,7 @@ def test_softmax_is_exact_when_nothing_is_left_out(top):
     assert (ours.sum(-1) > 1 - 1e-5).all() == (top == 4)
 
 
+@pytest.mark.slow
 def test_expected_rest_is_close_to_the_rest():
     """The shown mass, where the entries left out have a good part of it."""
     batch, k = 8000, 60
@@ -135,6 +136,7 @@ def test_large_normals_are_not_on_a_grid():
     assert stats.kstest(z[::50], "norm").pvalue > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [None, 3])
 def test_draws_do_not_depend_on_the_batch(top):
     x0 = jnp.asarray(np.random.default_rng(0).integers(0, 6, (8, 2, 3)))

@@ -74,6 +74,7 @@ def test_valid_fraction_must_be_a_fraction(fraction):
         data.load("digits", "train", valid_fraction=fraction)
 
 
+@pytest.mark.slow
 def test_stdlib_is_the_librarys_files_by_split():
     import pathlib
     import sysconfig

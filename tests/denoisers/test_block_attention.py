@@ -104,6 +104,7 @@ def test_masked_attention_against_numpy(implementation):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient_behind_a_clean_past(jit, noise):
     init, apply = functional_init(maker(depth=1, block=2, dropout=0.1, num_classes=2, dtype=jnp.bfloat16))
     params, cond = noise(jax.eval_shape(init, jax.random.key(0))), {"clean": X0}

@@ -158,6 +158,7 @@ def test_scan_equals_unrolled(net, build):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.slow
 def test_scan_and_unrolled_start_from_the_same_weights(jit):
     inits = (functional_init(maker(**DISCRETE, scan=scan)).init for scan in (False, True))
     unrolled, scanned = (jit(init)(jax.random.key(0)) for init in inits)

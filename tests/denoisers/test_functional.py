@@ -190,6 +190,7 @@ def test_dropout_does_not_depend_on_the_batch_split(scan, build):
     assert largest(same[0], same[1]) > 1e-2
 
 
+@pytest.mark.slow
 def test_layers_draw_different_masks():
     # Branches that are constant 1, with gates 1 (attention) and 10 (MLP): the output says which were dropped.
     def block(rngs):

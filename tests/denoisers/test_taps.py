@@ -78,6 +78,7 @@ def test_overrides_act_in_order_and_recordings_see_the_result():
     assert seen["a"] == 4
 
 
+@pytest.mark.slow
 def test_inside_jit_and_grad(net):
     apply, params = net
 

@@ -132,6 +132,7 @@ class Discrete:
         return Prediction(jax.nn.softmax(logits) @ levels, "x0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPLinear(), CondOT(), EDM()], ids=repr)
 def test_binned_bound_is_a_probability(x64, schedule):
     """With the exact denoiser NELBO(v) = -log p(v); with another, the levels' probabilities sum to less than 1."""

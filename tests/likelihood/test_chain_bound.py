@@ -36,6 +36,7 @@ def test_one_site_costs_its_entropy_on_any_grid(x64, process):
         np.testing.assert_allclose(float(bound.total[0]), law.entropy, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_process
 def test_a_chain_tends_to_the_entropy_at_first_order(x64, process):
     """Sites move independently within a step: what that costs falls as 1 / steps."""

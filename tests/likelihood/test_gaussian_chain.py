@@ -144,6 +144,7 @@ def test_step_kl_is_that_of_the_two_laws_whatever_is_predicted(x64, schedule):
         np.testing.assert_allclose(*both(x0, xt, value), rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_estimator_agrees_and_no_noise_at_the_end_is_refused():
     process, times, batch = Gaussian(VPCosine(), data_std=0.9), np.linspace(1.0, 0.2, 6), 20_000
     x0 = jnp.full((batch, 1), 0.5)

@@ -66,6 +66,7 @@ def test_it_is_the_density_of_the_law(x64, schedule, kind, law, steps):
         assert 1e-6 < gap.max() < 0.5
 
 
+@pytest.mark.slow
 def test_from_no_noise_at_all(x64):
     """A grid of one's own may begin at t = 0 and end at t = 1, where sigma and alpha are 0."""
     inner = np.asarray(FLOW.schedule.time(jnp.linspace(-20.0, 20.0, 200)))

@@ -112,6 +112,7 @@ def test_latin_uniforms(total, num):
     np.testing.assert_array_equal(np.concatenate(split), u.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_time_for_each_block_varies_less():
     """Two blocks of two sites that are copies: each costs 2 log 3 / t where both are lost, else nothing.
 
@@ -140,6 +141,7 @@ def test_a_time_for_each_block_varies_less():
         np.testing.assert_allclose(sums.var(), variance, rtol=0.03, err_msg=name)
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_whole(x64):
     objective = block_elbo(Masked(2), "posterior", block=2)
     x0, params = jnp.asarray(np.random.default_rng(0).integers(0, 2, (6, 3))), jnp.asarray(TABLE)
@@ -186,6 +188,7 @@ def exact_variance(low, high):
     return moments[1] - moments[0] ** 2
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_range_of_least_variance():
     candidates = [(0.05, 1.0), (0.9, 1.0), (0.2, 0.4), (0.05, 0.1)]
     exact = {clip: exact_variance(*clip) for clip in candidates}

@@ -74,6 +74,7 @@ def test_networks_are_told_each_sites_time_and_frames_share_theirs():
     assert (np.abs(np.corrcoef(t[..., 0].T)[np.triu_indices(3, 1)]) < 4 / np.sqrt(500)).all()
 
 
+@pytest.mark.slow
 def test_tokens_too():
     apply = lambda params, xt, t, cond, **_: params[xt]
     loss, gradient = jax.value_and_grad(
@@ -83,6 +84,7 @@ def test_tokens_too():
     assert np.isfinite(np.asarray(gradient)).all()
 
 
+@pytest.mark.slow
 def test_rolling_windows_have_the_bound_of_the_theory(x64):
     """Overlapping windows over two frames; a schedule with noise at t = 0, so that a clean frame has a density."""
     windows = Windows(start=[0.0, 0.25], stop=[0.75, 1.0])

@@ -84,6 +84,7 @@ def transformed(log_snr):
     return special.logit(alpha)
 
 
+@pytest.mark.slow
 def test_without_temperature_it_has_the_expectation_of_the_bound(x64, monkeypatch):
     """One site: the loss of each x_t is `elbo`'s, and the argmax of w has, by its own integrals, the law of x_t."""
     process, u = Uniform(3, Duality(CondOT(), 3)), 0.37

@@ -121,6 +121,7 @@ def test_edm_is_karras(x64):
     np.testing.assert_allclose((target - prediction.value) ** 2, karras, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_edm_loss_at_initialisation():
     """A network that answers 0 pays exactly the variance of the target: 1 for data of that width."""
     process = Gaussian(EDM(), data_std=0.5)

@@ -305,6 +305,7 @@ def test_sites_of_weight_zero_are_shown_clean():
         assert (xt[:, 1] == MASK).any()
 
 
+@pytest.mark.slow
 def test_a_training_step_moves_the_powers():
     """In the library's own step; gradients are finite for steep and flat powers."""
     x0, optimizer = LAW.sample(random.example_keys(jax.random.key(5), 8)), optax.sgd(0.1)

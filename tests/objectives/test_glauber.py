@@ -152,6 +152,7 @@ def test_the_exact_network_is_the_optimum(x64, process):
         assert np.abs(wrong).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_no_other_network_does_as_well(x64):
     """The Hessian at the exact cavity: no direction is flat but those of a number added to all logits of a law."""
     process, k = PROCESSES[0], 1

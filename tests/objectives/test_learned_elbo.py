@@ -154,6 +154,7 @@ def test_sites_of_weight_zero_cost_nothing_and_weights_count(x64):
     np.testing.assert_allclose(left_out, changed, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [Monotone.initial(4), PerSite.initial((3,))], ids=["monotone", "per_site"])
 def test_slopes_are_finite_in_float32_with_a_binned_decoder(schedule):
     process = Gaussian(schedule)

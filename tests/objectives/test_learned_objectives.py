@@ -192,6 +192,7 @@ def test_sites_share_the_density_and_their_schedules_its_log_snr(x64):
     np.testing.assert_allclose(gradient["objective"]["logits"].min(), -(value**2) * 0.96 * (1 - 1 / 8), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_start_and_move_in_float32():
     x0 = jax.random.normal(jax.random.key(0), (64, 1))
     for make, own in ((learned_uncertainty, uncertainty_parameters()), (adaptive, adaptive_parameters(8))):

@@ -179,6 +179,7 @@ def test_noisy_data_teach_the_clean_denoiser(x64, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_noisy_data_in_float32():
     x0, sigma = jnp.ones((6, 2)), jnp.asarray([0.0, 0.1, 1.0, 10.0, 1e6, 0.0])
     apply = lambda params, xt, t, cond, **_: params * xt

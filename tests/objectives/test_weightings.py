@@ -258,6 +258,7 @@ def test_binned_density(x64):
     np.testing.assert_allclose(density(jnp.cumsum(p)[:-1]), PROCESS.schedule.time(jnp.asarray(edges[1:-1])), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [CondOT(), VPLinear(), VPCosine(), VE(), EDM()], ids=repr)
 def test_all_densities_and_weights_are_finite_in_float32(schedule):
     """At both ends of u: times inside the range, finite weights, under measure="log_snr" too."""

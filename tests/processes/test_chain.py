@@ -141,6 +141,7 @@ def test_nothing_is_added_to_probabilities():
     assert (np.asarray(jax.nn.softmax(step.logits)) > 0).sum() == 3
 
 
+@pytest.mark.slow
 def test_what_cannot_have_led_here_is_no_candidate(x64):
     """A flat posterior, in a band: the reverse step is the mean of the bridges from the five symbols within reach."""
     process, s, t = chain.banded(9, 3, 1, (0.5, 0.5)), jnp.asarray([1 / 3]), jnp.asarray([2 / 3])
@@ -209,6 +210,7 @@ def test_errors():
     assert hash(chain.uniform(3, 4)) != hash(chain.uniform(3, 5))
 
 
+@pytest.mark.slow
 def test_its_own_grid_is_the_default():
     """Of bound and objective: nothing need be said twice."""
     process, key = chain.discretized_gaussian(3, 4, (0.05, 0.5)), lambda: jax.random.key(0)

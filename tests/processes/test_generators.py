@@ -60,6 +60,7 @@ def test_gaussian_rates_are_tauldr():
     np.testing.assert_allclose(ours / ours[0, 1], rate / rate[0, 1], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gaussian_rates_do_not_depend_on_how_finely_the_range_is_divided():
     """D3PM's code has 255 in its scale, so that it is another process for any other number of symbols."""
     spreads = []

@@ -97,6 +97,7 @@ def test_path_kl_is_the_published_loss(x64):
         np.testing.assert_allclose(ours, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_posterior_read_as_a_cavity_is_dearer(x64):
     law = Categorical(2, 3)
     wrong = lambda xt, t, cond: Prediction(law.denoise(P, "posterior")(xt, t).value, "cavity")

@@ -104,6 +104,7 @@ def test_prior_draws_and_times_are_those_of_the_coordinates(x64):
     np.testing.assert_allclose(process.time_at(jnp.asarray([0.0, 1.0]), (0.2, 0.8))[0], [0.2, 0.8], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_draws_have_the_covariance():
     process, batch = InBasis(Gaussian(SCHEDULES[0]), DCT((1,))), 20_000
     law = process.marginal(jnp.ones((batch, SITES)), jnp.full(batch, 0.6))
@@ -234,6 +235,7 @@ def test_the_shortest_path_is_the_geodesic_of_variances(x64):
     np.testing.assert_allclose(near, at, atol=1e-8)
 
 
+@pytest.mark.slow
 @both
 def test_both_ends_are_finite_in_float32(schedule):
     process = InBasis(Gaussian(schedule), DCT((1,)))

@@ -293,6 +293,7 @@ def large():
     return process, x0, xt, times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_path_kl_in_float32(scale):
     """From the first losses to the last float before t = 1, for a timid network and one sure of the wrong symbol."""
@@ -306,6 +307,7 @@ def test_path_kl_in_float32(scale):
     np.testing.assert_allclose(single, exact, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite():
     process, x0, xt, times = large()
 
@@ -338,6 +340,7 @@ def test_times_integrate_and_stay_inside(x64, process):
     assert float(t.max()) < 1.0
 
 
+@pytest.mark.slow
 def test_times_give_each_scale_its_share():
     """64 symbols forget over eleven octaves of B; uniform in lost symbols, nearly all times would be in the first."""
     process = Kernel(64, generators.birth_death(64))

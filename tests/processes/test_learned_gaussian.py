@@ -108,6 +108,7 @@ def test_rates_are_those_of_the_flow(x64, t):
     np.testing.assert_allclose(found["prior_kl"], expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_short_bridges_follow_the_reverse_sde_and_compose(x64):
     """Mean and variance of a short step are the drift and g^2; two steps are one."""
     x0, noise = states(seed=0), states(seed=2)

@@ -178,6 +178,7 @@ def test_draws_agree_with_the_entropy_and_have_finite_gradients():
         assert np.isfinite(np.asarray(slope)).all()
 
 
+@pytest.mark.slow
 def test_ancestral_steps_of_one_site_draw_the_law():
     law, batch, process = Categorical(2, 3), 20_000, PROCESSES[2]
     with jax.debug_key_reuse(False):

@@ -320,6 +320,7 @@ def test_log_binomial_in_float32():
         assert (ours[exact < -1e9] < -1e9).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [1e-6, 0.5, 1 - 2**-24])
 def test_losses_in_float32_have_the_gradients_of_float64(t):
     """Every term, from both kinds of network, with nobody dead, some, and all; and for a network that is sure."""

@@ -57,6 +57,7 @@ def test_its_energy_is_its_closed_form_and_the_least(x64):
         assert energy(other) > found + 1e-2, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [-0.2, 0.2])
 def test_changes_to_the_separation_cost_energy(x64, change):
     """Other paths of the same family, near it: tilted towards data or towards noise, or to another size."""

@@ -184,6 +184,7 @@ def test_observed_sites_are_held(schedule):
     np.testing.assert_array_equal(out.trajectory[-1], out.x0)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
     """Conditions and rows sharded over eight devices."""
     process = Gaussian(VPCosine())
