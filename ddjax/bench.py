@@ -157,7 +157,7 @@ def bench_objectives(
 
     names: of `bench_cases.cases`; default: all that need not be asked for. vocabulary: train on sequences of that many
         symbols with Zipf's frequencies, of the length of config's data, in place of them; default: config's data.
-    rounds: each times one step of each, in turn, so that all see the same neighbours on a shared machine; what is
+    rounds: each times one step of each, in random order: all see the same neighbours on a shared machine, and what is
         reported are ratios within a round.
     Raises ValueError for a name or number that cannot be used.
     """
@@ -178,7 +178,12 @@ def bench_objectives(
         case = (usual | besides)[name]
         theirs = case.data(data)
         steps[name] = _Stepper(build(case.of(config), theirs), theirs)
-    seconds = np.array([[stepper() for stepper in steps.values()] for _ in range(warmup + rounds)])[warmup:]
+    # In another order each round: a step after a large one finds colder caches.
+    rng, seconds = np.random.default_rng(0), np.zeros((warmup + rounds, len(names)))
+    for times in seconds:
+        for i in rng.permutation(len(names)):
+            times[i] = steps[names[i]]()
+    seconds = seconds[warmup:]
     ratios = np.percentile(seconds / seconds[:, :1], [10, 50, 90], axis=0).T
     memory = {name: _memory(stepper.step)["executable"]["total"] for name, stepper in steps.items()}
     first = steps[names[0]]
