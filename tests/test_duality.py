@@ -68,6 +68,7 @@ def test_transformation_is_its_definition(x64, num_symbols):
     np.testing.assert_allclose(special.expit(y[0]) / RATIOS[0], expected / (k - 1), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_symbols", SIZES)
 def test_float32(num_symbols):
     """Within the rounding of the log-SNR itself, in alpha and, relatively, in the smaller of alpha and sigma."""
@@ -115,6 +116,7 @@ def test_inverse_and_derivative(x64, num_symbols):
     np.testing.assert_allclose(back * slope, 1.0, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_table_holds_between_its_points(x64):
     """At random ratios, against the integrals that it was made of."""
     r = np.exp(np.random.default_rng(0).uniform(-9, 9, 300))

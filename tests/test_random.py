@@ -54,6 +54,7 @@ def test_every_batch_size_has_one_time_in_each_part():
         np.testing.assert_array_equal(np.sort(np.floor(row[:total] * total)), np.arange(total))
 
 
+@pytest.mark.slow
 def test_each_row_is_uniform_on_its_own():
     """A row confined to its part of the interval would see one noise level for ever."""
     u = jax.vmap(lambda key: random.stratified(key, Rows.all(8)))(jax.random.split(jax.random.key(0), 4000))

@@ -146,6 +146,7 @@ def test_draws_do_not_depend_on_the_batch(top):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[5:6], b, rtol=2e-6), whole, part)
 
 
+@pytest.mark.slow
 def test_the_ends_are_finite():
     """Only the clean symbol, or only noise."""
     snr = jnp.asarray([-jnp.inf, jnp.inf, 100.0])

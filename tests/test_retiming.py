@@ -43,6 +43,7 @@ def test_it_is_the_denoiser_of_the_other_schedule(x64, old, new, kind):
         np.testing.assert_allclose(retimed[name], native[name], rtol=1e-10, atol=1e-10, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_sampler_makes_the_same_steps(x64):
     """DDIM sees sigma / alpha alone: on grids of the same noise levels its x / alpha are the same."""
     old, new = Gaussian(VPLinear()), Gaussian(EDM())

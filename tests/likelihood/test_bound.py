@@ -65,6 +65,7 @@ def test_monte_carlo_agrees_with_the_exact_bound(kind):
     np.testing.assert_allclose(estimate.bits_per_dim, np.asarray(estimate.total) / (2 * math.log(2)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_and_repeats_are_reproducible():
     law, process = Categorical(2, 3), Masked(3)
     x0 = law.sample(random.example_keys(jax.random.key(1), 6))

@@ -44,6 +44,7 @@ def expected_loss():
     return total
 
 
+@pytest.mark.slow
 def test_expected_loss_is_the_integral_over_both_times(x64):
     objective = diffusion_forcing(PROCESS, "x0", t_range=(0.05, 0.95))
 
@@ -59,6 +60,7 @@ def test_expected_loss_is_the_integral_over_both_times(x64):
     assert error < 0.01 * draws.mean()
 
 
+@pytest.mark.slow
 def test_networks_are_told_each_sites_time_and_frames_share_theirs():
     seen = {}
 

@@ -93,6 +93,7 @@ def test_the_bound_is_the_unit_weighted_noise_error(x64, process):
     np.testing.assert_allclose(np.outer(0.5 * wx, wz / wz.sum()).ravel() @ path, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["x0", "noise", "velocity"])
 def test_draws_have_the_expected_loss(x64, error):
     """The objective as called, against the quadrature."""

@@ -280,6 +280,7 @@ def test_microbatches_with_rows_give_the_whole():
         np.testing.assert_allclose(mean, gradient[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights():
     x0, params, key = LAW.sample(random.example_keys(jax.random.key(5), 6)), parameters(), lambda: jax.random.key(7)
     loss = jax.jit(lambda x0, weights: genmd4(START)(key(), apply, params, x0, weights=weights)[0])

@@ -88,6 +88,7 @@ def test_value_and_gradient_are_those_of_the_expected_bound(x64):
     assert float(losses.std()) < 0.1 * expected
 
 
+@pytest.mark.slow
 def test_hidden_sites_cost_nothing_and_examples_weigh():
     """A site of weight 0 has no effect at all; `weights` per example leave out the rest of the batch."""
     params = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), PARAMS)
@@ -151,6 +152,7 @@ def test_what_cannot_be_learned_is_an_error_at_once():
         objectives.learned_process(PROCESS, lambda process: objectives.gaussian(process, "x0", error="noize"))
 
 
+@pytest.mark.slow
 def test_a_train_step_moves_both():
     params = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), PARAMS)
     optimizer, ema = optax.adam(1e-2), Ema(0.9)

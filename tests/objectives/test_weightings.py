@@ -226,6 +226,7 @@ def test_the_density_is_that_of_the_times(x64, process):
         np.testing.assert_allclose((density.pdf(at) * -slope)[inside], 1.0, rtol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_densities_are_the_named_laws(x64):
     snr = np.linspace(-3, 3, 13)
     for name, (make, cdf, pdf) in DENSITIES.items():
@@ -239,6 +240,7 @@ def test_densities_are_the_named_laws(x64):
     np.testing.assert_allclose(ours, of_t, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_binned_density(x64):
     p = jnp.asarray([0.1, 0.4, 0.3, 0.2])
     density = densities.binned(PROCESS, p)

@@ -70,6 +70,7 @@ def test_rate_is_the_derivative_of_the_transition(x64):
             np.testing.assert_allclose(rate[others], difference[x, others], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_schedule_is_its_own_inverse_and_derivative(x64):
     t = jnp.asarray([1e-6, 0.01, 0.3, 0.7, 0.999])
     schedule = P.schedule

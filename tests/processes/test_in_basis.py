@@ -289,6 +289,7 @@ def test_samplers_reach_the_law(x64, schedule, solver):
     assert abs(order - (2 if solver is Heun else 1)) < 0.35, errors
 
 
+@pytest.mark.slow
 def test_sample_runs_and_ends_at_the_data():
     process, point = InBasis(Gaussian(SCHEDULES[0]), DCT((1,))), jnp.asarray([1.0, -2.0, 0.5, 3.0])
     denoise = lambda xt, t, cond: Prediction(jnp.broadcast_to(point, xt.shape), "x0")

@@ -121,6 +121,7 @@ def test_i2sb_is_the_brownian_bridge(x64):
     np.testing.assert_allclose(law.std**2, 0.49 * 0.3 * 0.7, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS[:5], ids=repr)
 def test_every_statement_follows_from_every_pair_that_determines_it(x64, path):
     process, parts = Interpolant(path), tuple(state(seed=i) for i in range(3))

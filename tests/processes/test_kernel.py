@@ -184,6 +184,7 @@ IDENTITIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process", "mixture"), IDENTITIES, ids=["uniform", "masked"])
 def test_uniform_and_masked_are_kernels(x64, process, mixture):
     assert process.num_states == mixture.num_states

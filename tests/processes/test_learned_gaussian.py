@@ -285,6 +285,7 @@ def test_the_bound_of_a_gaussian_is_theory(x64):
     np.testing.assert_allclose(float(affine_bound(jnp.zeros(3), ends)), entropy, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_shift_saves_what_theory_says(x64):
     """F = x0 + b t leaves the integrand alone; where b t = -MEAN the prior saves alpha^2 MEAN^2 / (2 std^2)."""
     alpha, sigma = (float(f(jnp.asarray(HIGH))) for f in (VPLinear().alpha, VPLinear().sigma))
@@ -369,6 +370,7 @@ def test_heun_follows_the_flow_of_a_gaussian(x64):
     np.testing.assert_allclose(end[:, 0], [mean, mean + std, mean - 2 * std], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_float32_is_finite_and_close(x64):
     """Values and gradients over the range and at its ends, one site; against float64."""
 
@@ -394,6 +396,7 @@ def test_float32_is_finite_and_close(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale), single[1], exact[1])
 
 
+@pytest.mark.slow
 def test_processes_compare_by_value_and_nelbo_takes_them():
     again = LearnedGaussian(Residual(SiteNetwork(4, 2)), parameters(), VPLinear(), data_std=0.7)
     assert again == WARPED

@@ -44,6 +44,7 @@ def test_the_density_is_the_power_law(x64, D):
         np.testing.assert_allclose(2 * integrate.quad(density, 0, np.inf, epsabs=1e-11)[0], 1.0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_draws_have_the_beta_prime_radius_and_no_direction():
     D, dims, n = 3.0, 4, 20_000
     process = PFGM(EDM(8.0), D=D)

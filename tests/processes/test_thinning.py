@@ -388,6 +388,7 @@ def test_a_rare_birth_is_not_lost_in_float32():
     np.testing.assert_allclose(jnp.exp(log_p), 0.5e-9, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sample_has_the_law():
     """Through `ddjax.sample` with a posterior: exact in three steps at one site."""
     law, process, batch = Categorical(1, 4), Thinning(4), 20_000

@@ -70,6 +70,7 @@ def test_changes_to_the_separation_cost_energy(x64, change):
     assert energy(resized) > energy(best) + 1e-5
 
 
+@pytest.mark.slow
 def test_data_far_apart_go_straight(x64):
     """No error at any noise level: CondOT, whatever the data's size."""
     t = jnp.linspace(0.0, 1.0, 41)

@@ -143,6 +143,7 @@ def test_inpainting_is_exact_for_masked():
         assert np.sum((counts - expected) ** 2 / expected) < 25
 
 
+@pytest.mark.slow
 def test_inpainting_keeps_the_known_sites_for_uniform():
     process = Uniform(3)
     observed = ddjax.Observed(jnp.asarray([[True, False]] * 4), jnp.ones((4, 2), jnp.int32))
