@@ -51,19 +51,16 @@ def sample(
         last.
     cond: a pytree with a leading batch axis. init: start from this state, at `times[0]`, instead of the prior.
     observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
-        copy, as
-        in RePaint, Lugmayr et al. 2022, without its resampling).
+        copy, as in RePaint, Lugmayr et al. 2022, without its resampling).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
     rows: row numbers that seed the examples, default 0 ... batch - 1; drawing rows 0-63 and then 64-127 gives the
-        same samples as
-        drawing 128 at once.
+        same samples as drawing 128 at once.
 
     The same key and row give the same sample whatever the batch. Compiled once for each shape, solver and number of
     steps.
     Raises ValueError for shapes that do not fit.
     """
-    times, rows, shape = _checked(shape, times, cond, init, observed, rows)
-    check_own_times(solver, times)
+    times, rows, shape = _checked(solver, shape, times, cond, init, observed, rows)
     return _sample(key, as_pytree(denoise), times, cond, init, observed, rows, process, shape, solver, trajectory)
 
 
@@ -94,8 +91,7 @@ def stream(
     Arguments as in `sample`. The last is the sample that `sample` gives, bit for bit. Compiled once, whatever `every`.
     Raises ValueError as `sample` does, and for `every` below 1, when it is called.
     """
-    times, rows, shape = _checked(shape, times, cond, init, observed, rows)
-    check_own_times(solver, times)
+    times, rows, shape = _checked(solver, shape, times, cond, init, observed, rows)
     if every < 1:
         raise ValueError(f"every={every}: expected at least one step between what is shown")
     arguments = (key, as_pytree(denoise), times, cond, init, observed, rows)
@@ -111,10 +107,11 @@ def stream(
     return parts()
 
 
-def _checked(shape, times, cond, init, observed, rows):
-    """Grid, rows and shape. Raises ValueError for shapes that do not fit."""
+def _checked(solver, shape, times, cond, init, observed, rows):
+    """Grid, rows and shape. Raises ValueError for shapes that do not fit, and for a grid that the solver is not for."""
     shape = tuple(int(n) for n in shape)
     times = check_grid(times)
+    check_own_times(solver, times)
     for name, value in (
         ("init", init),
         ("observed.mask", observed and observed.mask),

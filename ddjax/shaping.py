@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from ddjax.predictions import Prediction
 from ddjax.predictions import evaluations as cost
-from ddjax.processes import Masked, Staggered
+from ddjax.processes import Masked, staggered
 from ddjax.pytrees import as_pytree
 from ddjax.types import Denoise
 
@@ -235,7 +235,7 @@ def shaped(
 
 def _masks(process: Any) -> bool:
     """Whether cavity and posterior are the same at every site that is still to be written."""
-    return isinstance(process.process if isinstance(process, Staggered) else process, Masked)
+    return isinstance(staggered.common(process), Masked)
 
 
 def _both(shaped: Shaped, both: Callable, xt: Tokens, t: Array, cond: Any = None) -> tuple[Prediction, Prediction]:

@@ -148,6 +148,11 @@ class Staggered:
         return self.process.convert(prediction, kind, xt, self.clock.local(t, xt))
 
 
+def common(process: Any) -> Any:
+    """The process of one common clock: what a `Staggered` one runs at each site, any other itself."""
+    return process.process if isinstance(process, Staggered) else process
+
+
 def glauber(num_symbols: int, shape: Sequence[int], schedule: Survival = LogLinear(0.1), rounds: int = 1) -> Staggered:
     """GGM's process: uniform noise on one site at a time, in `rounds` cyclic sweeps over examples of this shape.
 

@@ -15,6 +15,7 @@ from ddjax.processes.categorical import Tokens, gather
 from ddjax.processes.masked import Masked
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.solvers.base import Info, Solver, batched, first_carry
+from ddjax.solvers.unmask import highest
 
 
 class Progress(NamedTuple):
@@ -104,10 +105,8 @@ class SelfCorrection:
         drawn = categorical(keys, logits)
         # By log odds, whose order is that of the probabilities: of these many round to 1 at a low temperature.
         rest = jax.nn.logsumexp(jnp.where(jnp.arange(logits.shape[-1]) == drawn[..., None], -1e30, logits), axis=-1)
-        score = jnp.where(drawn == x, -jnp.inf, gather(logits, drawn) - rest).reshape(x.shape[0], -1)
-        best = jax.lax.top_k(score, min(self.sites, score.shape[1]))[1]
-        chosen = jax.vmap(lambda places: jnp.zeros(score.shape[1], bool).at[places].set(True))(best).reshape(x.shape)
-        new = jnp.where(chosen, drawn, x)
+        score = jnp.where(drawn == x, -jnp.inf, gather(logits, drawn) - rest)
+        new = jnp.where(highest(score, jnp.full(x.shape[0], self.sites), jnp.ones(x.shape, bool)), drawn, x)
         agrees = (new == jnp.argmax(logits, axis=-1)).reshape(x.shape[0], -1).mean(-1, dtype=progress.best.dtype)
         waited = jnp.where(agrees > progress.best, 0, progress.waited + 1)
         gave_up = waited > self.patience

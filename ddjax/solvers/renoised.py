@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +35,36 @@ def diffuse(process: Gaussian, x: State, s: Time, t: Time, z: State) -> State:
     return jnp.where(same, x, grown)
 
 
-def _check(name: str, solver: Any) -> None:
-    process = getattr(solver, "process", None)
-    if not isinstance(process, Gaussian) or "score" not in process.kinds:
-        raise ValueError(
-            f"{name} goes forward by the kernel of processes.Gaussian: the solver must be of one, got {solver!r}"
-        )
-    if getattr(solver, "times", None) is not None:
-        raise ValueError(f"{name} leaves the grid that {type(solver).__name__} is made for: use another solver")
+class _Renoised:
+    """A solver with forward noise around it."""
+
+    solver: Solver
+    noise: Noise
+
+    def _check(self) -> None:
+        """Raise a ValueError for a solver that cannot be taken off its way."""
+        name, process = type(self).__name__, getattr(self.solver, "process", None)
+        if not isinstance(process, Gaussian) or "score" not in process.kinds:
+            raise ValueError(
+                f"{name} goes forward by the kernel of processes.Gaussian: the solver must be of one, "
+                f"got {self.solver!r}"
+            )
+        if getattr(self.solver, "times", None) is not None:
+            made = type(self.solver).__name__
+            raise ValueError(f"{name} leaves the grid that {made} is made for: use another solver")
+
+    @property
+    def process(self) -> Gaussian:
+        """The solver's."""
+        return self.solver.process
+
+    def init(self, xt, cond=None):
+        """The solver's carry and the noise's."""
+        return self.solver.init(xt, cond), self.noise.init(xt)
+
+    def begin(self, xt, cond, denoise, known=None):
+        """As `init`."""
+        return first_carry(self.solver, xt, cond, denoise, known), self.noise.init(xt)
 
 
 def _time(process: Gaussian, log_snr: Array, low: Time, high: Time) -> Array:
@@ -54,7 +75,7 @@ def _time(process: Gaussian, log_snr: Array, low: Time, high: Time) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepsDown:
+class StepsDown(_Renoised):
     """k-diffusion's ancestral samplers: the solver's step to sigma_down, then as much noise as brings back sigma_s.
 
     In x / alpha, sigma_down^2 = sigma_s^2 - eta^2 sigma_s^2 (1 - sigma_s^2 / sigma_t^2). With DDIM's step this is
@@ -69,22 +90,9 @@ class StepsDown:
     noise: Noise = Fresh()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
-        _check("StepsDown", self.solver)
+        self._check()
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"StepsDown's eta lies in [0, 1], got {self.eta}")
-
-    @property
-    def process(self) -> Gaussian:
-        """The solver's."""
-        return self.solver.process
-
-    def init(self, xt, cond=None):
-        """The solver's carry and the noise's."""
-        return self.solver.init(xt, cond), self.noise.init(xt)
-
-    def begin(self, xt, cond, denoise, known=None):
-        """As `init`."""
-        return first_carry(self.solver, xt, cond, denoise, known), self.noise.init(xt)
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """The solver's evaluations."""
@@ -107,7 +115,7 @@ def dpm_solver_pp_2s_ancestral(process: Gaussian, eta: float = 1.0) -> StepsDown
 
 
 @dataclasses.dataclass(frozen=True)
-class Churned:
+class Churned(_Renoised):
     """EDM's stochastic sampler around any solver: each step begins at (1 + gamma) times its noise level.
 
     gamma: 0 is the solver itself. low, high: S_min and S_max, the levels sigma / alpha at which it is done. scale:
@@ -122,25 +130,12 @@ class Churned:
     noise: Noise = Fresh()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
-        _check("Churned", self.solver)
+        self._check()
         if not (self.gamma >= 0 and 0 <= self.low <= self.high and self.scale > 0):
             raise ValueError(
                 "Churned needs gamma >= 0, 0 <= low <= high and scale > 0, got "
                 f"{(self.gamma, self.low, self.high, self.scale)}"
             )
-
-    @property
-    def process(self) -> Gaussian:
-        """The solver's."""
-        return self.solver.process
-
-    def init(self, xt, cond=None):
-        """The solver's carry and the noise's."""
-        return self.solver.init(xt, cond), self.noise.init(xt)
-
-    def begin(self, xt, cond, denoise, known=None):
-        """As `init`."""
-        return first_carry(self.solver, xt, cond, denoise, known), self.noise.init(xt)
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """The solver's evaluations."""
@@ -195,7 +190,7 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Restart:
+class Restart(_Renoised):
     """Restart sampling (Xu et al. 2023): a deterministic solver whose errors are forgotten by large noise now and then.
 
     Upon reaching an interval's lower end: forward to its upper end and back again by the solver, `times` times.
@@ -207,22 +202,9 @@ class Restart:
     noise: Noise = Fresh()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
-        _check("Restart", self.solver)
+        self._check()
         made = (v if isinstance(v, Interval) else Interval(*v) for v in self.intervals)
         object.__setattr__(self, "intervals", tuple(made))
-
-    @property
-    def process(self) -> Gaussian:
-        """The solver's."""
-        return self.solver.process
-
-    def init(self, xt, cond=None):
-        """The solver's carry and the noise's."""
-        return self.solver.init(xt, cond), self.noise.init(xt)
-
-    def begin(self, xt, cond, denoise, known=None):
-        """As `init`."""
-        return first_carry(self.solver, xt, cond, denoise, known), self.noise.init(xt)
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """The solver's step, and the passes where it reaches the end of an interval."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from ddjax.processes.staggered import common
 from ddjax.solvers.base import Info, first_carry
 from ddjax.types import State
 
@@ -41,8 +42,8 @@ class Stopping:
     padding: int | None = None
 
     def __post_init__(self):
-        if not hasattr(_inside(self.process), "mask"):
-            raise ValueError(f"stop tokens are for masked processes, not for {type(_inside(self.process)).__name__}")
+        if not hasattr(common(self.process), "mask"):
+            raise ValueError(f"stop tokens are for masked processes, not for {type(common(self.process)).__name__}")
         for name in ("stop", "padding"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.process.num_symbols:
@@ -71,11 +72,6 @@ class Stopping:
             padding = self.stop if self.padding is None else self.padding
             return jnp.where(behind(xs, self.stop), padding, xs).astype(xt.dtype), after, info
 
-        said = (xt == self.stop).any(axis=1) & (xt != _inside(self.process).mask).all(axis=1)
+        said = (xt == self.stop).any(axis=1) & (xt != common(self.process).mask).all(axis=1)
         rest = Info(jnp.zeros(xt.shape[:1], jnp.int32))
         return jax.lax.cond(said.all(), lambda: (xt, carry, rest), go)
-
-
-def _inside(process: Any) -> Any:
-    """The process that each site goes through in its own time."""
-    return getattr(process, "process", process)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Int
 from ddjax import random
 from ddjax.categorical import bernoulli, categorical_where
 from ddjax.predictions import Prediction
-from ddjax.processes import Masked, Staggered
+from ddjax.processes import Masked
 from ddjax.processes.categorical import PerSite, PerState, Tokens, gather
-from ddjax.processes.staggered import Moved
+from ddjax.processes.staggered import Moved, common
 from ddjax.solvers.base import Info, batched
 from ddjax.solvers.orders import Choice, Order, RandomOrder, planner_of
 from ddjax.types import Time, left_broadcast, per_example
@@ -40,7 +40,7 @@ class Unmask:
     count: str = "expected"
 
     def __post_init__(self):
-        inner = self.process.process if isinstance(self.process, Staggered) else self.process
+        inner = common(self.process)
         if not isinstance(inner, Masked):
             raise ValueError(f"Unmask writes masks: it is for processes.Masked, got {type(inner).__name__}")
         if self.count not in ("expected", "binomial"):

@@ -173,21 +173,21 @@ def test_any_subset_in_one_pass_and_by_conditionals(x64):
     assert ((counts - 100) ** 2 / 100).sum() < 20.5  # chi-squared of 5 degrees, p = 0.001
 
 
-@jax.jit
-def fitted(table):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def fitted(objective, params, chances, steps):
     """Adam, on a loss without noise."""
-    rule = optax.adam(optax.cosine_decay_schedule(0.1, 2000))
+    rule = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
     def step(_, carry):
-        table, state = carry
-        updates, state = rule.update(value_and_slope(LIKELIHOOD, table, CHANCE)[1], state)
-        return optax.apply_updates(table, updates), state
+        params, state = carry
+        updates, state = rule.update(value_and_slope(objective, params, chances)[1], state)
+        return optax.apply_updates(params, updates), state
 
-    return jax.lax.fori_loop(0, 2000, step, (table, rule.init(table)))[0]
+    return jax.lax.fori_loop(0, steps, step, (params, rule.init(params)))[0]
 
 
 def test_a_table_learns_all_marginals(x64):
-    learned = fitted(jnp.asarray(random_table()))
+    learned = fitted(LIKELIHOOD, jnp.asarray(random_table()), CHANCE, 2000)
     shown = jnp.asarray(STATES < 2)
     said = marginals(denoiser(learned), PROCESS, jnp.minimum(jnp.asarray(STATES), 1), shown)
     gap = np.abs(said - np.array([log_marginal(state) for state in STATES])).max()
@@ -246,19 +246,8 @@ def test_a_density_up_to_its_constant(x64):
         assert loss > 0.1
 
 
-def fit_energy(params):
-    rule = optax.adam(optax.cosine_decay_schedule(0.1, 4000))
-
-    def step(_, carry):
-        params, state = carry
-        updates, state = rule.update(value_and_slope(ENERGY, params, EVENLY)[1], state)
-        return optax.apply_updates(params, updates), state
-
-    return jax.lax.fori_loop(0, 4000, step, (params, rule.init(params)))[0]
-
-
 def test_a_table_learns_a_density_its_constant_and_its_marginals(x64):
-    learned = jax.jit(fit_energy)(at(random_table(), 0.0))
+    learned = fitted(ENERGY, at(random_table(), 0.0), EVENLY, 4000)
     assert abs(learned["objective"]["log_z"] - LOG_Z) < 1e-3
     table, law = np.asarray(learned["network"]), exact()
     said = [table[index(state), state < 2, 2].sum() for state in STATES]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from ode_laws import KEYS, Pair, reference, walk
+from ode_laws import KEYS, Pair, check_rows_are_their_own, reference, walk
 
 import ddjax
 from ddjax import grids, solvers
@@ -203,18 +203,7 @@ def test_no_nan_from_noise_to_data_for_one_example(name):
 
 @every_solver
 def test_samples_do_not_depend_on_the_batch(name):
-    """Bit for bit, for 1, 2 and 7 examples: the suite runs without fused multiply-adds."""
-    process = Gaussian(VPCosine())
-    law = lambda xt, t, cond: Prediction(0.5 * xt, "v")  # exact, whatever the batch
-
-    def run(batch):
-        settings = {"shape": (batch, 2), "solver": SOLVERS[name][0](process), "times": grids.uniform(5)}
-        return np.asarray(ddjax.sample(jax.random.key(0), law, process, **settings).x0)
-
-    whole = run(7)
-    for batch in (1, 2):
-        np.testing.assert_array_equal(run(batch), whole[:batch])
-    assert len(np.unique(whole)) == 14
+    check_rows_are_their_own(SOLVERS[name][0])
 
 
 @pytest.mark.slow
