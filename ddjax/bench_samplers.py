@@ -34,15 +34,15 @@ class Drawn(NamedTuple):
 def bench_samplers(
     *,
     solvers: Sequence[str] = (),
-    num: int = 8,
+    num: int = 2,
     steps: int = 64,
     many_steps: int = 1024,
     vocabularies: Sequence[int] = (27, 50_257),
     length: int = LENGTH,
-    width: int = 256,
-    depth: int = 4,
+    width: int = 128,
+    depth: int = 2,
     block: int = 16,
-    rounds: int = 5,
+    rounds: int = 3,
 ) -> dict[str, Any]:
     """Measure masked samplers on sequences, with an untrained text transformer that ignores the time.
 
@@ -76,9 +76,15 @@ def bench_samplers(
             if solvers:
                 raise ValueError(f"{name!r} is not for masked sequences: {error}") from error
             left_out[name] = " ".join(str(error).split())
-    seconds = _rounds({name: one.draw for name, one in made.items()}, rounds)
+    seconds = interleaved({name: one.draw for name, one in made.items()}, rounds)
+    first = next(iter(made))
     result["solvers"] = {
-        name: {"tokens_per_s": num * length / float(np.median(seconds[name])), "nfe": made[name].nfe} for name in made
+        name: {
+            "tokens_per_s": num * length / float(np.median(seconds[name])),
+            "nfe": made[name].nfe,
+            "speed": percentiles(seconds[first] / seconds[name]),  # of the first
+        }
+        for name in made
     }
     result["left_out"] = left_out
 
@@ -129,7 +135,7 @@ def _compiled(denoise: Any, process: Any, solver: Any, num: int, times: Any, len
     return Drawn(draw, float(np.mean(draw().nfe)))
 
 
-def _rounds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each call in each round, after one that warms up."""
     rng, keys = np.random.default_rng(0), list(calls)
     seconds = {key: np.zeros(rounds + 1) for key in keys}
@@ -141,18 +147,19 @@ def _rounds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np
     return {key: values[1:] for key, values in seconds.items()}
 
 
-def _ratio(values: np.ndarray) -> dict[str, float]:
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """The median, and what a tenth lies below and above."""
     return dict(zip(("p10", "median", "p90"), map(float, np.percentile(values, [10, 50, 90])), strict=True))
 
 
 def _against(pair: Mapping[str, Drawn], rounds: int) -> dict[str, Any]:
     """How many times as fast as "plain" the others are."""
-    seconds = _rounds({name: one.draw for name, one in pair.items()}, rounds)
+    seconds = interleaved({name: one.draw for name, one in pair.items()}, rounds)
     return {
         name: {
             "batch_s": float(np.median(seconds[name])),
             "nfe": pair[name].nfe,
-            "speedup": _ratio(seconds["plain"] / seconds[name]),
+            "speedup": percentiles(seconds["plain"] / seconds[name]),
         }
         for name in pair
     }
@@ -169,28 +176,29 @@ def _overhead(denoise: Any, process: Any, num: int, length: int, rounds: int, st
         for _ in range(steps):
             jax.block_until_ready(network(denoise, xt, t))
 
-    seconds = _rounds({"sampler": drawn.draw, "network": calls}, rounds)
+    seconds = interleaved({"sampler": drawn.draw, "network": calls}, rounds)
     return {
         "num": num,
         "steps": steps,
         "network_call_s": float(np.median(seconds["network"])) / steps,
-        "ratio": _ratio(seconds["sampler"] / seconds["network"]),
+        "ratio": percentiles(seconds["sampler"] / seconds["network"]),
     }
+
+
+def spread(ratio: Mapping[str, float]) -> str:
+    """What `percentiles` gives, to read."""
+    return f"x{ratio['median']:.3f} ({ratio['p10']:.3f} - {ratio['p90']:.3f})"
 
 
 def format_samplers(result: Mapping[str, Any]) -> str:
     """The result of `bench_samplers` as lines to read."""
-
-    def spread(ratio: Mapping[str, float]) -> str:
-        return f"x{ratio['median']:.3f} ({ratio['p10']:.3f} - {ratio['p90']:.3f})"
-
     lines = [
         f"masked sampling of {result['num']} x {result['length']} sites, a network {result['width']} wide and "
         f"{result['depth']} deep, {result['environment']['device_kind']}",
-        f"solvers, {result['steps']} steps:",
+        f"solvers, {result['steps']} steps; times as fast as the first:",
     ]
     lines += [
-        f"  {name:<28}{row['tokens_per_s']:>10,.0f} tokens/s, {row['nfe']:.1f} evaluations"
+        f"  {name:<28}{row['tokens_per_s']:>10,.0f} tokens/s, {spread(row['speed'])}, {row['nfe']:.1f} evaluations"
         for name, row in result["solvers"].items()
     ]
     for what, title in (("caching", "cached predictions"), ("blocks", "cached keys and values, in blocks")):

@@ -170,8 +170,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--steps",
         type=int,
-        help="train, objectives, samplers: steps or rounds to time (default: 20, 10, 5); sample: solver steps "
-        "(default: the config's)",
+        help="train, objectives, samplers: steps or rounds to time (default: 20, 10, 3); sample: solver steps "
+        "(default: the config's; with --vs: 50)",
     )
     bench.add_argument(
         "--vocabulary", type=int, help="objectives: this many symbols with Zipf's frequencies, not the config's data"
@@ -181,7 +181,12 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="objectives, samplers: one of them (may be repeated)",
+        help="objectives, samplers, sample --vs: one of them (may be repeated)",
+    )
+    bench.add_argument(
+        "--vs",
+        choices=("diffusers",),
+        help="sample: whole samplers with a tiny network beside that library's (no --config; needs ddjax[parity])",
     )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 
@@ -397,17 +402,10 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if arguments.config is None and overrides:
         raise ValueError("overrides need a --config to override")
-    if arguments.what == "samplers":
-        from ddjax import bench_samplers
-
-        if arguments.config is not None or arguments.vocabulary is not None:
-            raise ValueError("ddjax bench samplers has a network of its own: no --config, no --vocabulary")
-        rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
-        result = bench_samplers.bench_samplers(solvers=arguments.only, **rounds)
-        print(bench_samplers.format_samplers(result))
-        if arguments.out is not None:
-            bench.write(result, arguments.out)
-        return 0
+    if arguments.vs is not None and arguments.what != "sample":
+        raise ValueError("--vs is for ddjax bench sample")
+    if arguments.what == "samplers" or arguments.vs is not None:
+        return _bench_own(arguments)
     config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
     if arguments.what == "objectives":
         rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
@@ -415,10 +413,32 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(bench.format_objectives(result))
     else:
         if arguments.only or arguments.vocabulary is not None:
-            raise ValueError("--only is for ddjax bench objectives and samplers, --vocabulary for objectives")
+            raise ValueError(
+                "--only is for ddjax bench objectives, samplers and sample --vs, --vocabulary for objectives"
+            )
         measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
         result = measure(config, **({} if arguments.steps is None else {"steps": arguments.steps}))
         print(bench.format_report(result))
+    if arguments.out is not None:
+        bench.write(result, arguments.out)
+    return 0
+
+
+def _bench_own(arguments: argparse.Namespace) -> int:
+    """The benches with networks of their own."""
+    from ddjax import bench, bench_peers, bench_samplers
+
+    what = f"sample --vs {arguments.vs}" if arguments.vs else arguments.what
+    if arguments.config is not None or arguments.vocabulary is not None:
+        raise ValueError(f"ddjax bench {what} has a network of its own: no --config, no --vocabulary")
+    chosen = {"solvers": arguments.only} if arguments.only else {}
+    count = {} if arguments.steps is None else {"steps" if arguments.vs else "rounds": arguments.steps}
+    if arguments.vs:
+        result = bench_peers.bench_diffusers(**chosen, **count)
+        print(bench_peers.format_diffusers(result))
+    else:
+        result = bench_samplers.bench_samplers(**chosen, **count)
+        print(bench_samplers.format_samplers(result))
     if arguments.out is not None:
         bench.write(result, arguments.out)
     return 0
