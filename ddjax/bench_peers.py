@@ -31,7 +31,7 @@ SCHEDULERS = {
     ),
     "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}),
 }
-CASES = {"images": ((64, 32, 32, 3), 16), "points": ((256, 2), 64)}  # shape, width of the network
+CASES = {"images": ((64, 32, 32, 3), 64), "points": ((256, 2), 64)}  # shape, width of the network
 
 
 @dataclasses.dataclass(frozen=True)
