@@ -12,6 +12,7 @@ import importlib
 
 from ddjax import (
     fixtures,
+    gaussian_law,
     grids,
     guidance,
     inversion,
@@ -64,6 +65,7 @@ __all__ = [
     "data",
     "denoisers",
     "fixtures",
+    "gaussian_law",
     "grids",
     "guidance",
     "inversion",
