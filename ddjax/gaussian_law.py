@@ -186,7 +186,9 @@ class GaussianLaw:
             raise ValueError(f"this law is of states of shape {self.shape}, got {x.shape[1:]}")
         label = _labels(cond)
         which = slice(self.laws - 1, None) if label is None or self.laws == 1 else label
-        parts = (jnp.asarray(v.values, x.dtype)[which] for v in (self.means, self.directions, self.variances, self.rest))
+        parts = (
+            jnp.asarray(v.values, x.dtype)[which] for v in (self.means, self.directions, self.variances, self.rest)
+        )
         mean, directions, variances, rest = parts
         return _Chosen(mean.reshape(len(mean), -1), directions, variances, rest[:, None])
 
@@ -254,7 +256,11 @@ class _ExactDenoiser:
 
 def check_process(name: str, process: Any) -> None:
     """Raise a ValueError unless a process adds normal noise, the same at all sites."""
-    if not isinstance(process, Gaussian) or "score" not in process.kinds or process.schedule.common is not process.schedule:
+    if (
+        not isinstance(process, Gaussian)
+        or "score" not in process.kinds
+        or process.schedule.common is not process.schedule
+    ):
         raise ValueError(
             f"{name} needs a processes.Gaussian with one schedule for all sites, got {type(process).__name__} with "
             f"{type(getattr(process, 'schedule', None)).__name__}"
@@ -282,7 +288,9 @@ def _labels(cond: Any) -> Array | None:
 # -- from data ---------------------------------------------------------------------------------------------------------
 
 
-def fit(data: Any, rank: int | None = None, *, labels: ArrayLike | bool | None = None, chunk: int = 4096) -> GaussianLaw:
+def fit(
+    data: Any, rank: int | None = None, *, labels: ArrayLike | bool | None = None, chunk: int = 4096
+) -> GaussianLaw:
     """The Gaussian with the mean and the covariance of data, in one pass, float64.
 
     data: states `(n, *shape)`, or a split of `ddjax.data`. rank: how many of the largest eigenvalues are kept; the
@@ -310,7 +318,9 @@ def fit(data: Any, rank: int | None = None, *, labels: ArrayLike | bool | None =
             sums[k] += own.sum(0)
             squares[k] += own.T @ own
     if not counts.all():
-        raise ValueError(f"there are no items of label {int(np.argmin(counts))}" if counts[-1] else "there are no items")
+        raise ValueError(
+            f"there are no items of label {int(np.argmin(counts))}" if counts[-1] else "there are no items"
+        )
     means = sums / counts[:, None]
     variances, directions = np.linalg.eigh(squares / counts[:, None, None] - means[:, :, None] * means[:, None, :])
     variances = np.maximum(variances[:, ::-1], 0.0)  # largest first

@@ -177,7 +177,10 @@ def test_outlines_first(x64):
     x0 = jnp.asarray(law.means.values[-1] + rng.normal(size=(1, DIMS)))
     u, v = law.directions.values[-1], law.variances.values[-1]
     flow = jax.jit(lambda x, t, s: law.flow(process, x, t, s))
-    derivative, x0_at = jax.jit(jax.jacfwd(lambda x, t: flow(x, t, jnp.zeros(()))[0])), jax.jit(functools.partial(law.x0, process))
+    derivative, x0_at = (
+        jax.jit(jax.jacfwd(lambda x, t: flow(x, t, jnp.zeros(()))[0])),
+        jax.jit(functools.partial(law.x0, process)),
+    )
     for t in map(jnp.asarray, (0.9, 0.1)):
         xt = flow(x0, jnp.zeros(()), t)
         predicted = x0_at(xt, t)

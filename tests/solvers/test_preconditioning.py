@@ -1,6 +1,7 @@
 """Preconditioned drifts: exact inverses, the law that Langevin steps leave, and published recurrences."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ from ddjax.solvers import (
     Given,
     Langevin,
     LevenbergMarquardt,
-    PredictorCorrector,
     Preconditioned,
+    PredictorCorrector,
     dpm_solver_multistep,
     dpm_solver_pp,
 )
@@ -182,7 +183,7 @@ def prediction(xt, t, cond=None):
 def published(x, times, damping, memory):
     """DPM-Solver of order 1 with its drift multiplied, as its authors have it, but for the last step."""
     before = None
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in itertools.pairwise(times):
         alpha, sigma, alpha_s, sigma_s = 1 - t, t, 1 - s, s
         noise = (x - alpha * (np.sin(2 * x) + 0.3 * x)) / sigma
         h = np.log(alpha_s / sigma_s) - np.log(alpha / sigma) if s else np.inf
