@@ -128,7 +128,7 @@ class GaussianLaw:
         """The probability-flow ODE's solution at s from x_t at t, exactly, whatever the two times are.
 
         Along each direction the deviation from alpha m grows with the marginal's standard deviation,
-        sqrt(alpha^2 variance + sigma^2) (Wang & Vastola 2023, eq. 8, for any schedule). Where nothing varies at t, the
+        sqrt(alpha^2 variance + sigma^2) (Wang & Vastola 2023, for any schedule). Where nothing varies at t, the
         deviation is 0.
         """
         (alpha, sigma), (alpha_s, sigma_s) = levels(process, t), levels(process, s)
@@ -142,7 +142,7 @@ class GaussianLaw:
         """The share of its outcome that the predicted x_0 shows of each direction at time t, from 0 to 1.
 
         Along a path of the ODE <u, E[x_0 | x_t] - m> = share <u, x_0 - m>, share = alpha / sqrt(alpha^2 + sigma^2 /
-        variance): directions of high variance, the outline, settle first (Wang & Vastola 2023, eq. 11).
+        variance): directions of high variance, the outline, settle first (Wang & Vastola 2023).
         """
         (alpha, sigma), v = levels(process, t), jnp.asarray(self.variances.values, float)
         return divide(alpha * jnp.sqrt(v), jnp.sqrt(alpha**2 * v + sigma**2))
@@ -163,7 +163,7 @@ class GaussianLaw:
         """How much a small change of x_t along each direction changes the outcome: d x_0 / d x_t.
 
         sqrt(v / (alpha^2 v + sigma^2)): largest along directions of high variance, whatever the time (Wang & Vastola
-        2023, section 4.3). Times alpha it is the share settled; what it takes away from 1 or adds is forgotten or
+        2023). Times alpha it is the share settled; what it takes away from 1 or adds is forgotten or
         amplified on the way.
         """
         (alpha, sigma), v = levels(process, t), jnp.asarray(self.variances.values, float)
@@ -184,7 +184,7 @@ class GaussianLaw:
         """The law of each example, or the one of all."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"this law is of states of shape {self.shape}, got {x.shape[1:]}")
-        label = _labels(cond)
+        label = labels_in(cond)
         which = slice(self.laws - 1, None) if label is None or self.laws == 1 else label
         parts = (
             jnp.asarray(v.values, x.dtype)[which] for v in (self.means, self.directions, self.variances, self.rest)
@@ -246,7 +246,7 @@ class _ExactDenoiser:
 
     def __call__(self, xt, t, cond=None):
         """The posterior mean of x0, converted to the kind asked for."""
-        t, law, label = jnp.asarray(t), self.law, _labels(cond)
+        t, law, label = jnp.asarray(t), self.law, labels_in(cond)
         x0 = law._mixture(self.process, xt, t) if self.mixture else law.x0(self.process, xt, t, label)
         if self.mixture and label is not None:
             none = (label == law.laws - 1).reshape(-1, *[1] * (xt.ndim - 1))
@@ -280,9 +280,9 @@ def _flat(x: State) -> Array:
     return x.reshape(x.shape[0], -1)
 
 
-def _labels(cond: Any) -> Array | None:
+def labels_in(cond: Any) -> Array | None:
     """The labels in a condition, which may be a dict around them."""
-    return _labels(cond.get("cond")) if isinstance(cond, dict) else cond
+    return labels_in(cond.get("cond")) if isinstance(cond, dict) else cond
 
 
 # -- from data ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 (Zhang et al. 2023, "ReDi: Efficient Learning-Free Diffusion Inference via Trajectory Retrieval".) The first steps are
 made as ever; the state they lead to is looked up among those of the base, and the state to which the nearest one led
 later is taken in its place. On paths of an ODE with a sensitivity of at most L from the early time to the end, what is
-lost is at most L times the distance to the neighbour (the paper's theorem 1 bounds L by Lipschitz constants).
+lost is at most L times the distance to the neighbour (the paper bounds L by Lipschitz constants).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from ddjax import sampling
 from ddjax.frozen import Frozen
+from ddjax.gaussian_law import labels_in
 from ddjax.solvers.base import Info, Solver
 from ddjax.solvers.switched import Switched
 from ddjax.types import Denoise, State
@@ -101,14 +102,16 @@ def build(
 ) -> Trajectories:
     """Sample as far as step `late` of the grid, and keep the states after `early` and `late` steps.
 
-    shape, solver, times, cond, rows: as in `sample`. Labels are kept where `cond` is an array of them. Keys that are
+    shape, solver, times, cond, rows: as in `sample`. Labels are kept where `cond` is an array of them, or a dict with
+    an entry "cond" that is. Keys that are
     used again to sample find their own trajectories: take others.
     Raises ValueError for steps that are not on the grid in this order.
     """
     _check_steps(early, late, len(times) - 1)
     settings = {"shape": shape, "solver": solver, "times": times[: late + 1], "cond": cond, "rows": rows}
     path = sampling.sample(key, denoise, process, **settings, trajectory=True).trajectory
-    labels = cond if isinstance(cond, (np.ndarray, jax.Array)) and cond.ndim == 1 else None
+    labels = labels_in(cond)
+    labels = labels if isinstance(labels, (np.ndarray, jax.Array)) and labels.ndim == 1 else None
     return Trajectories(path[early], path[late], (float(times[early]), float(times[late])), labels)
 
 
@@ -171,7 +174,7 @@ def nearest(
     if xt.shape[1:] != base.early.values.shape[1:]:
         raise ValueError(f"the base is of states of shape {base.early.values.shape[1:]}, got {xt.shape[1:]}")
     count = len(base)
-    labels = None if base.labels is None or not isinstance(cond, (np.ndarray, jax.Array)) else cond
+    labels = None if base.labels is None else labels_in(cond)
     size = min(chunk, count)
     padded = -(-count // size) * size
     parts = jnp.asarray(base.early.values, xt.dtype).reshape(count, -1)

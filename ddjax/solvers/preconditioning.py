@@ -312,12 +312,15 @@ class Preconditioned:
         inner, before = carry
         plain, inner, info = self.solver.step(keys, inner, xt, t, s, denoise, cond)
         schedule, (t_, s_) = self.process.schedule, (left_broadcast(jnp.asarray(v), xt) for v in (t, s))
-        alpha, sigma = schedule.alpha(t_), schedule.sigma(s_)
+        stays = (schedule.alpha(t_) == 0) | (schedule.sigma(s_) == 0)
         scale = schedule.alpha if self.form == "noise" else schedule.sigma
         kept = divide(scale(s_), scale(t_)) * xt
         drift = plain - kept
         metric, after = self.preconditioner.metric(before, drift, xt, t, denoise, self.process, cond)
         moved = metric.apply(drift)
         length = jnp.sqrt(divide(per_example(drift**2), per_example(moved**2)))
-        xs = jnp.where((sigma == 0) | (alpha == 0), plain, kept + left_broadcast(length, xt) * moved)
+        xs = jnp.where(stays, plain, kept + left_broadcast(length, xt) * moved)
+        # What was no drift is not remembered as one.
+        stays = jnp.broadcast_to(stays.reshape(-1), xt.shape[:1])
+        after = jax.tree.map(lambda new, old: jnp.where(left_broadcast(stays, new), old, new), after, before)
         return xs.astype(xt.dtype), (inner, after), Info(info.nfe + self.preconditioner.calls(xt))

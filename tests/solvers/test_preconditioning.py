@@ -206,6 +206,10 @@ def test_the_published_recurrence(x64):
         got = drawn(Preconditioned(DDIM(PROCESS), LevenbergMarquardt(damping, memory)), x, times)
         np.testing.assert_allclose(got.x0, published(np.asarray(x), times, damping, memory), atol=1e-9)
         np.testing.assert_array_equal(got.nfe, 4)
+    # From pure noise: the first step is the solver's own, and no drift to remember.
+    x1 = 0.1 * (np.sin(2 * x) + 0.3 * x) + 0.9 * np.asarray(x)
+    got = drawn(Preconditioned(DDIM(PROCESS), LevenbergMarquardt(1e-2, 0.3)), x, np.array([1.0, *times]))
+    np.testing.assert_allclose(got.x0, published(x1, times, 1e-2, 0.3), atol=1e-9)
 
 
 @pytest.mark.slow
