@@ -35,7 +35,7 @@ def searched(solver=None, times=None, **options):
     return boundary.best_noise(KEY, LAW.denoise(PROCESS), PROCESS, **settings | options)
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("chunk", [3, pytest.param(1000, marks=pytest.mark.slow)])
 def test_scores_are_the_quadratic(x64, chunk):
     found = searched(candidates=9, chunk=chunk)
     noises = PROCESS.prior((9, 2)).sample(random.example_keys(KEY, 9))
@@ -45,6 +45,7 @@ def test_scores_are_the_quadratic(x64, chunk):
     np.testing.assert_array_equal(found.noise, noises[np.argmin(want)])
 
 
+@pytest.mark.slow
 def test_given_candidates_among_which_is_the_minimum(x64):
     """The quadratic's own minimum is found, and reused for conditions that were not in the set."""
     total = (SPREAD[LABELS] ** 2).sum(0)

@@ -118,6 +118,7 @@ def test_both_ends_of_the_flow(x64, name):
         np.testing.assert_allclose(x0, np.broadcast_to(signal * law.means.values[2] + noise, x0.shape), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_without_a_label_it_may_be_the_mixture(x64):
     """The score of the labels' mixture, by differentiation of its density."""
     law, process = two(), Gaussian(CondOT())
@@ -170,6 +171,7 @@ def test_fitted_in_one_pass_and_kept(x64, tmp_path):
     assert gaussian_law.fit(data, 0).rest.values[0] == pytest.approx(np.var(x.reshape(50, -1), axis=0).mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_outlines_first(x64):
     """What settles when, against the ODE's own path."""
     law, process = two(), Gaussian(VPLinear())

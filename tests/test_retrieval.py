@@ -36,18 +36,19 @@ def drawn(key, solver, batch=7, labels=None, **options):
     return ddjax.sample(jax.random.key(key), own, PROCESS, **settings)
 
 
-def test_what_is_in_the_base_is_found_again():
-    """Bit for bit, with fewer evaluations; with labels, too."""
-    for labels in (None, jnp.asarray(LABELS)):
-        got = drawn(1, retrieval.redi(DDIM(PROCESS), built(labels)), labels=labels, trajectory=True)
-        want = drawn(1, DDIM(PROCESS), labels=labels, trajectory=True)
-        np.testing.assert_array_equal(got.x0, want.x0)
-        np.testing.assert_array_equal(got.nfe, 4)
-        for step, same in enumerate((0, 1, 2, 4, 4, 5, 6)):
-            np.testing.assert_array_equal(got.trajectory[step], want.trajectory[same])
+@pytest.mark.parametrize("labels", [LABELS, pytest.param(None, marks=pytest.mark.slow)])
+def test_what_is_in_the_base_is_found_again(labels):
+    """Bit for bit, with fewer evaluations."""
+    labels = None if labels is None else jnp.asarray(labels)
+    got = drawn(1, retrieval.redi(DDIM(PROCESS), built(labels)), labels=labels, trajectory=True)
+    want = drawn(1, DDIM(PROCESS), labels=labels, trajectory=True)
+    np.testing.assert_array_equal(got.x0, want.x0)
+    np.testing.assert_array_equal(got.nfe, 4)
+    for step, same in enumerate((0, 1, 2, 4, 4, 5, 6)):
+        np.testing.assert_array_equal(got.trajectory[step], want.trajectory[same])
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("chunk", [4, *[pytest.param(n, marks=pytest.mark.slow) for n in (1, 100)]])
 def test_the_nearest_is_that_of_brute_force(chunk):
     early, labels = RNG.normal(size=(9, 2, 3)), np.array([0, 0, 1, 1, 1, 0, 0, 1, 1])
     early[7] = early[2]  # of equals, the first
@@ -66,6 +67,7 @@ def test_the_nearest_is_that_of_brute_force(chunk):
             np.testing.assert_allclose(far[i], distances[i, order], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_loss_is_bounded_by_the_distance(x64):
     """On Gaussian data, whose ODE is solved exactly: each direction is lost by its sensitivity times the distance."""
     u = np.linalg.qr(RNG.normal(size=(4, 4)))[0]
@@ -84,6 +86,7 @@ def test_the_loss_is_bounded_by_the_distance(x64):
     assert (np.linalg.norm(lost, axis=1) <= sensitive.max() * np.asarray(far)[:, 0] + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_combined_neighbours(x64):
     """Least squares of the early states: on a linear law exact, once they span the space."""
     law = GaussianLaw(np.zeros((1, 3)), np.eye(3)[None], [[4.0, 1.0, 0.1]], [0.0])

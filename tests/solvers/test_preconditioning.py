@@ -138,6 +138,7 @@ def test_langevin_leaves_the_law_as_it_is(x64):
     np.testing.assert_allclose(scipy.linalg.solve_discrete_lyapunov(b, noise @ noise.T), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("any_keys")
 def test_fewer_steps_on_ill_conditioned_data(x64):
     """At steps that are equally far from unstable, by the factor that theory says."""
@@ -154,6 +155,7 @@ def test_fewer_steps_on_ill_conditioned_data(x64):
     assert steps[0] > 20 * steps[1]
 
 
+@pytest.mark.slow
 def test_without_end_of_damping_it_is_plain_langevin(x64):
     exact, _ = law()
     x, z = states(), np.random.default_rng(2).normal(size=(3, 2, DIMS))
@@ -168,6 +170,7 @@ def test_without_end_of_damping_it_is_plain_langevin(x64):
         np.testing.assert_allclose(other, moved[0], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted():
     solver = PredictorCorrector(DDIM(PROCESS), Langevin(PROCESS, 0.1, 2, "level", preconditioner=ExactHessian(0.1)))
     settings = {"shape": (2, DIMS), "solver": solver, "times": grids.uniform(2)}
