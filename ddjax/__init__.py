@@ -12,6 +12,7 @@ import importlib
 
 from ddjax import (
     fixtures,
+    gaussian_law,
     grids,
     guidance,
     inversion,
@@ -21,6 +22,7 @@ from ddjax import (
     presets,
     processes,
     random,
+    retrieval,
     schedules,
     shaping,
     shifted_times,
@@ -64,6 +66,7 @@ __all__ = [
     "data",
     "denoisers",
     "fixtures",
+    "gaussian_law",
     "grids",
     "guidance",
     "inversion",
@@ -75,6 +78,7 @@ __all__ = [
     "processes",
     "random",
     "retime",
+    "retrieval",
     "sample",
     "schedules",
     "shaping",

@@ -19,12 +19,14 @@ from ddjax import (
     paths,
     processes,
     random,
+    retrieval,
     schedules,
     simplex,
     solvers,
     symbol_schedules,
     transforms,
 )
+from ddjax.gaussian_law import GaussianLaw
 from ddjax.naming import make, pick
 from ddjax.objectives.base import Objective
 from ddjax.objectives.interpolant import Coupling
@@ -407,6 +409,43 @@ def _given_latent(process: processes.AdaptiveGaussian, solver: str = "ancestral"
     return solvers.GivenLatent(process, pick(SOLVERS, solver, "config.sample.solver_options.solver"))
 
 
+def _inner(process: Any, solver: str, **options: Any) -> Any:
+    """Another of `SOLVERS`; the options are its own."""
+    return make(SOLVERS, solver, "config.sample.solver_options.solver", process, **options)
+
+
+def _teleport(process: Any, law: GaussianLaw, at: float = 0.75, solver: str = "heun", **options: Any) -> Any:
+    """`Teleport` as far as the time `at`, and from there another of `SOLVERS`; the options are that one's own."""
+    return solvers.Switched((solvers.Teleport(process, law), _inner(process, solver, **options)), (at,))
+
+
+def _redi(process: Any, base: str, solver: str = "ddim", neighbours: int = 1, **options: Any) -> Any:
+    """`retrieval.redi` around another of `SOLVERS`, with the base in a file; the options are that one's own."""
+    return retrieval.redi(_inner(process, solver, **options), retrieval.load(base), neighbours)
+
+
+def _levenberg_marquardt(
+    process: Any,
+    solver: str = "dpm_solver_multistep",
+    damping: float = 1e-3,
+    memory: float = 0.1,
+    form: str = "noise",
+    **options: Any,
+) -> solvers.Preconditioned:
+    """`Preconditioned` by `LevenbergMarquardt` around another of `SOLVERS`; the options are that one's own."""
+    preconditioner = solvers.LevenbergMarquardt(damping, memory)
+    return solvers.Preconditioned(_inner(process, solver, **options), preconditioner, form)
+
+
+def _preconditioned_langevin(
+    process: Any, law: GaussianLaw, size: float = 0.16, steps: int = 1, damping: float = 0.1
+) -> solvers.PredictorCorrector:
+    """`predictor_corrector`, its steps of `size` sigma^2 preconditioned by the Hessian of the data's Gaussian law."""
+    preconditioner = solvers.ExactHessian(damping, law)
+    corrector = solvers.Langevin(process, size, steps, "level", preconditioner=preconditioner)
+    return solvers.PredictorCorrector(solvers.EulerMaruyama(process), corrector)
+
+
 ORDERS = {
     "random": solvers.RandomOrder,
     "left_to_right": solvers.LeftToRight,
@@ -421,6 +460,8 @@ def _unmask(process: Any, order: str = "random", count: str = "expected", **opti
     return solvers.Unmask(process, make(ORDERS, order, "config.sample.solver_options.order", **options), count)
 
 
+# Of the arguments, the process comes first and law (the Gaussian law of the training data, or of a file that the option
+# names) is given where it is taken; the others are config.sample.solver_options.
 SOLVERS = {
     "ancestral": solvers.Ancestral,
     "ddim": solvers.DDIM,
@@ -469,6 +510,10 @@ SOLVERS = {
     "edm_restart": solvers.edm_restart,
     "euler_maruyama": solvers.EulerMaruyama,
     "predictor_corrector": solvers.predictor_corrector,
+    "teleport": _teleport,
+    "redi": _redi,
+    "levenberg_marquardt": _levenberg_marquardt,
+    "preconditioned_langevin": _preconditioned_langevin,
 }
 GRIDS = {
     "uniform": grids.uniform,

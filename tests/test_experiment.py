@@ -150,6 +150,7 @@ MULTISTEP = (
 STOCHASTIC = {
     "sde_dpm_solver_pp": {}, "sa_solver": {}, "dpm_solver_pp_2s_ancestral": {}, "edm_stochastic": {"steps": 3},
     "edm_restart": {"intervals": [[0.5, 2.0, 2, 1]]}, "euler_maruyama": {}, "predictor_corrector": {"size": 0.1},
+    "teleport": {"at": 0.6}, "levenberg_marquardt": {"damping": 0.1}, "preconditioned_langevin": {"size": 0.1},
 }  # fmt: skip
 MINIMAL = {  # the least that each name needs beside the defaults
     **{("process", "schedule", n): config(schedule=n) for n in ("linear", "polynomial", "cosine", "log_linear")},
@@ -230,7 +231,7 @@ def test_every_table_is_covered():
     for name, table in tables.items():
         # In tests/test_names.py, and below.
         of_one_process = {"folded_heun", "given_latent", "fresh_latent", "reuse", "gillespie", "planned_steps"}
-        of_one_process |= {"path_planning", "unmask"}
+        of_one_process |= {"path_planning", "unmask", "redi"}
         assert {place[2] for place in MINIMAL if place[1] == name} == set(table) - of_one_process
 
 

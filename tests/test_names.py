@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddjax import companions, names, objectives, processes, schedules, solvers, transforms
+from ddjax import companions, gaussian_law, names, objectives, processes, retrieval, schedules, solvers, transforms
 from ddjax.config import ConfigError, typed
 from ddjax.data import by_class, from_arrays, noisy, rescaled
 from ddjax.experiment import build
@@ -217,6 +217,51 @@ def test_reuse_by_name_holds_another_solver_by_name():
     network = dataclasses.replace(c.denoiser, options=c.denoiser.options | {"time": False})
     with pytest.raises(ConfigError, match="keeps predictions, and the solver 'reuse'"):
         build(dataclasses.replace(c, denoiser=network, sample=dataclasses.replace(c.sample, cache=True)), data)
+
+
+def test_shortcuts_by_name_hold_another_solver_by_name(tmp_path):
+    experiment = build(*CONFIGS["antithetic"])
+    process, fitted = experiment.process, gaussian_law.fit(FLOATS, labels=True)
+    heun, ddim = solvers.Heun(process), solvers.DDIM(process, 0.5)
+    assert experiment.solver("teleport", at=0.6) == solvers.Switched((solvers.Teleport(process, fitted), heun), (0.6,))
+    gaussian_law.fit(FLOATS, 2).save(tmp_path / "law.safetensors")
+    made = experiment.solver("teleport", law=str(tmp_path / "law.safetensors"), solver="ddim", eta=0.5)
+    assert made == solvers.Switched((solvers.Teleport(process, gaussian_law.fit(FLOATS, 2)), ddim), (0.75,))
+    preconditioner = experiment.solver("preconditioned_langevin", damping=0.3).corrector.preconditioner
+    assert preconditioner == solvers.ExactHessian(0.3, fitted)
+    made = experiment.solver("levenberg_marquardt", solver="ddim", eta=0.5, memory=0.2)
+    assert made == solvers.Preconditioned(ddim, solvers.LevenbergMarquardt(memory=0.2))
+    base = retrieval.Trajectories(np.zeros((2, 4, 4, 1)), np.ones((2, 4, 4, 1)), (0.8, 0.4))
+    base.save(tmp_path / "base.safetensors")
+    made = experiment.solver("redi", base=str(tmp_path / "base.safetensors"), solver="heun", neighbours=2)
+    assert made == retrieval.redi(heun, base, 2)
+    gaussian_law.fit(np.zeros((2, 3))).save(tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match="has 1 laws of states of shape"):
+        experiment.solver("teleport", law=str(tmp_path / "other.safetensors"))
+    with pytest.raises(ConfigError, match="holds no Gaussian law"):
+        experiment.solver("teleport", law=str(tmp_path / "base.safetensors"))
+    with pytest.raises(ConfigError, match=r"solver_options.solver='x' is unknown"):
+        experiment.solver("teleport", solver="x")
+
+
+@pytest.mark.slow
+def test_a_run_takes_shortcuts(tmp_path):
+    """Fewer evaluations by name; what is in a base is found again."""
+    experiment = build(*CONFIGS["antithetic"])
+    run = Run(experiment, experiment.init(jax.random.key(0)), 0)
+    settings = {"steps": 4, "trajectory": True, "solver_options": {"at": 0.5, "solver": "ddim"}}
+    drawn = run.sample(jax.random.key(1), 3, cond=np.array([0, 1, 3]), solver="teleport", **settings)
+    np.testing.assert_array_equal(drawn.nfe, 2)
+    assert np.isfinite(drawn.x0).all()
+    base = retrieval.for_run(run, jax.random.key(1), 5, steps=4, early=1, late=3, solver="ddim", batch_size=2)
+    np.testing.assert_array_equal(base.labels, np.arange(5) % 3)
+    base.save(tmp_path / "base.safetensors")
+    options = {"base": str(tmp_path / "base.safetensors"), "solver": "ddim"}
+    settings = {"steps": 4, "cond": np.arange(5) % 3, "trajectory": True}
+    short = run.sample(jax.random.key(1), 5, solver="redi", solver_options=options, **settings)
+    plain = run.sample(jax.random.key(1), 5, solver="ddim", **settings)
+    np.testing.assert_allclose(short.x0, plain.x0, atol=1e-6)
+    assert (short.nfe < plain.nfe).all()
 
 
 @pytest.mark.slow

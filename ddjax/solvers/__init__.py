@@ -31,6 +31,7 @@ from ddjax.solvers.multistep import (
 )
 from ddjax.solvers.noise import Brownian, Fresh, Given, Noise
 from ddjax.solvers.orders import Confidence, LeftToRight, Local, Planner, RandomOrder
+from ddjax.solvers.preconditioning import ExactHessian, FixedHessian, LevenbergMarquardt, Preconditioned
 from ddjax.solvers.rates import RateEuler, TauLeaping, Tweedie
 from ddjax.solvers.reflected import FoldedHeun
 from ddjax.solvers.remasking import Psi, Remasking
@@ -55,6 +56,7 @@ from ddjax.solvers.singlestep import (
 )
 from ddjax.solvers.stopping import Stopping
 from ddjax.solvers.sweeps import Gibbs, Glauber
+from ddjax.solvers.switched import Switched, Teleport
 from ddjax.solvers.unmask import PathPlanning, Unmask
 
 __all__ = [
@@ -67,7 +69,9 @@ __all__ = [
     "Churned",
     "Confidence",
     "EulerMaruyama",
+    "ExactHessian",
     "FirstHitting",
+    "FixedHessian",
     "FlowEuler",
     "FoldedHeun",
     "Fresh",
@@ -84,6 +88,7 @@ __all__ = [
     "Langevin",
     "Learned",
     "LeftToRight",
+    "LevenbergMarquardt",
     "Local",
     "Multistep",
     "Noise",
@@ -91,6 +96,7 @@ __all__ = [
     "PlannedSteps",
     "Planner",
     "PoissonBridge",
+    "Preconditioned",
     "PredictorCorrector",
     "Psi",
     "RandomOrder",
@@ -103,7 +109,9 @@ __all__ = [
     "Solver",
     "StepsDown",
     "Stopping",
+    "Switched",
     "TauLeaping",
+    "Teleport",
     "Tweedie",
     "Unmask",
     "Window",

@@ -13,6 +13,7 @@ from ddjax.processes import Gaussian
 from ddjax.processes.gaussian import divide
 from ddjax.solvers.base import Info, Solver, batched, first_carry
 from ddjax.solvers.noise import Fresh, Noise
+from ddjax.solvers.preconditioning import Preconditioner
 from ddjax.types import left_broadcast, per_example
 
 RULES = ("norms", "level")
@@ -25,11 +26,13 @@ def _check(name: str, process: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Langevin:
-    """x <- x + e score + sqrt(2 e) z, at one time: leaves the marginal there as it is for small e.
+    """x <- x + e P score + sqrt(2 e) P^(1/2) z, at one time: leaves the marginal there as it is for small e.
 
     size, rule: "norms", e = 2 (size |z| / |score|)^2, with the norms of each example by itself (Song et al. 2021,
     algorithms 4 and 5, whose code averages them over the batch and the devices); "level", e = size sigma^2 (Song &
     Ermon 2019, algorithm 1). steps: how many. Nothing is done where sigma = 0.
+    preconditioner: of P (`solvers.preconditioning`), None for 1. A P that depends on the state leaves the marginal as
+        it is but for its divergence, which is left out here as in Levenberg-Marquardt-Langevin (Wang et al. 2025).
     """
 
     process: Gaussian
@@ -37,6 +40,7 @@ class Langevin:
     steps: int = 1
     rule: str = "norms"
     noise: Noise = Fresh()  # noqa: RUF009 (frozen)
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self):
         _check("Langevin", self.process)
@@ -46,26 +50,31 @@ class Langevin:
             raise ValueError(f"Langevin needs a positive size and at least one step, got {(self.size, self.steps)}")
 
     def init(self, x):
-        """What the noise carries."""
-        return self.noise.init(x)
+        """What the noise and the preconditioner carry."""
+        return self.noise.init(x), () if self.preconditioner is None else self.preconditioner.init(x)
 
     def correct(self, keys, carry, x, t, denoise, cond=None):
         """All steps at time t: the state, the carry, and the evaluations that each example had."""
+        calls = 1 if self.preconditioner is None else 1 + self.preconditioner.calls(x)
 
         def once(k, state):
-            x, carry = state
+            x, (noise, past) = state
             score = self.process.convert(denoise(x, batched(t, x), cond), "score", x, t).value
-            z, carry = self.noise.draw(carry, random.fold_in(keys, k), x, t, t)
+            z, noise = self.noise.draw(noise, random.fold_in(keys, k), x, t, t)
             sigma = self.process.schedule.sigma(left_broadcast(jnp.asarray(t), x))
             if self.rule == "level":
                 e = self.size * sigma**2
             else:
                 e = 2.0 * self.size**2 * divide(per_example(z**2), per_example(score**2))
                 e = jnp.where(sigma == 0, 0.0, left_broadcast(e, x))
-            return (x + e * score + jnp.sqrt(2.0 * e) * z).astype(x.dtype), carry
+            if self.preconditioner is not None:
+                noisy = -sigma * score
+                metric, past = self.preconditioner.metric(past, noisy, x, t, denoise, self.process, cond)
+                score, z = metric.apply(score), metric.root(z)
+            return (x + e * score + jnp.sqrt(2.0 * e) * z).astype(x.dtype), (noise, past)
 
         x, carry = jax.lax.fori_loop(0, self.steps, once, (x, carry))
-        return x, carry, jnp.full(x.shape[:1], self.steps, jnp.int32)
+        return x, carry, jnp.full(x.shape[:1], self.steps * calls, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
