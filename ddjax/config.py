@@ -162,7 +162,8 @@ class SampleConfig:
     # (random, confidence, left_to_right, local, planner) and its own; path_planning, first_hitting, remasking; masks
     # and uniform noise: gillespie, planned_steps; noise among symbols: self_correction; glauber (glauber); counts
     # (thinning): binomial_bridge, poisson_bridge
-    # reuse (masked texts): sites, every, solver and its options
+    # reuse (masked texts): sites, every, solver and its options; nested (a whole sample at every step): solver and its
+    # options, inner_steps (a number, or one for each step), inner_grid, outer
     solver: str = "ancestral"
     solver_options: dict = dataclasses.field(default_factory=dict)
     # spare network calls that change nothing: of a network without time where an example has not changed, of one in

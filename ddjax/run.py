@@ -165,7 +165,8 @@ class Run:
                 new = min(len(chunk), n - chunk[0])
                 for part in stream(*arguments, **settings, every=every):
                     drawn = Sample(part.x, part.nfe)
-                    callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new]))
+                    x0 = None if part.x0 is None else part.x0[:new]
+                    callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new], x0))
             path = jax.vmap(experiment.clean)(drawn.trajectory) if trajectory else None
             parts.append(Sample(experiment.clean(drawn.x0), drawn.nfe, path))
         # The last chunk repeats its last row to keep one compiled shape.

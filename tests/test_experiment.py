@@ -160,7 +160,10 @@ MINIMAL = {  # the least that each name needs beside the defaults
         objective={"name": "gaussian"},
     ),
     **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun")},
-    **{("sample", "solver", n): config(sample={"solver": n}) for n in ("remasking", "psi", "gibbs", "first_hitting")},
+    **{
+        ("sample", "solver", n): config(sample={"solver": n})
+        for n in ("remasking", "psi", "gibbs", "first_hitting", "nested")
+    },
     **{
         ("sample", "solver", n): config("thinning", kind="deaths", sample={"solver": n})
         for n in ("binomial_bridge", "poisson_bridge")

@@ -29,6 +29,7 @@ from ddjax.solvers.multistep import (
     sde_dpm_solver_pp,
     unipc,
 )
+from ddjax.solvers.nested import Nested
 from ddjax.solvers.noise import Brownian, Fresh, Given, Noise
 from ddjax.solvers.orders import Confidence, LeftToRight, Local, Planner, RandomOrder
 from ddjax.solvers.rates import RateEuler, TauLeaping, Tweedie
@@ -86,6 +87,7 @@ __all__ = [
     "LeftToRight",
     "Local",
     "Multistep",
+    "Nested",
     "Noise",
     "PathPlanning",
     "PlannedSteps",

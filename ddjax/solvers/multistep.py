@@ -128,6 +128,11 @@ class Multistep:
             raise ValueError("compensation is for the ODE: eta must be 0")
 
     @property
+    def grid_steps(self) -> int | None:
+        """The steps of the grid it is made for; None: any."""
+        return None if self.compensation is None else len(self.compensation)
+
+    @property
     def _random(self) -> bool:
         return callable(self.eta) or self.eta > 0
 
