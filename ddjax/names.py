@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddjax import (
+    around,
     denoisers,
     grids,
     objectives,
@@ -25,7 +26,7 @@ from ddjax import (
     symbol_schedules,
     transforms,
 )
-from ddjax.naming import make, pick, taken
+from ddjax.naming import make, pick
 from ddjax.objectives.base import Objective
 from ddjax.objectives.interpolant import Coupling
 from ddjax.processes import interpolant
@@ -402,28 +403,6 @@ def _reuse(process: Any, sites: int, every: int = 2, solver: str = "ancestral", 
     return solvers.Reuse(inner, sites, every)
 
 
-def _nested(
-    process: Any,
-    solver: str = "ancestral",
-    inner_steps: int | Sequence[int] = 4,
-    inner_grid: str | None = None,
-    outer: str | None = None,
-    **options: Any,
-) -> solvers.Nested:
-    """`Nested` around another of `SOLVERS`; the options are that one's own.
-
-    inner_grid: of `GRIDS`, that are told no more than the schedule. outer: another of `SOLVERS`, with its defaults.
-    """
-    key = "config.sample.solver_options"
-    inner = make(SOLVERS, solver, f"{key}.solver", process, **options)
-    grid = None
-    if inner_grid is not None:
-        own = taken(pick(GRIDS, inner_grid, f"{key}.inner_grid"), {"schedule": getattr(process, "schedule", None)})
-        grid = np.asarray(make(GRIDS, inner_grid, f"{key}.inner_grid", **own, steps=256), np.float64)
-    outer = None if outer is None else make(SOLVERS, outer, f"{key}.outer", process)
-    return solvers.Nested(inner, inner_steps if isinstance(inner_steps, int) else tuple(inner_steps), grid, outer)
-
-
 def _given_latent(process: processes.AdaptiveGaussian, solver: str = "ancestral") -> solvers.GivenLatent:
     """`GivenLatent` with another of `SOLVERS`, with its defaults."""
     return solvers.GivenLatent(process, pick(SOLVERS, solver, "config.sample.solver_options.solver"))
@@ -467,7 +446,7 @@ SOLVERS = {
     "flow_euler": solvers.FlowEuler,
     "campbell": solvers.Campbell,
     "reuse": _reuse,
-    "nested": _nested,
+    "nested": around.nested,
     "euler": _euler,
     "heun_in_noise": solvers.heun_in_noise,
     "bogacki_shampine": solvers.bogacki_shampine,
@@ -484,7 +463,9 @@ SOLVERS = {
     "pndm": solvers.pndm,
     "plms": solvers.plms,
     "gradient_estimation": solvers.gradient_estimation,
+    "flow_turbo": solvers.FlowTurbo,
     "ghvb": solvers.ghvb,
+    "momentum": around.momentum,
     "sde_dpm_solver_pp": solvers.sde_dpm_solver_pp,
     "sa_solver": solvers.sa_solver,
     "dpm_solver_pp_2s_ancestral": solvers.dpm_solver_pp_2s_ancestral,

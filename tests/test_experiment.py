@@ -145,7 +145,7 @@ SINGLE_STEP = (
 )  # fmt: skip
 MULTISTEP = (
     "dpm_solver_pp", "dpm_solver_multistep", "unipc", "deis", "lms", "adams_bashforth", "ipndm", "pndm", "plms",
-    "gradient_estimation", "ghvb",
+    "gradient_estimation", "ghvb", "flow_turbo", "momentum",
 )  # fmt: skip
 STOCHASTIC = {
     "sde_dpm_solver_pp": {}, "sa_solver": {}, "dpm_solver_pp_2s_ancestral": {}, "edm_stochastic": {"steps": 3},

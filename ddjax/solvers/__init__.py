@@ -7,11 +7,13 @@ from ddjax.solvers.correction import SelfCorrection
 from ddjax.solvers.counts import BinomialBridge, PoissonBridge
 from ddjax.solvers.discrete_flow import Campbell, FlowEuler
 from ddjax.solvers.events import FirstHitting, Gillespie, PlannedSteps
+from ddjax.solvers.flow_turbo import FlowTurbo, refined
 from ddjax.solvers.gaussian import DDIM, Heun
 from ddjax.solvers.given import FreshLatent, GivenLatent
 from ddjax.solvers.key_values import KeyValues
 from ddjax.solvers.langevin import EulerMaruyama, Langevin, PredictorCorrector, predictor_corrector
 from ddjax.solvers.learned import Learned
+from ddjax.solvers.momentum import Momentum
 from ddjax.solvers.multistep import (
     Multistep,
     Window,
@@ -70,6 +72,7 @@ __all__ = [
     "EulerMaruyama",
     "FirstHitting",
     "FlowEuler",
+    "FlowTurbo",
     "FoldedHeun",
     "Fresh",
     "FreshLatent",
@@ -86,6 +89,7 @@ __all__ = [
     "Learned",
     "LeftToRight",
     "Local",
+    "Momentum",
     "Multistep",
     "Nested",
     "Noise",
@@ -128,6 +132,7 @@ __all__ = [
     "plms",
     "pndm",
     "predictor_corrector",
+    "refined",
     "rk4",
     "sa_solver",
     "sde_dpm_solver_pp",

@@ -101,7 +101,10 @@ class Nested:
         if self.outer is None:
             xs = self.process.bridge(x0, xt, s, t).sample(keys)
         else:
-            told = lambda x, at, cond=None: Prediction(x0, "x0")
+
+            def told(x, at, cond=None):
+                return Prediction(x0, "x0")
+
             xs, outer, _ = self.outer.step(keys, outer, xt, t, s, told, cond)
         return xs, Progress(x0, carry.taken + 1, carry.known, outer), Info(nfe)
 

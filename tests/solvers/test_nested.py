@@ -1,6 +1,7 @@
 """Anytime sampling: exact laws for any number of outer steps, the plain sampler as a case, and what is shown."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def test_a_step_of_inner_ddim_is_linear_algebra(x64, grid):
     else:  # t is half-way through the first of three steps: places 1/6, 4/9, 13/18, 1
         inner = [0.8, 0.6 - (4 / 9 - 1 / 3) * 3 * 0.1, (1 - 13 / 18) * 3 * 0.5, 0.0]
     gain, push = 1.0, 0.0  # x_0 = gain x_t + push
-    for a, b in zip(inner[:-1], inner[1:], strict=True):
+    for a, b in itertools.pairwise(inner):
         (at_0, _), (at_1, _) = (gaussian_mean(schedule, v, a) for v in (0.0, 1.0))
         alpha, sigma, to_alpha, to_sigma = (float(f(v)) for v in (a, b) for f in (schedule.alpha, schedule.sigma))
         ratio = to_sigma / sigma
@@ -216,11 +217,10 @@ def test_both_ends_other_processes_and_times_of_examples():
     solver = Nested(DDIM(process), 3, grids.quadratic(5))
     keys = lambda: random.example_keys(KEY, 2)
     xt, t, s = jnp.asarray([[0.3], [1.2]]), jnp.asarray([0.9, 0.4]), jnp.asarray([0.5, 0.1])
-    both = solver.step(keys(), solver.init(xt), xt, t, s, gaussian_denoise(process))[0]
+    denoise = gaussian_denoise(process)
+    both = solver.step(keys(), solver.init(xt), xt, t, s, denoise)[0]
     for i in range(2):
-        alone = solver.step(
-            keys()[i : i + 1], solver.init(xt[:1]), xt[i : i + 1], t[i], s[i], gaussian_denoise(process)
-        )
+        alone = solver.step(keys()[i : i + 1], solver.init(xt[:1]), xt[i : i + 1], t[i], s[i], denoise)
         np.testing.assert_allclose(alone[0], both[i : i + 1], rtol=1e-5)
 
 
