@@ -104,6 +104,8 @@ def stream(
             done = min(i + every, steps)
             state = _advance(state, i, done, *arguments, **static)
             shown = solver.shown(state[1]) if hasattr(solver, "shown") else None
+            if shown is not None and observed is not None:
+                shown = jnp.where(observed.mask, observed.value, shown).astype(shown.dtype)
             yield Partial(done, state[0], state[2], shown)
 
     return parts()
