@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="by name, as config.sample.solver (default: the config's), or a file that ddjax search wrote",
     )
+    sample.add_argument("--policy", metavar="FILE", help="steps by label, as ddjax search --family policy wrote them")
     sample.add_argument(
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="of the solver (may be repeated)"
     )
@@ -113,16 +114,23 @@ def parser() -> argparse.ArgumentParser:
 
     search = _command(commands, "search", _search, "learn a fast sampler for a trained model, whose weights stay")
     _add_workdir(search, "folder of the run")
-    search.add_argument("--steps", type=int, required=True, help="solver steps, one network evaluation each")
-    search.add_argument("--out", type=Path, required=True, help="file to write, .json: for ddjax sample --solver")
     search.add_argument(
-        "--loss", choices=("fine", "kernel"), default="fine",
-        help="fine: distance to the solution in many steps (default); kernel: distance to the training data",
+        "--steps", type=int, required=True, nargs="+", help="solver steps, one network evaluation each; policy: several"
+    )
+    search.add_argument(
+        "--out", type=Path, required=True, help="file to write, .json: for ddjax sample --solver, or --policy"
+    )
+    search.add_argument(
+        "--loss", choices=("fine", "kernel", "label"), default="fine",
+        help="fine: distance to the solution in many steps (default); kernel: distance to the training data; label, of "
+        "policy: how unlike their label a classifier finds samples",
     )  # fmt: skip
     search.add_argument(
-        "--family", choices=("general", "grid", "compensation"), default="general",
-        help="general: all coefficients and times (default); grid: times; compensation: DC-Solver's ratios",
+        "--family", choices=("general", "grid", "compensation", "policy"), default="general",
+        help="general: all coefficients and times (default); grid: times; compensation: DC-Solver's ratios; policy: "
+        "which number of steps for which label",
     )  # fmt: skip
+    search.add_argument("--cost", type=float, default=1e-3, help="policy: loss that an evaluation is worth (0.001)")
     search.add_argument("--solver", default="dpm_solver_pp", help="where to begin (default: dpm_solver_pp)")
     search.add_argument("--num", type=int, default=256, help="examples to learn from (default: 256)")
     search.add_argument("--iterations", type=int, default=300, help="steps of the search (default: 300)")
@@ -303,7 +311,8 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         steps=arguments.steps,
         guidance=arguments.guidance,
         solver=arguments.solver,
-        solver_options=dict(map(_option, arguments.solver_option)),
+        solver_options=dict(map(_option, arguments.solver_option)) or None,
+        policy=arguments.policy,
         init=init,
         prompt=arguments.prompt,
         infill=arguments.infill,
@@ -343,16 +352,30 @@ def _option(text: str) -> tuple[str, Any]:
 def _search(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
-    from ddjax import search
+    from ddjax import policies, search
     from ddjax.solvers import learned
 
     if arguments.out.suffix != ".json":
         raise ValueError(f"--out must end in .json, got {arguments.out}")
-    run = _load(arguments)
-    names = ("steps", "loss", "family", "solver", "num", "iterations", "guidance")
+    run, key = _load(arguments), jax.random.key(arguments.seed)
+    names = ("loss", "family", "solver", "num", "iterations", "guidance")
     options = {name: getattr(arguments, name) for name in names}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error now
-    found = search.for_run(run, jax.random.key(arguments.seed), **options)
+    if arguments.family == "policy":
+        del options["family"]
+        options |= {"steps": arguments.steps, "quality": options.pop("loss"), "cost": arguments.cost}
+        found = policies.for_run(run, key, **options)
+        about = found._replace(policy=None)._asdict() | options | {"seed": arguments.seed, "step": run.step}
+        policies.save(arguments.out, found.policy, run.experiment.sampling_process, **about)
+        print(
+            f"on examples not learned on: the policy {found.evaluations:.3g} evaluations, reward {found.reward:.4g}; "
+            f"best for all {found.fixed_evaluations:.3g}, {found.fixed_reward:.4g} -> {arguments.out}"
+        )
+        return 0
+    if len(arguments.steps) != 1:
+        raise ValueError(f"--steps: one number, but for --family policy, got {arguments.steps}")
+    options["steps"] = arguments.steps[0]
+    found = search.for_run(run, key, **options)
     about = {**options, "seed": arguments.seed, "step": run.step, "before": found.before, "after": found.after}
     learned.save(arguments.out, found.solver, **about)
     print(

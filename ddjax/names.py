@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddjax import (
+    around,
     denoisers,
     grids,
     objectives,
@@ -486,6 +487,7 @@ SOLVERS = {
     "flow_euler": solvers.FlowEuler,
     "campbell": solvers.Campbell,
     "reuse": _reuse,
+    "nested": around.nested,
     "euler": _euler,
     "heun_in_noise": solvers.heun_in_noise,
     "bogacki_shampine": solvers.bogacki_shampine,
@@ -502,7 +504,9 @@ SOLVERS = {
     "pndm": solvers.pndm,
     "plms": solvers.plms,
     "gradient_estimation": solvers.gradient_estimation,
+    "flow_turbo": solvers.FlowTurbo,
     "ghvb": solvers.ghvb,
+    "momentum": around.momentum,
     "sde_dpm_solver_pp": solvers.sde_dpm_solver_pp,
     "sa_solver": solvers.sa_solver,
     "dpm_solver_pp_2s_ancestral": solvers.dpm_solver_pp_2s_ancestral,

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddjax import companions, likelihood, prompts
+from ddjax import companions, likelihood, policies, prompts
 from ddjax.config import Config, ConfigError, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
 from ddjax.likelihood import FlowLikelihood
+from ddjax.policies import Policy
 from ddjax.predictions import BoundDenoiser, bind, check_bound
 from ddjax.sampling import Observed, Partial, padded, sample, stream
 from ddjax.shaping import shaped
@@ -84,6 +85,7 @@ class Run:
         callback: Callable[[Partial], None] | None = None,
         every: int = 1,
         batch_size: int = 256,
+        policy: str | Path | Policy | None = None,
     ) -> State | Sample:
         """Draw n samples, `(n, *shape)`; in the config's way where nothing else is said.
 
@@ -106,6 +108,8 @@ class Run:
         callback: shown the samples while they are drawn, after every `every` steps and at the end
             (`sampling.Partial`), one `batch_size` of them after the other.
         batch_size: drawn at a time; it does not change the samples.
+        policy: chooses solver and steps by label (`ddjax.policies`), or the file of one that `ddjax search --family
+            policy` wrote: each sample is the one that these give.
         """
         experiment = self.experiment
         if n < 1:
@@ -131,10 +135,7 @@ class Run:
             repetition=repetition,
             no_repeats=no_repeats,
         )
-        step, times = self.sampler(solver, steps, solver_options)
-        if stop is not None:
-            stop = self.data.token(stop)
-            step = Stopping(step, stop)
+        stop = None if stop is None else self.data.token(stop)
         observed = self._known(n, lengths, stop, self._shown(n, observed, prompt, infill))
         for name, given in (("observed", observed), ("init", init)):
             if any(len(leaf) != n for leaf in jax.tree.leaves(given)):
@@ -145,12 +146,20 @@ class Run:
         seeds = np.arange(n) if rows is None else np.asarray(rows)
         if seeds.shape != (n,) or seeds.dtype.kind not in "iu" or (seeds < 0).any():
             raise ValueError(f"rows are {n} whole numbers, 0 or more, one for each sample, got {rows}")
-        parts = []
-        for chunk in _chunks(n, batch_size):
-            labels, known, x1 = jax.tree.map(lambda a, chunk=chunk: jnp.asarray(a[chunk]), (cond, observed, init))
-            rows = jnp.asarray(seeds[chunk])
+        if policy is None:
+            groups = [(self.sampler(solver, steps, solver_options), np.arange(n))]
+        elif trajectory or callback is not None or any(v is not None for v in (solver, steps, solver_options)):
+            raise ValueError("a policy chooses solver and steps for each sample: leave out these, trajectory, callback")
+        else:
+            groups = self._chosen(policy, cond)
+        parts, order = [], np.concatenate([own for _, own in groups])
+        for (step, times), own, chunk in ((s, g, c) for s, g in groups for c in _chunks(len(g), batch_size)):
+            which, new = own[chunk], min(len(chunk), len(own) - chunk[0])
+            step = step if stop is None else Stopping(step, stop)
+            labels, known, x1 = jax.tree.map(lambda a, which=which: jnp.asarray(a[which]), (cond, observed, init))
+            rows = jnp.asarray(seeds[which])
             settings = {
-                "shape": (len(chunk), *experiment.state_shape),
+                "shape": (len(which), *experiment.state_shape),
                 "solver": step,
                 "times": times,
                 "cond": experiment.to_sample(key, rows, labels, x1),
@@ -162,18 +171,28 @@ class Run:
             if callback is None:
                 drawn = sample(*arguments, **settings, trajectory=trajectory)
             else:
-                new = min(len(chunk), n - chunk[0])
                 for part in stream(*arguments, **settings, every=every):
                     drawn = Sample(part.x, part.nfe)
-                    callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new]))
-            path = jax.vmap(experiment.clean)(drawn.trajectory) if trajectory else None
-            parts.append(Sample(experiment.clean(drawn.x0), drawn.nfe, path))
-        # The last chunk repeats its last row to keep one compiled shape.
-        x0 = jnp.concatenate([part.x0 for part in parts])[:n]
+                    x0 = None if part.x0 is None else part.x0[:new]
+                    callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new], x0))
+            path = jax.vmap(experiment.clean)(drawn.trajectory)[:, :new] if trajectory else None
+            # The last chunk repeats its last row to keep one compiled shape.
+            parts.append(Sample(experiment.clean(drawn.x0)[:new], drawn.nfe[:new], path))
+        x0 = jnp.concatenate([part.x0 for part in parts])
         if not trajectory:
-            return x0
-        nfe = jnp.concatenate([part.nfe for part in parts])[:n]
-        return Sample(x0, nfe, jnp.concatenate([part.trajectory for part in parts], axis=1)[:, :n])
+            return x0 if policy is None else x0[np.argsort(order)]
+        nfe = jnp.concatenate([part.nfe for part in parts])
+        return Sample(x0, nfe, jnp.concatenate([part.trajectory for part in parts], axis=1))
+
+    def _chosen(self, policy: str | Path | Policy, cond: Any) -> list[tuple[tuple[Any, Array], np.ndarray]]:
+        """Solver and grid of each arm that a policy chooses, and for which of the samples."""
+        if cond is None:
+            raise ValueError("a policy chooses by label: give cond")
+        if not isinstance(policy, Policy):
+            policy = policies.load(policy, self.experiment.sampling_process)
+        choice = policy.choose(cond)
+        arms = [self.sampler(**arm) if isinstance(arm, Mapping) else arm for arm in policy.arms]
+        return [(arms[arm], np.flatnonzero(choice == arm)) for arm in np.unique(choice)]
 
     def sampler(
         self, solver: str | Path | Any | None = None, steps: int | None = None, options: Mapping[str, Any] | None = None

@@ -70,6 +70,7 @@ class Partial(NamedTuple):
     step: int  # how many steps were made
     x: State  # (batch, *sites), after them; at the last step the sample
     nfe: Int[Array, " batch"]  # so far
+    x0: State | None = None  # the sample if it were stopped here, of solvers that have one (`solvers.Nested`)
 
 
 def stream(
@@ -102,7 +103,10 @@ def stream(
         for i in range(0, steps, every):
             done = min(i + every, steps)
             state = _advance(state, i, done, *arguments, **static)
-            yield Partial(done, state[0], state[2])
+            shown = solver.shown(state[1]) if hasattr(solver, "shown") else None
+            if shown is not None and observed is not None:
+                shown = jnp.where(observed.mask, observed.value, shown).astype(shown.dtype)
+            yield Partial(done, state[0], state[2], shown)
 
     return parts()
 

@@ -145,7 +145,7 @@ SINGLE_STEP = (
 )  # fmt: skip
 MULTISTEP = (
     "dpm_solver_pp", "dpm_solver_multistep", "unipc", "deis", "lms", "adams_bashforth", "ipndm", "pndm", "plms",
-    "gradient_estimation", "ghvb",
+    "gradient_estimation", "ghvb", "flow_turbo", "momentum",
 )  # fmt: skip
 STOCHASTIC = {
     "sde_dpm_solver_pp": {}, "sa_solver": {}, "dpm_solver_pp_2s_ancestral": {}, "edm_stochastic": {"steps": 3},
@@ -161,7 +161,10 @@ MINIMAL = {  # the least that each name needs beside the defaults
         objective={"name": "gaussian"},
     ),
     **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun")},
-    **{("sample", "solver", n): config(sample={"solver": n}) for n in ("remasking", "psi", "gibbs", "first_hitting")},
+    **{
+        ("sample", "solver", n): config(sample={"solver": n})
+        for n in ("remasking", "psi", "gibbs", "first_hitting", "nested")
+    },
     **{
         ("sample", "solver", n): config("thinning", kind="deaths", sample={"solver": n})
         for n in ("binomial_bridge", "poisson_bridge")

@@ -264,6 +264,38 @@ def test_a_run_takes_shortcuts(tmp_path):
     assert (short.nfe < plain.nfe).all()
 
 
+def test_solvers_around_others_by_name():
+    experiment = build(*CONFIGS["perturbed labels"])
+    process, make = experiment.process, experiment.solver
+    made = make("nested", solver="ddim", eta=0.5, inner_steps=[3, 1, 2], inner_grid="quadratic", outer="dpm_solver_pp")
+    assert made.solver == solvers.DDIM(process, 0.5)
+    assert (made.steps, made.outer) == ((3, 1, 2), solvers.dpm_solver_pp(process))
+    np.testing.assert_allclose(made.grid.values[[0, 128, 256]], [1.0, 0.25, 0.0], atol=1e-6)
+    assert make("nested") == solvers.Nested(solvers.Ancestral(process), 4)
+    karras = build(*config("gaussian", "edm", "edm")).solver("nested", solver="heun", inner_grid="karras")
+    np.testing.assert_allclose(karras.grid.values[[0, -2, -1]], [1.0, 0.002 / 80.0, 0.0], rtol=1e-4)
+    assert make("momentum", solver="ddim", form="noise", nesterov=True) == solvers.Momentum(
+        solvers.DDIM(process), 0.8, "noise", True
+    )
+    with pytest.raises(ConfigError, match=r"solver_options.solver='x' is unknown"):
+        make("nested", solver="x")
+    with pytest.raises(ConfigError, match="momentum is for deterministic steps"):
+        make("momentum", solver="ancestral")
+
+
+@pytest.mark.slow
+def test_a_run_shows_whole_samples_at_every_step():
+    experiment = build(*CONFIGS["perturbed labels"])
+    run, seen = Run(*experiment.trained(experiment.init(jax.random.key(0))), 0), []
+    options = {"solver": "nested", "solver_options": {"inner_steps": [2, 1]}, "steps": 2, "cond": [0, 1, 2]}
+    drawn = run.sample(jax.random.key(1), 3, callback=seen.append, batch_size=2, **options)
+    assert [part.x0.shape for part in seen] == [(2, 4, 4, 1)] * 2 + [(1, 4, 4, 1)] * 2
+    assert [int(part.nfe[0]) for part in seen] == [2, 3, 2, 3]
+    # The bridge into the schedule's least noise is all that is between them.
+    last = np.concatenate([seen[1].x0, seen[3].x0])
+    assert 0 < np.abs(last - drawn).max() < 0.1
+
+
 @pytest.mark.slow
 def test_log_p_of_any_subset_is_the_output_that_sampling_cuts_off():
     c, data = CONFIGS["marginals"]

@@ -187,7 +187,7 @@ def test_what_is_not_in_the_family():
     with pytest.raises(ValueError, match="compensation needs a past prediction"):
         search.Compensation(solvers.dpm_solver_pp(PROCESS, 1), TIMES)
     two = dataclasses.replace(solvers.dpm_solver_pp(PROCESS), compensation=(1.0, 0.9))
-    with pytest.raises(ValueError, match="a ratio for each of 2 steps: the grid has 5"):
+    with pytest.raises(ValueError, match="what each of 2 steps is: the grid has 5"):
         ddjax.sample(KEY, None, PROCESS, shape=(2, 2), solver=two, times=grids.uniform(5))
     with pytest.raises(ValueError, match="would not see what was corrected"):
         solvers.PredictorCorrector(example(), solvers.Langevin(PROCESS))

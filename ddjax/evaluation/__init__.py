@@ -1,5 +1,6 @@
 """Judging samples."""
 
-from ddjax.evaluation.labels import label_accuracy
+from ddjax.evaluation.labels import label_accuracy, label_judge
+from ddjax.evaluation.projection import ProjectionError, projection_error
 
-__all__ = ["label_accuracy"]
+__all__ = ["ProjectionError", "label_accuracy", "label_judge", "projection_error"]

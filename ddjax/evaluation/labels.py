@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -29,3 +30,28 @@ def label_accuracy(
         )
     judge = SVC(gamma=gamma).fit(np.asarray(real).reshape(len(real), -1), real_labels)
     return float(np.mean(judge.predict(np.asarray(samples).reshape(len(samples), -1)) == labels))
+
+
+def label_judge(
+    real: Float[np.ndarray, train * sites], real_labels: Int[np.ndarray, " train"]
+) -> Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " n"]]:
+    """A judge of samples: `judge(samples, labels)` is the log-probability of each one's own label, nats.
+
+    By logistic regression fitted on `real`, in units of its standard deviation. Raises ValueError, when asked, for
+    labels that are not among `real_labels`.
+    """
+    from sklearn.linear_model import LogisticRegression  # here: scikit-learn takes a second to import
+
+    if len(real) != len(real_labels):
+        raise ValueError(f"{len(real)} real states with {len(real_labels)} labels")
+    flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1) / std  # noqa: E731
+    std = max(float(np.std(real)), 1e-12)
+    fitted = LogisticRegression(max_iter=1000).fit(flat(real), real_labels)
+
+    def judge(samples: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if len(strange := np.setdiff1d(labels, fitted.classes_)):
+            raise ValueError(f"the label {strange[0]} is not among the real ones, {fitted.classes_}")
+        log_p = fitted.predict_log_proba(flat(samples))
+        return log_p[np.arange(len(labels)), np.searchsorted(fitted.classes_, labels)]
+
+    return judge

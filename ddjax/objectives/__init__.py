@@ -30,6 +30,7 @@ from ddjax.objectives.mixture_steps import mixture_steps
 from ddjax.objectives.multimarginal import multimarginal, path_cost, together
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.soft_mixture import soft_mixture
+from ddjax.objectives.velocity_refiner import velocity_refiner
 from ddjax.objectives.weightings import min_snr, unit
 from ddjax.objectives.whole_elbo import learned_elbo, whole_elbo
 
@@ -86,6 +87,7 @@ __all__ = [
     "uniform_log_snr",
     "uniform_time",
     "unit",
+    "velocity_refiner",
     "weighted_sum",
     "weightings",
     "whole_elbo",

@@ -7,11 +7,13 @@ from ddjax.solvers.correction import SelfCorrection
 from ddjax.solvers.counts import BinomialBridge, PoissonBridge
 from ddjax.solvers.discrete_flow import Campbell, FlowEuler
 from ddjax.solvers.events import FirstHitting, Gillespie, PlannedSteps
+from ddjax.solvers.flow_turbo import FlowTurbo, refined
 from ddjax.solvers.gaussian import DDIM, Heun
 from ddjax.solvers.given import FreshLatent, GivenLatent
 from ddjax.solvers.key_values import KeyValues
 from ddjax.solvers.langevin import EulerMaruyama, Langevin, PredictorCorrector, predictor_corrector
 from ddjax.solvers.learned import Learned
+from ddjax.solvers.momentum import Momentum
 from ddjax.solvers.multistep import (
     Multistep,
     Window,
@@ -29,6 +31,7 @@ from ddjax.solvers.multistep import (
     sde_dpm_solver_pp,
     unipc,
 )
+from ddjax.solvers.nested import Nested
 from ddjax.solvers.noise import Brownian, Fresh, Given, Noise
 from ddjax.solvers.orders import Confidence, LeftToRight, Local, Planner, RandomOrder
 from ddjax.solvers.preconditioning import ExactHessian, FixedHessian, LevenbergMarquardt, Preconditioned
@@ -73,6 +76,7 @@ __all__ = [
     "FirstHitting",
     "FixedHessian",
     "FlowEuler",
+    "FlowTurbo",
     "FoldedHeun",
     "Fresh",
     "FreshLatent",
@@ -90,7 +94,9 @@ __all__ = [
     "LeftToRight",
     "LevenbergMarquardt",
     "Local",
+    "Momentum",
     "Multistep",
+    "Nested",
     "Noise",
     "PathPlanning",
     "PlannedSteps",
@@ -134,6 +140,7 @@ __all__ = [
     "plms",
     "pndm",
     "predictor_corrector",
+    "refined",
     "rk4",
     "sa_solver",
     "sde_dpm_solver_pp",

@@ -35,6 +35,8 @@ class Solver(Protocol):
 
     One that holds predictions, must know which sites are observed (`known`, None for none), or is made around another
     solver also has `begin(xt, cond, denoise, known)`, which is then called in the place of `init` (`base.first_carry`).
+    One that has a whole sample before the last step has `shown(carry)`, which gives it (`sampling.stream`). One that
+    says what each step is has `grid_steps`, their number.
     """
 
     def init(self, xt: State, cond: Any = None) -> Any:
@@ -51,9 +53,9 @@ class Solver(Protocol):
 
 def check_own_times(solver: Any, times: Array) -> None:
     """Raise a ValueError where a solver that is made for one grid, or one number of steps, is given another."""
-    ratios, steps = getattr(solver, "compensation", None), times.shape[0] - 1
-    if ratios is not None and len(ratios) != steps:
-        raise ValueError(f"{type(solver).__name__} has a ratio for each of {len(ratios)} steps: the grid has {steps}")
+    made_for, steps = getattr(solver, "grid_steps", None), times.shape[0] - 1
+    if made_for not in (None, steps):
+        raise ValueError(f"{type(solver).__name__} says what each of {made_for} steps is: the grid has {steps}")
     own = getattr(solver, "times", None)
     if own is None or isinstance(times, jax.core.Tracer):
         return

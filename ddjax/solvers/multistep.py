@@ -128,6 +128,11 @@ class Multistep:
             raise ValueError("compensation is for the ODE: eta must be 0")
 
     @property
+    def grid_steps(self) -> int | None:
+        """The steps of the grid it is made for; None: any."""
+        return None if self.compensation is None else len(self.compensation)
+
+    @property
     def _random(self) -> bool:
         return callable(self.eta) or self.eta > 0
 
@@ -396,9 +401,15 @@ def ipndm(process: Any, order: int = 4) -> Multistep:
     return Multistep(process, order, "noise", "steps", to_zero="polynomial")
 
 
-def pndm(process: Any) -> Multistep:
-    """F-PNDM (Liu et al. 2022): three pseudo Runge-Kutta steps, of four evaluations, then four predictions."""
-    return dataclasses.replace(ipndm(process), start=("rk4", 3))
+def pndm(process: Any, order: int = 4) -> Multistep:
+    """PNDM (Liu et al. 2022): pseudo Runge-Kutta steps, then linear multistep ones.
+
+    order: 4 is F-PNDM, three steps of four evaluations and then four predictions; 2 is S-PNDM, one step of pseudo Heun,
+        of two, and then two predictions. Raises ValueError for others.
+    """
+    if order not in (2, 4):
+        raise ValueError(f"pndm has order 4 (F-PNDM) or 2 (S-PNDM), got {order}")
+    return dataclasses.replace(ipndm(process, order), start=("rk4", 3) if order == 4 else ("heun", 1))
 
 
 def plms(process: Any) -> Multistep:

@@ -14,7 +14,7 @@ from ddjax import solvers
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian
 from ddjax.schedules import EDM, CondOT
-from ddjax.solvers import Multistep
+from ddjax.solvers import Momentum, Multistep
 
 of = functools.partial
 
@@ -41,6 +41,20 @@ def published_ghvb(beta, weights):
     return combine
 
 
+def published_momentum(beta, weights, nesterov=False):
+    """Adams and Bashforth's means of the noises, averaged as the authors' PLMS with HB, or NT, does."""
+
+    def combine(noises, i):
+        past, v = noises[::-1], None
+        for k in range(len(past)):
+            used = weights[min(k + 1, len(weights)) - 1]
+            mean = sum(w * e for w, e in zip(used, past[k::-1], strict=False))
+            v = mean if v is None else (1 - beta) * v + beta * mean
+        return (1 - beta) * v + beta * mean if nesterov else v
+
+    return combine
+
+
 B = 0.7
 AB = [[1], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 PUBLISHED = {
@@ -59,6 +73,9 @@ PUBLISHED = {
             ],
         ),
     ),
+    "ddim_hb": (lambda p: Momentum(solvers.DDIM(p), B), published_ghvb(B, [[1]])),
+    "plms_2_hb": (lambda p: Momentum(solvers.ipndm(p, 2), B), published_momentum(B, AB[:2])),
+    "plms_4_nt": (lambda p: Momentum(solvers.ipndm(p), B, nesterov=True), published_momentum(B, AB, True)),
 }  # fmt: skip
 
 
@@ -151,3 +168,58 @@ def test_published_third_order_is_of_second(x64):
 
     slope = np.log2(published(64) / published(128))
     assert 1.8 < slope < 2.2, slope
+
+
+@pytest.mark.slow
+def test_heavy_ball_around_dpm_solver_pp(x64):
+    """The authors' 2M with HB in NumPy, with the first step's prediction as its first velocity; into sigma = 0 too."""
+    process, beta = Gaussian(EDM()), 0.7
+    sigmas = np.array([30.0, 8.0, 3.0, 0.5, 0.0])
+    x = np.array([[20.0, -11.0, 5.0]])
+    solver = Momentum(solvers.dpm_solver_pp(process), beta, "x0")
+    states, info = walk(solver, Pair(process), sigmas / 80.0, jnp.asarray(x))
+    v = old = None
+    for i, (a, b) in enumerate(itertools.pairwise(sigmas)):
+        d = pair(np, x, 1.0, a)
+        h = np.log(a / b) if b else np.inf
+        mean = d
+        if old is not None and b:
+            mean = d + 0.5 * h / np.log(sigmas[i - 1] / a) * (d - old)
+        v = mean if v is None else (1 - beta) * v + beta * mean
+        x, old = b / a * x - np.expm1(-h) * v, d
+        np.testing.assert_allclose(states[i + 1], x, rtol=1e-9)
+    np.testing.assert_array_equal(info.nfe, 1)
+
+
+@pytest.mark.slow
+def test_momentum_is_off_at_one_and_of_first_order_else(x64):
+    process = Gaussian(CondOT())
+    x, solution = reference(CondOT(), 0.9, 0.3)
+    errors = []
+    for n in (1, 40, 80):
+        times = np.linspace(0.9, 0.3, n + 1)
+        for beta in (1.0, 0.6):
+            solver = Momentum(solvers.heun_in_noise(process), beta)
+            states, info = walk(solver, Pair(process), times, jnp.asarray(x)[None])
+            plain, _ = walk(solver.solver, Pair(process), times, jnp.asarray(x)[None])
+            if beta == 1.0 or n == 1:
+                np.testing.assert_allclose(states[-1], plain[-1], rtol=1e-10)
+            else:
+                errors.append(np.abs(np.asarray(states[-1])[0] - solution).max())
+            np.testing.assert_array_equal(info.nfe, 2)
+    np.testing.assert_allclose(np.log2(errors[0] / errors[1]), 1.0, atol=0.1)
+    whole, _ = walk(Momentum(solvers.ipndm(process)), Pair(process), np.linspace(1.0, 0.0, 4), jnp.asarray(x)[None])
+    assert np.isfinite(whole[-1]).all()
+
+
+def test_what_momentum_is_not_for():
+    process = Gaussian(CondOT())
+    for message, make in {
+        "without a corrector": lambda: Momentum(solvers.unipc(process)),
+        "deterministic": lambda: Momentum(solvers.DDIM(process, 0.5)),
+        "beta lies in": lambda: Momentum(solvers.DDIM(process), 0.0),
+        "pndm has order 4": lambda: solvers.pndm(process, 3),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make()
+    assert solvers.pndm(process, 2) == Multistep(process, 2, "noise", "steps", start=("heun", 1), to_zero="polynomial")

@@ -1,0 +1,54 @@
+"""Solvers that are made around another, by name: what `ddjax.names` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ddjax import solvers
+from ddjax.naming import make, pick, taken
+
+
+def _solver(name: str, process: Any, **options: Any) -> Any:
+    """One of `names.SOLVERS`."""
+    from ddjax.names import SOLVERS  # here: names imports this
+
+    return make(SOLVERS, name, "config.sample.solver_options.solver", process, **options)
+
+
+def momentum(
+    process: Any,
+    solver: str = "dpm_solver_pp",
+    beta: float = 0.8,
+    form: str = "x0",
+    nesterov: bool = False,
+    **options: Any,
+) -> solvers.Momentum:
+    """`Momentum` around another solver by name; the options are that one's own."""
+    return solvers.Momentum(_solver(solver, process, **options), beta, form, nesterov)
+
+
+def nested(
+    process: Any,
+    solver: str = "ancestral",
+    inner_steps: int | Sequence[int] = 4,
+    inner_grid: str | None = None,
+    outer: str | None = None,
+    **options: Any,
+) -> solvers.Nested:
+    """`Nested` around another solver by name; the options are that one's own.
+
+    inner_grid: of `names.GRIDS`, one that is told no more than the schedule. outer: by name too, with its defaults.
+    """
+    from ddjax.names import GRIDS  # here: names imports this
+
+    key = "config.sample.solver_options.inner_grid"
+    inner = _solver(solver, process, **options)
+    grid = None
+    if inner_grid is not None:
+        own = taken(pick(GRIDS, inner_grid, key), {"schedule": getattr(process, "schedule", None)})
+        grid = np.asarray(make(GRIDS, inner_grid, key, **own, steps=256), np.float64)
+    outer = None if outer is None else _solver(outer, process)
+    return solvers.Nested(inner, inner_steps if isinstance(inner_steps, int) else tuple(inner_steps), grid, outer)
