@@ -11,6 +11,9 @@
 import importlib
 
 from ddjax import (
+    codebook_files,
+    codebooks,
+    evolution,
     fixtures,
     grids,
     guidance,
@@ -26,7 +29,9 @@ from ddjax import (
     shifted_times,
     solvers,
     thresholding,
+    transport,
 )
+from ddjax.long import sample_long
 from ddjax.predictions import BoundDenoiser, Prediction, bind
 from ddjax.retiming import retime
 from ddjax.sampling import Observed, sample, stream
@@ -61,8 +66,11 @@ __all__ = [
     "Sample",
     "animation",
     "bind",
+    "codebook_files",
+    "codebooks",
     "data",
     "denoisers",
+    "evolution",
     "fixtures",
     "grids",
     "guidance",
@@ -76,6 +84,7 @@ __all__ = [
     "random",
     "retime",
     "sample",
+    "sample_long",
     "schedules",
     "shaping",
     "shifted_times",
@@ -83,4 +92,5 @@ __all__ = [
     "stream",
     "thresholding",
     "training",
+    "transport",
 ]

@@ -1,7 +1,7 @@
 """Samples that are written down in few bits: denoising diffusion codebook models (DDCM).
 
-(Ohayon et al. 2025, "Compressed image generation with denoising diffusion codebook models".) The normals of a solver are
-entries of codebooks that everyone can make (`solvers.Codebook`), so a sample *is* the numbers of the entries taken:
+(Ohayon et al. 2025, "Compressed image generation with denoising diffusion codebook models".) The normals of a solver
+are entries of codebooks that everyone can make (`solvers.Codebook`), so a sample *is* the numbers of the entries taken:
 
     generate    any entries: samples, and their codes
     encode      the entries whose normals lead towards given examples, or towards whatever a rule asks for
@@ -12,9 +12,9 @@ entries of codebooks that everyone can make (`solvers.Codebook`), so a sample *i
     drawn.codes, drawn.codes.bits(solver.noise)         # the code, and its bits an example
     ddjax.codebooks.decode(denoise, process, drawn.codes, shape=x0.shape, solver=solver, times=...)
 
-A rule says what is chosen: the highest of `rule(z, about)` over the entries z. `towards` (the paper's eq. 6: the largest
+A rule says what is chosen: the highest of `rule(z, about)` over the entries z. `towards` (the paper's: the largest
 inner product with x0 - x0_hat) compresses; `towards_prediction` is compressed guidance; any function of the states that
-entries lead to (`About.states`) is compressed conditional generation or restoration.
+entries lead to (`About.states`) is compressed conditional generation or restoration, such as `measured`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from ddjax import random
 from ddjax.grids import check_grid
-from ddjax.predictions import Prediction, evaluations
+from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
 from ddjax.solvers import Codebook, Restart
 from ddjax.solvers.base import Solver, batched, check_own_times, first_carry
@@ -75,21 +75,22 @@ class About(NamedTuple):
     target: PyTree  # what `encode` was given
     cond: PyTree
     denoise: Denoise
-    states: Callable[[Float[Array, "entries #batch *sites"]], Float[Array, "entries batch *sites"]]  # x_s of entries
+    states: Callable[[Array], Array]  # entries (entries, 1 or batch, *sites) to the x_s that they lead to
 
 
-Rule = Callable[[Float[Array, "entries #batch *sites"], About], Float[Array, "entries batch"]]
+Rule = Callable[[Array, About], Array]  # (entries, 1 or batch, *sites) to scores (entries, batch)
 
 
 def towards(z: Array, about: About) -> Array:
-    """The inner product with (target - x0_hat), the target being the clean example: compression (eq. 6)."""
+    """The inner product with (target - x0_hat), the target being the clean example: compression."""
     return _inner(z, about.target - about.x0)
 
 
 def towards_prediction(z: Array, about: About) -> Array:
     """The inner product with (x0_hat under the condition `target` - x0_hat): compressed classifier-free guidance.
 
-    (Appendix on guidance; theirs is in predictions of noise, the same direction.) One more evaluation for each step.
+    (Theirs, in their code, is the difference of the two predictions of noise: the same direction.) The target is that
+    condition. One more evaluation a step, which `nfe` does not count.
     """
     prediction = about.denoise(about.x, batched(about.t, about.x), about.target)
     if prediction.kind != "x0":
@@ -149,11 +150,11 @@ def generate(
 
     shape, times, cond, rows: as in `ddjax.sample`. solver: a stochastic one, whose `noise` is a `Codebook`.
     chosen: (first, stop), the draws that choose (see `Codes`); default: all but that of a last step to t = 0, which
-        adds no noise. Others take entry 0.
+        adds no noise or next to none. Others take entry 0.
     Over the codebook's seed the law is that of the solver with fresh normals. Raises ValueError for solvers that draw
     no normals, or more than once a step.
     """
-    times, _, _ = _checked(solver, process, times)
+    times, _ = _checked(solver, process, times)
     rows = jnp.arange(shape[0]) if rows is None else jnp.asarray(rows)
     chosen = _range(chosen, times, 0)
     arguments = (as_pytree(denoise), times, cond, random.example_keys(key, rows))
@@ -180,10 +181,10 @@ def encode(
     shape: of the samples, where the target has another. chosen: as in `generate`, which also chooses the first state;
         here that is entry 0 of its codebook for all examples, and costs no bits.
 
-    The same program but for the choice: bit for bit where XLA does not fuse multiply-adds differently in the two, and to
-    the last bits of a float otherwise. `decode` is a continuous function of the state, so that such bits stay bits.
+    The same program but for the choice: bit for bit where XLA does not fuse multiply-adds differently in the two, and
+    to the last bits of a float otherwise. `decode` is a continuous function of the state, so that such bits stay bits.
     """
-    times, _, _ = _checked(solver, process, times)
+    times, _ = _checked(solver, process, times)
     shape = tuple(jnp.shape(target) if shape is None else shape)
     chosen = _range(chosen, times, 1)
     if chosen[0] == 0:
@@ -206,7 +207,7 @@ def decode(
 
     Raises ValueError for codes that do not fit the codebook, the batch or the grid.
     """
-    times, book, steps = _checked(solver, process, times)
+    times, book = _checked(solver, process, times)
     batch, draws, atoms = codes.indices.shape
     if (batch, atoms) != (shape[0], book.atoms) or codes.weights.shape != (batch, draws, book.atoms - 1):
         raise ValueError(
@@ -218,8 +219,8 @@ def decode(
     return _run(*arguments, process=process, solver=solver, shape=tuple(shape), chosen=chosen, rule=None).x0
 
 
-def _checked(solver: Any, process: Any, times: Array) -> tuple[Array, Codebook, int]:
-    """The grid, the codebook and the number of steps."""
+def _checked(solver: Any, process: Any, times: Array) -> tuple[Array, Codebook]:
+    """The grid and the codebook."""
     name, book = type(solver).__name__, getattr(solver, "noise", None)
     if not isinstance(book, Codebook):
         raise ValueError(f"{name} takes its normals from {book!r}: give it noise=solvers.Codebook(seed, size)")
@@ -229,7 +230,7 @@ def _checked(solver: Any, process: Any, times: Array) -> tuple[Array, Codebook, 
         raise ValueError("Restart draws normals more than once a step: codebooks give one vector a step")
     times = check_grid(times)
     check_own_times(solver, times)
-    return times, book, times.shape[0] - 1
+    return times, book
 
 
 def _range(chosen: tuple[int, int] | None, times: Array, first: int) -> tuple[int, int]:
@@ -253,25 +254,17 @@ def _run(denoise, times, cond, given, *, process, solver, shape, chosen, rule) -
     still = jnp.zeros((batch, book.atoms), jnp.int32), jnp.zeros((batch, book.atoms - 1), jnp.int32)
 
     def take(draw, about):
-        """The code of a draw that chooses, and its vector."""
+        """The code of a draw that chooses."""
         if isinstance(given, Codes):
-            indices, weights = given.indices[:, draw - first], given.weights[:, draw - first]
-            return indices, weights, book.vector(draw, indices, weights, sites, dtype)
+            return given.indices[:, draw - first], given.weights[:, draw - first]
         if rule is None:
-            own = book.any(random.fold_in(given, draw)).astype(jnp.int32)
-            indices = still[0].at[:, 0].set(own)
-            return indices, still[1], book.vector(draw, indices, still[1], sites, dtype)
+            return still[0].at[:, 0].set(book.any(random.fold_in(given, draw)).astype(jnp.int32)), still[1]
         return book.best(draw, lambda z: rule(z, about), batch, sites, dtype)
 
-    def picked(draw, about):
-        rest = lambda: (*still, book.vector(draw, *still, sites, dtype))
-        return jax.lax.cond((draw >= first) & (draw < stop), lambda: take(draw, about), rest)
-
-    if first == 0 and stop > 0:
-        start = take(0, None)
-    else:
-        start = (*still, book.vector(0, *still, sites, dtype))
-    x = prior.at(start[2])
+    opening = take(0, None) if first == 0 < stop else still
+    z = book.vector(0, *opening, sites, dtype)
+    x = prior.at(z)
+    carry = first_carry(dataclasses.replace(solver, noise=_Handed(z)), x, cond, denoise)
 
     def step(state, i):
         x, carry, nfe = state
@@ -284,8 +277,8 @@ def _run(denoise, times, cond, given, *, process, solver, shape, chosen, rule) -
             moved, after, info = dataclasses.replace(solver, noise=handed).step(key, carry, x, t, s, asked, cond)
             if handed.asked != 1:
                 raise ValueError(
-                    f"{type(solver).__name__} draws {handed.asked} normals a step where one is chosen: take one that is "
-                    "stochastic (eta > 0) and draws once"
+                    f"{type(solver).__name__} draws {handed.asked} normals a step where one is chosen: take one that "
+                    "is stochastic (eta > 0) and draws once"
                 )
             return moved.astype(x.dtype), after, info
 
@@ -294,16 +287,12 @@ def _run(denoise, times, cond, given, *, process, solver, shape, chosen, rule) -
 
         x0 = process.convert(prediction, "x0", x, t).value
         about = About(x, x0, t, s, given, cond, denoise, states)
-        indices, weights, z = picked(i + 1, about)
-        moved, carry, info = move(z)
+        chooses = (i + 1 >= first) & (i + 1 < stop)
+        code = jax.lax.cond(chooses, lambda: take(i + 1, about), lambda: still)
+        moved, carry, info = move(book.vector(i + 1, *code, sites, dtype))
         made = info.nfe + (0 if rule is None or asked.asked else 1)
-        return (moved, carry, nfe + made * evaluations(denoise)), (indices, weights)
+        return (moved, carry, nfe + made * evaluations(denoise)), code
 
-    opening = dataclasses.replace(solver, noise=_Handed(start[2]))
-    carry = first_carry(opening, x, cond, denoise)
-    (x0, _, nfe), (indices, weights) = jax.lax.scan(
-        step, (x, carry, jnp.zeros(batch, jnp.int32)), jnp.arange(steps)
-    )
-    indices = jnp.concatenate([start[0][None], indices])[first:stop]
-    weights = jnp.concatenate([start[1][None], weights])[first:stop]
-    return Coded(x0, Codes(jnp.moveaxis(indices, 0, 1), jnp.moveaxis(weights, 0, 1), first), nfe)
+    (x0, _, nfe), taken = jax.lax.scan(step, (x, carry, jnp.zeros(batch, jnp.int32)), jnp.arange(steps))
+    taken = (jnp.concatenate([a[None], b])[first:stop] for a, b in zip(opening, taken, strict=True))
+    return Coded(x0, Codes(*(jnp.moveaxis(v, 0, 1) for v in taken), first), nfe)

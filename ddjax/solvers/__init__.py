@@ -3,6 +3,7 @@
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.solvers.base import Info, Solver
 from ddjax.solvers.cached import Cached
+from ddjax.solvers.chain import DenoisingChain
 from ddjax.solvers.codebook import Codebook
 from ddjax.solvers.correction import SelfCorrection
 from ddjax.solvers.counts import BinomialBridge, PoissonBridge
@@ -68,6 +69,7 @@ __all__ = [
     "Churned",
     "Codebook",
     "Confidence",
+    "DenoisingChain",
     "EulerMaruyama",
     "FirstHitting",
     "FlowEuler",

@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ddjax.types import Keys, State
 
-Score = Callable[[Float[Array, "entries #batch *sites"]], Float[Array, "entries batch"]]
+Score = Callable[[Array], Array]  # vectors (entries, 1 or batch, *shape) to (entries, batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Codebook:
     """For each draw of a sampler `size` vectors of normals, of which it takes one: a source of noise (`solvers.noise`).
 
-    (Ohayon et al. 2025, "Compressed image generation with denoising diffusion codebook models", section 3.) As
+    (Ohayon et al. 2025, "Compressed image generation with denoising diffusion codebook models".) As
     `noise=` of a solver the entry is any, with equal chances, by the example's key; over the draw of the codebook, that
     is the law of fresh normals. All examples share the codebook.
 
@@ -71,16 +71,18 @@ class Codebook:
 
     def vector(self, draw: Array | int, indices: Array, weights: Array, shape: Sequence[int], dtype: Any) -> State:
         """What a draw's code says, `(batch, *shape)`: indices `(batch, atoms)`, weights `(batch, atoms - 1)`."""
-        z = self.entries(draw, indices[:, 0], shape, dtype)
-        for m in range(1, self.atoms):
-            level = weights[:, m - 1].reshape(-1, *[1] * len(shape))
-            joined = self._joined(z, self.entries(draw, indices[:, m], shape, dtype), level)
-            z = jnp.where(level > 0, joined, z)
-        return z
+
+        def join(z, m):
+            entry = self.entries(draw, indices[:, m], shape, dtype)
+            level = weights[:, m - 1].reshape(-1, *[1] * len(shape)) if self.atoms > 1 else 0
+            return jnp.where(m == 0, entry, jnp.where(level > 0, self._joined(z, entry, level), z)), None
+
+        none = jnp.zeros((indices.shape[0], *shape), dtype)
+        return join(none, 0)[0] if self.atoms == 1 else jax.lax.scan(join, none, jnp.arange(self.atoms))[0]
 
     def _joined(self, z: Array, entry: Array, level: Array) -> Array:
         """A sum and another entry; one leading axis, or two where there are several entries."""
-        w = (level / self.levels).astype(z.dtype)
+        w = jnp.asarray(level, z.dtype) / self.levels
         new = jnp.sqrt(w) * z + jnp.sqrt(1.0 - w) * entry
         sites = tuple(range(jnp.ndim(new) - (jnp.ndim(z) - 1), jnp.ndim(new)))
         mean = jnp.mean(new**2, axis=sites, keepdims=True) if sites else new**2
@@ -90,8 +92,8 @@ class Codebook:
 
     def best(
         self, draw: Array | int, score: Score, batch: int, shape: Sequence[int], dtype: Any
-    ) -> tuple[Int[Array, "batch atoms"], Int[Array, "batch atoms-1"], State]:
-        """The code of the highest score, found atom by atom: indices, weights, and the vector that they say.
+    ) -> tuple[Int[Array, "batch atoms"], Int[Array, "batch atoms-1"]]:
+        """The code of the highest score, found atom by atom: indices and weights.
 
         score: of vectors `(entries, batch or 1, *shape)`, `(entries, batch)`. Of equal ones the first. An atom that
         does not raise the score does not join.
@@ -122,14 +124,18 @@ class Codebook:
             return jax.lax.scan(chunk, (least, *nothing), numbers)[0]
 
         kind = jax.eval_shape(score, jax.ShapeDtypeStruct((1, 1, *shape), dtype)).dtype
-        value, index, _ = search(None, jnp.full(batch, -jnp.inf, kind))
-        indices, weights = [index], []
-        z = self.entries(draw, index, shape, dtype)
-        for _ in range(1, self.atoms):
+        value, first, _ = search(None, jnp.full(batch, -jnp.inf, kind))
+        if self.atoms == 1:
+            return first[:, None].astype(jnp.int32), jnp.zeros((batch, 0), jnp.int32)
+
+        def pursue(state, _):
+            value, z = state
             value, index, level = search(z, value)
-            indices, weights = [*indices, index], [*weights, level]
             wide = level.reshape(-1, *[1] * len(shape))
-            z = jnp.where(wide > 0, self._joined(z, self.entries(draw, index, shape, dtype), wide), z)
-        none = jnp.zeros((batch, 0), jnp.int32)
-        stacked = jnp.stack(weights, 1).astype(jnp.int32) if weights else none
-        return jnp.stack(indices, 1).astype(jnp.int32), stacked, z
+            entry = self.entries(draw, index, shape, dtype)
+            return (value, jnp.where(wide > 0, self._joined(z, entry, wide), z)), (index, level)
+
+        z = self.entries(draw, first, shape, dtype)
+        _, (indices, weights) = jax.lax.scan(pursue, (value, z), None, length=self.atoms - 1)
+        indices = jnp.concatenate([first[None], indices])
+        return indices.T.astype(jnp.int32), weights.T.astype(jnp.int32)
