@@ -157,7 +157,7 @@ class SampleConfig:
     # dpm_solver_pp_singlestep, dpm_solver_multistep, unipc, deis, lms, adams_bashforth, ipndm, pndm, plms,
     # gradient_estimation, ghvb; random ones sde_dpm_solver_pp, sa_solver, dpm_solver_pp_2s_ancestral, edm_stochastic,
     # edm_restart, euler_maruyama, predictor_corrector; folded_heun (reflected); given_latent (adaptive_gaussian), with
-    # the option solver; fresh_latent (soft_mixture)
+    # the option solver; fresh_latent (soft_mixture); of any states denoising_chain, with back (times) and rounds
     # of tokens euler, tweedie, tau_leaping, flow_euler, campbell, gibbs, psi; masks: unmask, with the options order
     # (random, confidence, left_to_right, local, planner) and its own; path_planning, first_hitting, remasking; masks
     # and uniform noise: gillespie, planned_steps; noise among symbols: self_correction; glauber (glauber); counts

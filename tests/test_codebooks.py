@@ -15,10 +15,14 @@ from scipy import integrate, stats
 import ddjax
 from ddjax import codebook_files, codebooks, grids, random
 from ddjax.codebooks import Codes
+from ddjax.config import typed
+from ddjax.data import from_arrays
+from ddjax.experiment import build
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian, Geometric, InBasis, Masked
 from ddjax.processes.in_basis import DCT
 from ddjax.processes.linear_sde import critically_damped
+from ddjax.run import Run
 from ddjax.schedules import VE, VPCosine
 from ddjax.solvers import (
     DDIM,
@@ -316,6 +320,31 @@ def test_as_a_source_of_noise():
     other = np.asarray(sample(Codebook(0, 500), 4))
     assert len(np.unique(other, axis=0)) == 4
     np.testing.assert_array_equal(sample(Codebook(0, 500), 2), other[:2])
+
+
+@pytest.mark.slow
+def test_a_run_compresses_and_gives_back(tmp_path):
+    values = {
+        "data": {"tokens": False},
+        "process": {"name": "gaussian", "schedule": "vp_cosine"},
+        "denoiser": {"kind": "noise", "options": {"width": 8, "depth": 1, "heads": 2, "patch": 4}},
+        "objective": {"name": "gaussian"},
+        "sample": {"solver": "ddim"},
+    }
+    built = build(typed(values), from_arrays(np.zeros((4, 8, 8, 1), np.float32)))
+    shapes, rng = jax.eval_shape(built.init, jax.random.key(0)), np.random.default_rng(1)
+    run = Run(built, jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), shapes), 7)
+    x0, path = rng.normal(size=(5, 8, 8, 1)).astype(np.float32), tmp_path / "x.codes"
+    seen = codebook_files.compress(run, path, x0, codebook=Codebook(0, 30), steps=5, batch_size=3)
+    assert seen.shape == x0.shape
+    np.testing.assert_array_equal(codebook_files.decompress(run, path, batch_size=3), seen)
+    one = codebook_files.size(Codebook(0, 30), 4)
+    assert one == 3  # 4 log2 30 = 19.6 bits
+    assert codebook_files.load(path).about["steps"] == 5
+    with pytest.raises(ValueError, match="was written at training step 7, and this is 8"):
+        codebook_files.decompress(dataclasses.replace(run, step=8), path)
+    with pytest.raises(ValueError, match="codes are of states like the data"):
+        codebook_files.compress(run, path, x0[:, :4], codebook=Codebook(0, 30))
 
 
 @settings(max_examples=60, deadline=None)

@@ -29,9 +29,8 @@ def test_a_generation_is_two_loops(x64, latent):
     rows = None if latent is None else np.asarray(evolution.random_projection(jax.random.key(0), 6, latent))
     if latent is not None:
         np.testing.assert_allclose((rows**2).sum(1), 1)
-    out = jax.jit(Evolution(PROCESS, log_density, None if rows is None else jnp.asarray(rows)))(
-        jnp.asarray(x), jnp.asarray(t)
-    )
+    denoise = Evolution(PROCESS, log_density, None if rows is None else jnp.asarray(rows))
+    out = jax.jit(lambda x, t: denoise(x, t))(jnp.asarray(x), jnp.asarray(t))
     assert out.kind == "x0"
     flat = x.reshape(5, 6)
     z = flat if rows is None else flat @ rows.T

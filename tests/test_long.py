@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from test_sampling_less import a_run
 
 import ddjax
 from ddjax import grids
@@ -66,12 +67,16 @@ def test_the_law_is_the_chains_and_windows_apart_have_another():
     assert pvalue(apart, np.outer(chain(3), chain(3)).ravel()) > 1e-3
 
 
-def test_one_window_is_a_sample_and_rows_are_their_own():
+def test_one_window_is_a_sample():
     settings = {"shape": (7, 3), "solver": ONE_BY_ONE, "times": grids.uniform(3)}
     plain = ddjax.sample(jax.random.key(2), WINDOW, PROCESS, **settings)
     np.testing.assert_array_equal(draw(7, 3).x0, plain.x0)
+    np.testing.assert_array_equal(draw(7).x0[:, :3], plain.x0)  # and is how a longer one begins
+
+
+@pytest.mark.slow
+def test_rows_are_their_own():
     whole = np.asarray(draw(7).x0)
-    np.testing.assert_array_equal(whole[:, :3], plain.x0)  # and is how a longer one begins
     for few in (1, 2):
         np.testing.assert_array_equal(draw(few).x0, whole[:few])
     np.testing.assert_array_equal(draw(2, rows=jnp.asarray([5, 1])).x0, whole[[5, 1]])
@@ -81,7 +86,7 @@ def test_one_window_is_a_sample_and_rows_are_their_own():
 @pytest.mark.slow
 def test_known_sites_stay_and_a_stop_token_ends_a_sequence():
     """Known sites, also in a later window: the law is the conditional. Behind the first 0 all is 0."""
-    batch = 20_000
+    batch = 4000
     mask = jnp.broadcast_to(jnp.asarray([True, False, False, False, False, False]), (batch, 6))
     x = np.asarray(draw(observed=Observed(mask, jnp.zeros((batch, 6), jnp.int32))).x0)
     assert (x[:, 0] == 0).all()
@@ -100,6 +105,32 @@ def test_known_sites_stay_and_a_stop_token_ends_a_sequence():
     )
     assert (np.asarray(always.x0) == 0).all()
     assert (np.asarray(always.nfe) <= 3).all()  # one window
+
+
+@pytest.mark.slow
+def test_a_run_writes_long_texts():
+    """The prompt begins them, one window is a sample, chunks change nothing; and what does not fit."""
+    run = a_run()
+    (window,) = run.data.shape
+    key = jax.random.key(0)
+    x = np.asarray(run.sample(key, 5, length=14, prompt="ab", stride=2))
+    assert x.shape == (5, 14)
+    assert (x[:, :2] == [0, 1]).all()
+    assert ((x >= 0) & (x < 3)).all()
+    assert len(run.data.to_text(x[:1])[0]) == 14
+    np.testing.assert_array_equal(run.sample(key, 5, length=14, prompt="ab", stride=2, batch_size=2), x)
+    np.testing.assert_array_equal(run.sample(key, 3, length=window), run.sample(key, 3))
+    ended = np.asarray(run.sample(key, 5, length=14, stop="."))
+    for row in ended:
+        assert (row[np.argmax(row == 2) :] == 2).all() or (row != 2).all()
+    for options, match in (
+        ({"length": 14, "trajectory": True}, "trajectory is for one window"),
+        ({"length": 14, "infill": "a___"}, "infill is for one window"),
+        ({"stride": 2}, "give the length"),
+        ({"length": 3}, "a window of 6 does not fit"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run.sample(key, 2, **options)
 
 
 def test_bad_arguments():
