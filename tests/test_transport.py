@@ -69,11 +69,11 @@ def test_many_targets_in_the_plane_against_exact_assignments():
     """Weak duality for any heights, and a gap that the fit closes; cells of equal measure."""
     rng = np.random.default_rng(1)
     y = jnp.asarray(rng.normal(size=(40, 2)) * [2.0, 0.5] + [1.0, 0.0], jnp.float32)
-    fitted = transport.fit(jax.random.key(0), y, iterations=1500, batch=4000)
-    share = np.asarray(transport.volumes(jax.random.key(1), fitted, 100_000))
-    np.testing.assert_allclose(share, 1 / 40, atol=5 * np.sqrt(1 / 40 / 100_000) + 1e-3)
-    x = rng.normal(size=(4000, 2)).astype(np.float32)
-    gain = x @ np.repeat(np.asarray(y), 100, axis=0).T
+    fitted = transport.fit(jax.random.key(0), y, iterations=800, batch=2000)
+    share = np.asarray(transport.volumes(jax.random.key(1), fitted, 50_000))
+    np.testing.assert_allclose(share, 1 / 40, atol=5 * np.sqrt(1 / 40 / 50_000) + 2e-3)
+    x = rng.normal(size=(1000, 2)).astype(np.float32)
+    gain = x @ np.repeat(np.asarray(y), 25, axis=0).T
     best = gain[linear_sum_assignment(-gain)].mean()
     shift = float(jnp.mean(jnp.asarray(x) @ y.mean(0)))
     gaps = [
@@ -81,7 +81,7 @@ def test_many_targets_in_the_plane_against_exact_assignments():
         for h in (fitted.heights, 0 * fitted.heights)
     ]
     print(gaps)
-    assert -1e-4 < gaps[0] < 0.005
+    assert -1e-4 < gaps[0] < 0.02
     assert gaps[1] > 5 * gaps[0]
 
 
@@ -98,7 +98,7 @@ def test_symmetric_targets_share_the_plane():
 def test_classes_have_maps_of_their_own():
     labels = jnp.asarray([0, 1, 1, 0, 1])
     fitted = transport.fit(jax.random.key(0), jnp.asarray(Y, jnp.float32)[:, None], labels, iterations=400, batch=2000)
-    np.testing.assert_allclose(transport.volumes(jax.random.key(1), fitted, 100_000), 0.2, atol=0.012)
+    np.testing.assert_allclose(transport.volumes(jax.random.key(1), fitted, 50_000), 0.2, atol=0.012)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1000, 1)), jnp.float32)
     for c in (0, 1):
         went = np.asarray(fitted(x, jnp.full(1000, c)))[:, 0]
@@ -114,10 +114,10 @@ def test_as_init_and_as_a_step():
     """The step is the map of scaled noise, costs nothing, and samples from it have the law of the targets' marginal."""
     process = Gaussian()
     x0 = jnp.asarray(
-        np.random.default_rng(0).choice([-0.8, 0.8], (400, 1)) + 0.5 * np.random.default_rng(1).normal(size=(400, 1))
+        np.random.default_rng(0).choice([-0.8, 0.8], (200, 1)) + 0.5 * np.random.default_rng(1).normal(size=(200, 1))
     )
     y = transport.latents(jax.random.key(0), process, x0, 0.4)
-    brenier = transport.fit(jax.random.key(1), y, iterations=500)
+    brenier = transport.fit(jax.random.key(1), y, iterations=300, batch=1000)
     solver = Transported(process, brenier, 0.4)
     assert solver == Transported(process, brenier, 0.4)
     assert hash(solver) == hash(Transported(process, brenier, 0.4))
