@@ -288,7 +288,7 @@ def _run(denoise, times, cond, given, *, process, solver, shape, chosen, rule) -
         x0 = process.convert(prediction, "x0", x, t).value
         about = About(x, x0, t, s, given, cond, denoise, states)
         chooses = (i + 1 >= first) & (i + 1 < stop)
-        code = jax.lax.cond(chooses, lambda: take(i + 1, about), lambda: still)
+        code = jax.lax.cond(chooses, lambda: take(i + 1, about), lambda: still) if first < stop else still
         moved, carry, info = move(book.vector(i + 1, *code, sites, dtype))
         made = info.nfe + (0 if rule is None or asked.asked else 1)
         return (moved, carry, nfe + made * evaluations(denoise)), code

@@ -113,11 +113,10 @@ def test_classes_have_maps_of_their_own():
 def test_as_init_and_as_a_step():
     """The step is the map of scaled noise, costs nothing, and samples from it have the law of the targets' marginal."""
     process = Gaussian()
-    x0 = jnp.asarray(
-        np.random.default_rng(0).choice([-0.8, 0.8], (200, 1)) + 0.5 * np.random.default_rng(1).normal(size=(200, 1))
-    )
+    rng = np.random.default_rng(0)
+    x0 = jnp.asarray(rng.choice([-0.8, 0.8], (50, 1)) + 0.5 * rng.normal(size=(50, 1)))
     y = transport.latents(jax.random.key(0), process, x0, 0.4)
-    brenier = transport.fit(jax.random.key(1), y, iterations=300, batch=1000)
+    brenier = transport.fit(jax.random.key(1), y, iterations=500, batch=1000)
     solver = Transported(process, brenier, 0.4)
     assert solver == Transported(process, brenier, 0.4)
     assert hash(solver) == hash(Transported(process, brenier, 0.4))
@@ -129,7 +128,7 @@ def test_as_init_and_as_a_step():
         np.testing.assert_allclose(np.quantile(out.x0, [0.1, 0.5, 0.9]), np.quantile(y, [0.1, 0.5, 0.9]), atol=0.1)
         few = {"shape": (3000, 1), "solver": DDIM(process, 1.0), "times": grids.uniform(5, start=0.4), "init": out.x0}
         x = np.asarray(ddjax.sample(jax.random.key(3), Pair(process), process, **few).x0)
-    assert abs(np.mean(np.abs(x)) - np.mean(np.abs(np.asarray(x0)))) < 0.1
+    assert abs(np.mean(np.abs(x)) - np.mean(np.abs(np.asarray(x0)))) < 0.2
     x = 2.0 * y[:3]
     moved = solver.step(None, (), x, jnp.asarray(1.0), 0.4, None)[0]
     np.testing.assert_array_equal(moved, brenier(x / process.prior_std(1.0)))

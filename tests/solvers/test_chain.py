@@ -64,7 +64,8 @@ def test_the_law_of_one_site_is_stationary_and_approached(x64, name):
     values = np.sort(np.abs(np.linalg.eigvals(step)))[::-1]
     assert values[0] == pytest.approx(1)
     assert 0.01 < values[1] < 0.99
-    distance = [0.5 * np.abs(np.linalg.matrix_power(step, n) - p).sum(1).max() for n in (20, 21)]
+    rounds = int(np.log(1e-9) / np.log(values[1]))
+    distance = [0.5 * np.abs(np.linalg.matrix_power(step, rounds + i) - p).sum(1).max() for i in (0, 1)]
     assert distance[1] / distance[0] == pytest.approx(values[1], rel=1e-2)
 
 
@@ -111,12 +112,12 @@ def test_rows_are_their_own_and_known_sites_stay():
     whole = draw(7)
     for few in (1, 2):
         np.testing.assert_array_equal(draw(few), whole[:few])
-    batch = 20_000
+    batch = 4000
     known = jnp.broadcast_to(jnp.asarray([True, False]), (batch, 2))
     with jax.debug_key_reuse(False):
         x = draw(batch, Observed(known, jnp.full((batch, 2), 2)))
     assert (x[:, 0] == 2).all()
-    row = p_of(TWO).reshape(3, 3)[2]
+    row = p_of(TWO).astype(float).reshape(3, 3)[2]
     assert stats.chisquare(np.bincount(x[:, 1], minlength=3), batch * row / row.sum()).pvalue > 1e-3
 
 
