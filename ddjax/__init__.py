@@ -11,6 +11,9 @@
 import importlib
 
 from ddjax import (
+    codebook_files,
+    codebooks,
+    evolution,
     fixtures,
     gaussian_law,
     grids,
@@ -28,7 +31,9 @@ from ddjax import (
     shifted_times,
     solvers,
     thresholding,
+    transport,
 )
+from ddjax.long import sample_long
 from ddjax.predictions import BoundDenoiser, Prediction, bind
 from ddjax.retiming import retime
 from ddjax.sampling import Observed, sample, stream
@@ -63,8 +68,11 @@ __all__ = [
     "Sample",
     "animation",
     "bind",
+    "codebook_files",
+    "codebooks",
     "data",
     "denoisers",
+    "evolution",
     "fixtures",
     "gaussian_law",
     "grids",
@@ -80,6 +88,7 @@ __all__ = [
     "retime",
     "retrieval",
     "sample",
+    "sample_long",
     "schedules",
     "shaping",
     "shifted_times",
@@ -87,4 +96,5 @@ __all__ = [
     "stream",
     "thresholding",
     "training",
+    "transport",
 ]

@@ -105,6 +105,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument("--no-repeats", action="store_true", help="text: no symbol that a neighbour shows")
     sample.add_argument("--stop", metavar="TOKEN", help="texts: each ends before its first such token")
+    sample.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="texts: of this many tokens, window by window where that is more than one",
+    )
+    sample.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: half a window)")
     sample.add_argument("--seed", type=int, help="of the samples; the same seed gives the same samples")
     sample.add_argument(
         "--rows", type=int, nargs="+", metavar="ROW",
@@ -323,6 +330,8 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         no_repeats=arguments.no_repeats,
         rows=rows,
         stop=arguments.stop,
+        length=arguments.length,
+        stride=arguments.stride,
         trajectory=moving,
     )
     if moving:

@@ -159,14 +159,15 @@ class SampleConfig:
     # dpm_solver_pp_2s_ancestral, edm_stochastic, edm_restart, euler_maruyama, predictor_corrector; with another solver
     # inside, and its options, teleport (at, law: a file, left out for that of the training data), redi (base: a file,
     # neighbours), levenberg_marquardt (damping, memory, form), momentum (beta, form, nesterov); preconditioned_langevin
-    # (law, size, steps, damping); folded_heun (reflected); given_latent
-    # (adaptive_gaussian), with the option solver; fresh_latent (soft_mixture)
+    # (law, size, steps, damping); folded_heun (reflected); given_latent (adaptive_gaussian), with the option solver;
+    # fresh_latent (soft_mixture)
+    # of any states nested (a whole sample at every step): solver and its options, inner_steps (a number, or one for
+    # each step), inner_grid, outer; denoising_chain: back (times) and rounds
     # of tokens euler, tweedie, tau_leaping, flow_euler, campbell, gibbs, psi; masks: unmask, with the options order
     # (random, confidence, left_to_right, local, planner) and its own; path_planning, first_hitting, remasking; masks
     # and uniform noise: gillespie, planned_steps; noise among symbols: self_correction; glauber (glauber); counts
     # (thinning): binomial_bridge, poisson_bridge
-    # reuse (masked texts): sites, every, solver and its options; nested (a whole sample at every step): solver and its
-    # options, inner_steps (a number, or one for each step), inner_grid, outer
+    # reuse (masked texts): sites, every, solver and its options
     solver: str = "ancestral"
     solver_options: dict = dataclasses.field(default_factory=dict)
     # spare network calls that change nothing: of a network without time where an example has not changed, of one in

@@ -482,6 +482,7 @@ SOLVERS = {
     "poisson_bridge": solvers.PoissonBridge,
     "glauber": solvers.Glauber,
     "gibbs": solvers.Gibbs,
+    "denoising_chain": solvers.DenoisingChain,
     "tweedie": solvers.Tweedie,
     "tau_leaping": solvers.TauLeaping,
     "flow_euler": solvers.FlowEuler,

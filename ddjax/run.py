@@ -20,6 +20,7 @@ from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
 from ddjax.likelihood import FlowLikelihood
+from ddjax.long import sample_long
 from ddjax.policies import Policy
 from ddjax.predictions import BoundDenoiser, bind, check_bound
 from ddjax.sampling import Observed, Partial, padded, sample, stream
@@ -82,6 +83,8 @@ class Run:
         trajectory: bool = False,
         stop: int | str | None = None,
         lengths: Int[Array, " n"] | int | None = None,
+        length: int | None = None,
+        stride: int | None = None,
         callback: Callable[[Partial], None] | None = None,
         every: int = 1,
         batch_size: int = 256,
@@ -105,6 +108,8 @@ class Run:
         stop: a token (or the text of one) behind the first of which a sequence is the same token again and costs
             nothing (`solvers.Stopping`); cut there with `data.to_text(x, stop=...)`. lengths: stop token at this site,
             `(n,)` or one for all; needs `stop`.
+        length: of sequences longer than the window that the network was trained on, drawn window by window, each
+            `stride` tokens after the last (default: half a window; `ddjax.sample_long`). A prompt begins them.
         callback: shown the samples while they are drawn, after every `every` steps and at the end
             (`sampling.Partial`), one `batch_size` of them after the other.
         batch_size: drawn at a time; it does not change the samples.
@@ -137,6 +142,12 @@ class Run:
         )
         stop = None if stop is None else self.data.token(stop)
         observed = self._known(n, lengths, stop, self._shown(n, observed, prompt, infill))
+        if length is None and stride is not None:
+            raise ValueError(f"stride={stride} is that of windows: give the length that they are to reach")
+        if length is not None:
+            unfit = {"init": init, "infill": infill, "lengths": lengths, "callback": callback, "trajectory": trajectory}
+            unfit = [name for name, value in unfit.items() if value is not None and value is not False]
+            observed = self._beyond(n, length, observed, unfit)
         for name, given in (("observed", observed), ("init", init)):
             if any(len(leaf) != n for leaf in jax.tree.leaves(given)):
                 shapes = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(given))
@@ -155,7 +166,8 @@ class Run:
         parts, order = [], np.concatenate([own for _, own in groups])
         for (step, times), own, chunk in ((s, g, c) for s, g in groups for c in _chunks(len(g), batch_size)):
             which, new = own[chunk], min(len(chunk), len(own) - chunk[0])
-            step = step if stop is None else Stopping(step, stop)
+            if stop is not None and length is None:
+                step = Stopping(step, stop)
             labels, known, x1 = jax.tree.map(lambda a, which=which: jnp.asarray(a[which]), (cond, observed, init))
             rows = jnp.asarray(seeds[which])
             settings = {
@@ -168,7 +180,12 @@ class Run:
                 "rows": rows,
             }
             arguments = key, denoise, experiment.sampling_process
-            if callback is None:
+            if length is not None:
+                (window,) = self.data.shape
+                settings |= {"shape": (len(chunk), length), "window": window, "stop": stop}
+                settings |= {"stride": max(window // 2, 1) if stride is None else stride}
+                drawn = sample_long(*arguments, **{k: v for k, v in settings.items() if k != "init"})
+            elif callback is None:
                 drawn = sample(*arguments, **settings, trajectory=trajectory)
             else:
                 for part in stream(*arguments, **settings, every=every):
@@ -240,6 +257,19 @@ class Run:
         if observed is None:
             return ends
         return Observed(ends.mask | observed.mask, jnp.where(ends.mask, ends.value, observed.value))
+
+    def _beyond(self, n: int, length: int, observed: Observed | None, unfit: list[str]) -> Observed | None:
+        """What is known of sequences of this length, of which the first tokens may be."""
+        if len(self.data.shape) != 1 or self.process.state != "categorical":
+            raise ValueError(
+                f"length is that of sequences of tokens, and {self.data.name!r} has shape {self.data.shape}"
+            )
+        if unfit:
+            raise ValueError(f"{unfit[0]} is for one window: leave it out, or the length")
+        if observed is None or observed.mask.shape[1] >= length:
+            return observed
+        rest = [(0, 0), (0, length - observed.mask.shape[1])]
+        return Observed(jnp.pad(jnp.asarray(observed.mask), rest), jnp.pad(jnp.asarray(observed.value), rest))
 
     def nelbo(
         self,

@@ -152,6 +152,7 @@ STOCHASTIC = {
     "edm_restart": {"intervals": [[0.5, 2.0, 2, 1]]}, "euler_maruyama": {}, "predictor_corrector": {"size": 0.1},
     "teleport": {"at": 0.6}, "levenberg_marquardt": {"damping": 0.1}, "preconditioned_langevin": {"size": 0.1},
 }  # fmt: skip
+CORRECTED = ("remasking", "psi", "gibbs", "denoising_chain", "first_hitting", "nested")
 MINIMAL = {  # the least that each name needs beside the defaults
     **{("process", "schedule", n): config(schedule=n) for n in ("linear", "polynomial", "cosine", "log_linear")},
     **{("process", "schedule", n): gaussian(schedule=n) for n in names.SCHEDULES if n not in OTHERS},
@@ -161,10 +162,7 @@ MINIMAL = {  # the least that each name needs beside the defaults
         objective={"name": "gaussian"},
     ),
     **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun")},
-    **{
-        ("sample", "solver", n): config(sample={"solver": n})
-        for n in ("remasking", "psi", "gibbs", "first_hitting", "nested")
-    },
+    **{("sample", "solver", n): config(sample={"solver": n}) for n in CORRECTED},
     **{
         ("sample", "solver", n): config("thinning", kind="deaths", sample={"solver": n})
         for n in ("binomial_bridge", "poisson_bridge")

@@ -119,7 +119,7 @@ class Dataset:
         """States as text, one string a row; a token outside the vocabulary (a mask) shows as a block.
 
         Args:
-            x0: int tokens `(n, length)`.
+            x0: int tokens `(n, length)`, of any length (`ddjax.sample_long`).
             stop: a token, or its text, before the first of which each row ends; None: all of it.
 
         Raises:
@@ -127,7 +127,9 @@ class Dataset:
         """
         if self.vocabulary is None:
             raise ValueError(f"{self.name}: states of shape {self.shape} are not text")
-        rows = list(self._batch(x0))
+        rows = np.asarray(x0)
+        if rows.ndim != 2:
+            raise ValueError(f"{self.name}: expected states (n, length), got {rows.shape}")
         if stop is not None:
             token = self.token(stop)
             rows = [row[: np.argmax(row == token)] if (row == token).any() else row for row in rows]

@@ -34,7 +34,11 @@ class Normal:
 
     def sample(self, keys: Keys) -> X:
         """One draw, one key per example."""
-        return self.mean + self.std * random.normal(keys, self.mean.shape[1:], self.mean.dtype)
+        return self.at(random.normal(keys, self.mean.shape[1:], self.mean.dtype))
+
+    def at(self, z: X) -> X:
+        """The draw that standard normals z make."""
+        return self.mean + self.std * z
 
     def log_prob(self, x: X) -> X:
         """Log-density of each site, nats."""

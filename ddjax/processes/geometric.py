@@ -47,6 +47,10 @@ class LogNormal:
         """One draw, one key per example; positive."""
         return jnp.exp(self.shift + self.law.sample(keys))
 
+    def at(self, z: X) -> X:
+        """The draw that standard normals z make."""
+        return jnp.exp(self.shift + self.law.at(z))
+
     def log_prob(self, x: X) -> X:
         """Log-density of each site, nats."""
         log_x = jnp.log(x)

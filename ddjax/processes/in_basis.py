@@ -102,6 +102,10 @@ class Turned:
         """One draw, one key per example."""
         return self.basis.inverse(self.law.sample(keys))
 
+    def at(self, z: X) -> X:
+        """The draw that standard normals z make: white as states are, and so in any basis."""
+        return self.basis.inverse(self.law.at(self.basis.forward(z)))
+
     def log_prob(self, x: X) -> Array:
         """Log-density of each coordinate, nats; their sum is that of the state."""
         return self.law.log_prob(self.basis.forward(x))

@@ -58,6 +58,10 @@ class Correlated:
         z = random.normal(keys, shape[1:], self.centre.dtype)
         return _joined(self.centre + self.root @ z)
 
+    def at(self, z: X) -> X:
+        """The draw that standard normals z, shaped like the state, make."""
+        return _joined(self.centre + self.root @ z.reshape(self.centre.shape))
+
     def log_prob(self, x: X) -> X:
         """Log-density of each entry given those of the parts before it, nats."""
         z = _solve(self.root, x.reshape(self.centre.shape) - self.centre)

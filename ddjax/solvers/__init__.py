@@ -3,6 +3,8 @@
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.solvers.base import Info, Solver
 from ddjax.solvers.cached import Cached
+from ddjax.solvers.chain import DenoisingChain
+from ddjax.solvers.codebook import Codebook
 from ddjax.solvers.correction import SelfCorrection
 from ddjax.solvers.counts import BinomialBridge, PoissonBridge
 from ddjax.solvers.discrete_flow import Campbell, FlowEuler
@@ -70,7 +72,9 @@ __all__ = [
     "Cached",
     "Campbell",
     "Churned",
+    "Codebook",
     "Confidence",
+    "DenoisingChain",
     "EulerMaruyama",
     "ExactHessian",
     "FirstHitting",

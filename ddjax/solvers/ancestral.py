@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddjax.solvers.base import Info, batched
+from ddjax.solvers.noise import Noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +18,26 @@ class Ancestral:
     Masked: a coin for each mask, then its symbol (Shi et al. 2024, algorithm 2). Uniform: D3PM's step on the cavity
     (Austin et al. 2021, eq. 4; Schiff et al. 2024). Gaussian: DDPM (Ho et al. 2020, algorithm 2), equal to
     `DDIM(eta=1)`.
+
+    noise: where the normals of a reverse step come from that is made of them (`solvers.noise`); None: drawn by it.
+    Raises ValueError, when a sampler is compiled, for a source of normals and a step that is not made of them.
     """
 
     process: Any
+    noise: Noise | None = None
 
     def init(self, xt, cond=None):
-        """Nothing to carry."""
-        return ()
+        """What the noise carries; nothing without."""
+        return () if self.noise is None else self.noise.init(xt)
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """One draw."""
-        xs = self.process.reverse(denoise(xt, batched(t, xt), cond), xt, s, t).sample(keys)
-        return xs, carry, Info(jnp.ones(xt.shape[0], jnp.int32))
+        law, info = self.process.reverse(denoise(xt, batched(t, xt), cond), xt, s, t), jnp.ones(xt.shape[0], jnp.int32)
+        if self.noise is None:
+            return law.sample(keys), carry, Info(info)
+        if not hasattr(law, "at"):
+            raise ValueError(
+                f"a reverse step of {type(self.process).__name__} is not made of normals alone: leave out noise"
+            )
+        z, carry = self.noise.draw(carry, keys, xt, t, s)
+        return law.at(z), carry, Info(info)

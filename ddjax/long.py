@@ -1,0 +1,91 @@
+"""Sequences longer than a network's window, one window after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from ddjax.sampling import Observed, sample
+from ddjax.solvers import Stopping
+from ddjax.solvers.base import Solver
+from ddjax.types import Denoise, Sample
+
+
+def sample_long(
+    key: Key[Array, ""],
+    denoise: Denoise,
+    process: Any,
+    *,
+    shape: Sequence[int],
+    window: int,
+    stride: int,
+    solver: Solver,
+    times: Array,
+    cond: Any = None,
+    observed: Observed | None = None,
+    stop: int | None = None,
+    rows: Int[Array, " batch"] | None = None,
+) -> Sample:
+    """Draw sequences of any length, semi-autoregressively (Sahoo et al. 2024, MDLM, section 5.3).
+
+    A window is drawn; its last `window - stride` tokens are known sites of the next, which begins `stride` sites later;
+    and so on to the end. The last window moves on by less where `shape` asks for less, and knows more.
+
+    shape: `(batch, length)`, length >= window. window: the length that the network sees. stride: 1 ... window; equal to
+        it, windows know nothing of each other.
+    times: the grid of each window. cond, rows: as in `ddjax.sample`. observed: known sites, `(batch, length)`.
+    stop: a token behind the first of which all is that token again, and costs nothing (`solvers.Stopping`); no window
+        is drawn once every sequence has one.
+
+    Of length `window` it is `ddjax.sample`, bit for bit. The law is that of a chain of windows: exact where what lies
+    further back than the tokens kept says nothing more (Markov chains of that order), and each window's law is exact.
+    Compiled once for all windows. Raises ValueError for lengths that do not fit, and as `ddjax.sample` does.
+    """
+    shape = tuple(int(n) for n in shape)
+    if len(shape) != 2:
+        raise ValueError(f"windows move along sequences, (batch, length): got shape={shape}")
+    batch, length = shape
+    if not 1 <= window <= length:
+        raise ValueError(f"a window of {window} does not fit sequences of {length}: draw at least a window")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be 1 to {window}, the window, got {stride}")
+    if not getattr(process, "sitewise", True):
+        raise ValueError(f"{type(process).__name__} mixes sites: windows cannot know some of theirs")
+    if observed is None:
+        nothing = jnp.zeros(shape, jnp.int32 if process.state == "categorical" else float)
+        observed = Observed(jnp.zeros(shape, bool), nothing)
+    if stop is not None:
+        solver = Stopping(solver, stop)
+    known, value = jnp.asarray(observed.mask), jnp.asarray(observed.value)
+    if known.shape != shape or value.shape != shape:
+        raise ValueError(f"observed has shapes {known.shape} and {value.shape}, but shape={shape} was asked for")
+    nfe, drawn = jnp.zeros(batch, jnp.int32), 0
+    # Of a row that no example has: `key` itself is the first window's.
+    others = jax.random.fold_in(key, 2**32 - 1)
+    while drawn < length:
+        start = min(max(drawn + stride - window, 0), length - window)
+        here = slice(start, start + window)
+        out = sample(
+            key if drawn == 0 else jax.random.fold_in(others, start),
+            denoise,
+            process,
+            shape=(batch, window),
+            solver=solver,
+            times=times,
+            cond=cond,
+            observed=Observed(known[:, here], value[:, here]),
+            rows=rows,
+        )
+        drawn, nfe = start + window, nfe + out.nfe
+        known, value = known.at[:, here].set(True), value.at[:, here].set(out.x0)
+        if stop is not None:
+            ended = (value[:, :drawn] == stop).any(axis=1, keepdims=True)
+            behind = jnp.arange(length) >= drawn
+            known, value = known | (ended & behind), jnp.where(ended & behind, stop, value)
+            if bool(ended.all()):
+                break
+    return Sample(value, nfe)
