@@ -47,6 +47,14 @@ class LogNormal:
         """One draw, one key per example; positive."""
         return jnp.exp(self.shift + self.law.sample(keys))
 
+    def noise(self, x: X) -> X:
+        """That of the logarithm."""
+        return self.law.noise(jnp.log(x) - self.shift)
+
+    def drawn(self, noise: X, fresh: X | float = 0.0) -> X:
+        """The state whose logarithm has this noise."""
+        return jnp.exp(self.shift + self.law.drawn(noise, fresh))
+
     def log_prob(self, x: X) -> X:
         """Log-density of each site, nats."""
         log_x = jnp.log(x)

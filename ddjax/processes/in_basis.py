@@ -102,6 +102,14 @@ class Turned:
         """One draw, one key per example."""
         return self.basis.inverse(self.law.sample(keys))
 
+    def noise(self, x: X) -> X:
+        """That of the coordinates."""
+        return self.law.noise(self.basis.forward(x))
+
+    def drawn(self, noise: X, fresh: X | float = 0.0) -> X:
+        """The state whose coordinates have this noise."""
+        return self.basis.inverse(self.law.drawn(noise, fresh))
+
     def log_prob(self, x: X) -> Array:
         """Log-density of each coordinate, nats; their sum is that of the state."""
         return self.law.log_prob(self.basis.forward(x))

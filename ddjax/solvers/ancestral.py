@@ -25,7 +25,11 @@ class Ancestral:
         """Nothing to carry."""
         return ()
 
+    def law(self, prediction, xt, s, t):
+        """The process's reverse step."""
+        return self.process.reverse(prediction, xt, s, t)
+
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """One draw."""
-        xs = self.process.reverse(denoise(xt, batched(t, xt), cond), xt, s, t).sample(keys)
+        xs = self.law(denoise(xt, batched(t, xt), cond), xt, s, t).sample(keys)
         return xs, carry, Info(jnp.ones(xt.shape[0], jnp.int32))
