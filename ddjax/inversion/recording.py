@@ -258,13 +258,13 @@ def edit(
     )
 
 
-def round_trip_error(recording: Recording, again: State) -> Float[Array, " batch"]:
-    """How far a reconstruction, `edit(...).x0` under the recording's own condition, is from each example.
+def round_trip_error(x0: State, again: State) -> Float[Array, " batch"]:
+    """How far each example is from its reconstruction, `edit(...).x0` under the condition of its recording.
 
     Root mean square over sites; of tokens, the fraction of sites that differ.
     """
-    there = recording.states[:, -1]
-    sites = tuple(range(1, there.ndim))
-    if jnp.issubdtype(there.dtype, jnp.integer):
-        return jnp.mean(there != again, axis=sites)
-    return jnp.sqrt(jnp.mean((there - again) ** 2, axis=sites))
+    x0, again = jnp.asarray(x0), jnp.asarray(again)
+    sites = tuple(range(1, x0.ndim))
+    if jnp.issubdtype(x0.dtype, jnp.integer):
+        return jnp.mean(x0 != again, axis=sites)
+    return jnp.sqrt(jnp.mean((x0 - again) ** 2, axis=sites))
