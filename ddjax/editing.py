@@ -55,6 +55,10 @@ def record(
     n, experiment = len(x0), run.experiment
     if getattr(experiment.coupling, "show", False):
         raise ValueError("this network is shown the end that sampling starts from, which an inversion looks for")
+    if hasattr(run.process, "latents"):
+        raise ValueError(
+            "this model draws a latent for each sample, and what that of an item is, an inversion cannot say"
+        )
     if not 0 < start <= 1:
         raise ValueError(f"start is the fraction of the steps to go up, in (0, 1], got {start}")
     cond, numbers = run.labels(cond, n), seeds(rows, n)
@@ -164,7 +168,7 @@ def command(arguments: argparse.Namespace) -> int:
     shown = {"original": x0, "reconstruction": np.asarray(again), "edit": np.asarray(edited)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        _write_images(run.data, shown, path)
+        write_images(run.data, shown, path)
     elif path.suffix == ".txt":
         texts = zip(*(run.data.to_text(x) for x in shown.values()), strict=True)
         blocks = [
@@ -218,7 +222,7 @@ def _solver(run: Run, arguments: argparse.Namespace) -> Any:
     return own if getattr(run.sampler()[0], "deterministic", False) else "heun"
 
 
-def _write_images(data: Dataset, shown: Mapping[str, np.ndarray], path: Path) -> None:
+def write_images(data: Dataset, shown: Mapping[str, np.ndarray], path: Path) -> None:
     """Originals above their reconstructions above their edits, as many as there are in blocks of up to 16 columns."""
     images = [data.to_images(x) for x in shown.values()]
     columns = min(len(images[0]), 16)

@@ -1,5 +1,5 @@
 """Judging samples."""
 
-from ddjax.evaluation.labels import label_accuracy
+from ddjax.evaluation.labels import label_accuracy, label_reader
 
-__all__ = ["label_accuracy"]
+__all__ = ["label_accuracy", "label_reader"]

@@ -44,12 +44,19 @@ def ascend(
         t, s = times[i], times[i + 1]
         xt = _guess(process, lambda x: move(x, s, t), xs, t, s)
         if iterations:
-            rate = process.prior_std(t) / process.prior_std(s) if hasattr(process, "prior_std") else 1.0
-            xt = solve(lambda x: move(x, t, s), xt, xs, rate, iterations)
+            xt = solve(lambda x: move(x, t, s), xt, xs, _rate(process, xs, t, s), iterations)
         return xt, xt
 
     _, states = jax.lax.scan(step, x0, jnp.arange(times.shape[0] - 1), reverse=True)
     return jnp.concatenate([states, x0[None]])
+
+
+def _rate(process: Any, xs: State, t: Array, s: Array) -> Array | float:
+    """How much the ODE of data as wide as the process expects spreads from s to t, in the mean over sites."""
+    if not hasattr(process, "prior_std"):
+        return 1.0
+    later, earlier = (process.prior_std(left_broadcast(v, xs)) for v in (s, t))
+    return jnp.mean(earlier / later)
 
 
 def _guess(process: Any, up: Callable[[State], State], xs: State, t: Array, s: Array) -> State:

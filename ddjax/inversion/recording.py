@@ -84,6 +84,8 @@ def record(
             f"{type(solver).__name__} does not say what its steps draw from: inversion is for Ancestral and DDIM, and "
             "for Heun and SingleStep, whose single steps have no noise"
         )
+    if not (deterministic or hasattr(process, "reverse")):
+        raise ValueError(f"{type(process).__name__} has no reverse step of its own to invert")
     if residual not in categorical.RESIDUALS:
         raise ValueError(f"residual={residual!r} is unknown; it is 'logit' or 'gumbel'")
     if not floor < 0:

