@@ -72,6 +72,7 @@ def test_tokens_come_back_and_do_not_depend_on_the_batch(tokens):
     np.testing.assert_array_equal(short.times, np.asarray(made.times)[-2:])
 
 
+@pytest.mark.slow
 def test_values_come_back_by_noise_and_by_the_ode(real):
     """The run's own process, grid and guidance are those of the functions that it calls."""
     data = items(real, range(3))
@@ -93,6 +94,7 @@ def test_values_come_back_by_noise_and_by_the_ode(real):
     )
 
 
+@pytest.mark.slow
 def test_images_side_by_side(capsys, monkeypatch, tmp_path, tokens, real):
     for run, options in ((tokens, []), (real, ["--method", "ode", "--iterations", 20])):
         png, npy = tmp_path / "new" / "x.png", tmp_path / "x.npy"
@@ -108,6 +110,9 @@ def test_images_side_by_side(capsys, monkeypatch, tmp_path, tokens, real):
         made = run.record(jax.random.split(KEY(0), 3)[0], data["x0"], cond=data["cond"], solver=solver, iterations=20)
         edited = run.edit(jax.random.split(KEY(0), 3)[2], made, cond=7)
         np.testing.assert_array_equal(found[2], edited)
+    assert "no noise for lambda_1, lambda_2" in command(
+        capsys, monkeypatch, real, *base, "--lambda-1", 0.5, "--out", png, code=1
+    )  # fmt: skip
     command(capsys, monkeypatch, tokens, *base[:6], "--out", png)
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -156,7 +161,6 @@ def test_errors(capsys, monkeypatch, tmp_path, tokens, real):
     assert "labels run from 0 to 9" in fails(tokens, "--label", 12)
     assert "in (0, 1], got 0.0" in fails(tokens, "--start", 0)
     assert "it is for text" in fails(tokens, "--text", "abc")
-    assert "no noise for lambda_1, lambda_2" in fails(real, "--method", "ode", "--lambda-1", 0.5)
     assert "does not say what its steps draw from" in fails(real, "--solver", "dpm_solver_pp")
     assert "use a name ending in .png" in command(
         capsys, monkeypatch, tokens, "--out", tmp_path / "x.txt", code=1

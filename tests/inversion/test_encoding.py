@@ -125,6 +125,7 @@ def test_no_nan_from_data_without_noise(schedule):
         assert np.isfinite(error).all()
 
 
+@pytest.mark.slow
 def test_an_interpolant_goes_up_to_its_other_end(x64):
     """Straight lines, of a network that knows them: Euler's steps are exact in both directions."""
     process = Interpolant()
@@ -135,6 +136,7 @@ def test_an_interpolant_goes_up_to_its_other_end(x64):
     assert (error < 1e-12).all()
 
 
+@pytest.mark.slow
 def test_a_later_start_and_rows_of_their_own():
     denoise = jax.tree_util.Partial(lambda xt, t, cond: Prediction(0.5 * xt, "v"))
     x0 = jnp.asarray(np.random.default_rng(0).normal(size=(7, 2)), jnp.float32)
