@@ -1,4 +1,4 @@
-"""The command line: `ddjax train | sample | search | eval | bench | export`."""
+"""The command line: `ddjax train | sample | edit | search | eval | bench | export`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from typing import Any
 OVERRIDES = """\
 Any key of the config can be overridden: --config.train.steps=2000 --config.denoiser.options.width=128
 All keys are listed and explained in ddjax/config.py."""
+
+
+EDIT = """\
+Example: ddjax edit --workdir runs/digits --rows 0 1 2 --label 7 --start 0.7 --out edited.png
+Writes the originals, what is drawn of them under their own labels, and the edits; prints how far the second are from
+the first. The less of the way is gone up (--start), the more is kept."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +124,42 @@ def parser() -> argparse.ArgumentParser:
         help="draw these of the seed's samples only, numbered from 0 (in place of --num)",
     )  # fmt: skip
     sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+
+    edit = _command(
+        commands, "edit", _edit, "invert items of the data and draw them again, under another label", epilog=EDIT
+    )
+    _add_workdir(edit, "folder of the run")
+    edit.add_argument("--data", choices=("test", "valid", "train"), default="test", help="split (default: test)")
+    edit.add_argument("--rows", type=int, nargs="+", metavar="ROW", help="its items to edit, from 0 (default: 0)")
+    edit.add_argument("--text", help="for texts: edit this one in the place of items")
+    edit.add_argument("--text-file", type=Path, metavar="FILE", help="for texts: the text in this file")
+    edit.add_argument("--label", type=int, nargs="+", help="new label, one or one an item (default: their own)")
+    edit.add_argument("--out", type=Path, help="file to write: .png for images, .txt for text, .npy for raw states")
+    edit.add_argument(
+        "--method", choices=("noise", "ode"), default="noise",
+        help="noise: that of each sampling step (default); ode: up the probability-flow ODE (continuous states)",
+    )  # fmt: skip
+    edit.add_argument(
+        "--solver", metavar="NAME", help="in the place of ancestral (noise), or the config's or heun (ode)"
+    )
+    edit.add_argument(
+        "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="of the solver (may be repeated)"
+    )
+    edit.add_argument("--independent", action="store_true", help="noise: each state by itself (edit-friendly)")
+    edit.add_argument("--iterations", type=int, default=8, help="ode: fixed points of each step (default: 8; 0: naive)")
+    edit.add_argument(
+        "--residual", choices=("gumbel", "logit"), default="gumbel",
+        help="tokens: the Gumbel noise of each draw (default), or DICE's residual, for a small --lambda-1",
+    )  # fmt: skip
+    edit.add_argument("--steps", type=int, help="solver steps of the whole way (default: the config's)")
+    edit.add_argument("--start", type=float, default=1.0, help="fraction of the steps to go up (default: 1)")
+    edit.add_argument("--lambda-1", type=float, help="weight of the recorded noise (default: 1)")
+    edit.add_argument("--lambda-2", type=float, help="weight of fresh noise (default: 0)")
+    edit.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale of the edit (default: the config's)"
+    )
+    edit.add_argument("--seed", type=int, default=0, help="of the path and of fresh noise")
+    edit.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
     search = _command(commands, "search", _search, "learn a fast sampler for a trained model, whose weights stay")
     _add_workdir(search, "folder of the run")
@@ -356,6 +398,13 @@ def _option(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _edit(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from ddjax import editing
+
+    arguments.options = dict(map(_option, arguments.solver_option))
+    return editing.command(arguments)
 
 
 def _search(arguments: argparse.Namespace, overrides: list[str]) -> int:

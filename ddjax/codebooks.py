@@ -263,7 +263,7 @@ def _run(denoise, times, cond, given, *, process, solver, shape, chosen, rule) -
 
     opening = take(0, None) if first == 0 < stop else still
     z = book.vector(0, *opening, sites, dtype)
-    x = prior.at(z)
+    x = prior.drawn(fresh=z)
     carry = first_carry(dataclasses.replace(solver, noise=_Handed(z)), x, cond, denoise)
 
     def step(state, i):

@@ -20,7 +20,7 @@ def prompt(data: Dataset, text: str, num: int) -> Observed:
     """
     if not text:
         raise ValueError("an empty prompt says nothing: leave it out")
-    return _observed(data, [_encode(data, text, "prompt")], num, "prompt")
+    return _observed(data, [encode(data, text, "prompt")], num, "prompt")
 
 
 def infill(data: Dataset, text: str, num: int) -> Observed:
@@ -36,7 +36,7 @@ def infill(data: Dataset, text: str, num: int) -> Observed:
     if not cuts:
         raise ValueError(f'no gap in {text!r}: write one as ___, or as ___{{12}} for 12 tokens ("To be, ___{{20}}")')
     starts, ends = [0, *(c.end() for c in cuts)], [*(c.start() for c in cuts), len(text)]
-    pieces = [_encode(data, text[a:b], "infill") for a, b in zip(starts, ends, strict=True)]
+    pieces = [encode(data, text[a:b], "infill") for a, b in zip(starts, ends, strict=True)]
     sizes = [None if c[1] is None else int(c[1]) for c in cuts]
     rest = data.shape[0] - sum(map(len, pieces)) - sum(s or 0 for s in sizes)
     shared = sizes.count(None)
@@ -54,7 +54,8 @@ def infill(data: Dataset, text: str, num: int) -> Observed:
     return _observed(data, parts, num, "infill")
 
 
-def _encode(data: Dataset, text: str, name: str) -> np.ndarray:
+def encode(data: Dataset, text: str, name: str) -> np.ndarray:
+    """The tokens of a text. Raises ValueError for data that are no text, and for what their vocabulary lacks."""
     vocabulary = data.vocabulary
     if vocabulary is None or not hasattr(vocabulary, "encode"):
         raise ValueError(f"{name}: it is for text, and {data.name} is none (or its vocabulary does not encode)")

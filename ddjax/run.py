@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddjax import companions, likelihood, policies, prompts
+from ddjax import companions, editing, likelihood, policies, prompts
+from ddjax.batching import chunks, seeds
 from ddjax.config import Config, ConfigError, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
@@ -119,20 +120,9 @@ class Run:
         experiment = self.experiment
         if n < 1:
             raise ValueError(f"at least one sample is needed, got {n}")
-        if cond is not None:
-            if not self.data.num_classes:
-                raise ValueError(f"{self.data.name!r} has no labels, so cond must be None")
-            cond = np.broadcast_to(np.asarray(cond, np.int32), (n,))
-            if len(wrong := cond[(cond < 0) | (cond > self.data.num_classes)]):
-                raise ValueError(
-                    f"labels run from 0 to {self.data.num_classes - 1} ({self.data.num_classes} means none), "
-                    f"got {wrong[0]}"
-                )
-        if cond is None and guidance not in (None, 1.0):
-            raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond, or no guidance")
-        scale = self.config.sample.guidance if guidance is None else guidance
+        cond = self.labels(cond, n)
         denoise = shaped(
-            experiment.denoiser(self.params, float(scale), cond),
+            self.guided(guidance, cond),
             experiment.sampling_process,
             temperature=temperature,
             top_k=top_k,
@@ -154,22 +144,19 @@ class Run:
                 raise ValueError(f"{name} must be of {n} examples, as many as are drawn, got shape {shapes}")
         if trajectory and callback is not None:
             raise ValueError("a callback is shown the states while they are drawn: leave out trajectory")
-        seeds = np.arange(n) if rows is None else np.asarray(rows)
-        if seeds.shape != (n,) or seeds.dtype.kind not in "iu" or (seeds < 0).any():
-            raise ValueError(f"rows are {n} whole numbers, 0 or more, one for each sample, got {rows}")
         if policy is None:
             groups = [(self.sampler(solver, steps, solver_options), np.arange(n))]
         elif trajectory or callback is not None or any(v is not None for v in (solver, steps, solver_options)):
             raise ValueError("a policy chooses solver and steps for each sample: leave out these, trajectory, callback")
         else:
             groups = self._chosen(policy, cond)
-        parts, order = [], np.concatenate([own for _, own in groups])
-        for (step, times), own, chunk in ((s, g, c) for s, g in groups for c in _chunks(len(g), batch_size)):
+        own_rows, parts, order = seeds(rows, n), [], np.concatenate([own for _, own in groups])
+        for (step, times), own, chunk in ((s, g, c) for s, g in groups for c in chunks(len(g), batch_size)):
             which, new = own[chunk], min(len(chunk), len(own) - chunk[0])
             if stop is not None and length is None:
                 step = Stopping(step, stop)
             labels, known, x1 = jax.tree.map(lambda a, which=which: jnp.asarray(a[which]), (cond, observed, init))
-            rows = jnp.asarray(seeds[which])
+            rows = jnp.asarray(own_rows[which])
             settings = {
                 "shape": (len(which), *experiment.state_shape),
                 "solver": step,
@@ -210,6 +197,28 @@ class Run:
         choice = policy.choose(cond)
         arms = [self.sampler(**arm) if isinstance(arm, Mapping) else arm for arm in policy.arms]
         return [(arms[arm], np.flatnonzero(choice == arm)) for arm in np.unique(choice)]
+
+    def labels(self, cond: Any, n: int) -> Int[np.ndarray, " n"] | None:
+        """Labels of n examples. Raises ValueError for data without, and for labels that there are not."""
+        if cond is None:
+            return None
+        if not self.data.num_classes:
+            raise ValueError(f"{self.data.name!r} has no labels, so cond must be None")
+        cond = np.broadcast_to(np.asarray(cond, np.int32), (n,))
+        if len(wrong := cond[(cond < 0) | (cond > self.data.num_classes)]):
+            raise ValueError(
+                f"labels run from 0 to {self.data.num_classes - 1} ({self.data.num_classes} means none), got {wrong[0]}"
+            )
+        return cond
+
+    def guided(self, guidance: float | None, cond: Any) -> Any:
+        """The denoiser at a guidance scale, the config's where none is given."""
+        if cond is None and guidance not in (None, 1.0):
+            raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond, or no guidance")
+        scale = self.config.sample.guidance if guidance is None else guidance
+        return self.experiment.denoiser(self.params, float(scale), cond)
+
+    record, edit = editing.record, editing.edit
 
     def sampler(
         self, solver: str | Path | Any | None = None, steps: int | None = None, options: Mapping[str, Any] | None = None
@@ -368,8 +377,8 @@ class Run:
             )
         whole = self.experiment.apply.apply  # with the output that sampling cuts off (`Experiment.trained`)
         denoise = bind(whole, self.params, self.process, self.experiment.kind)
-        x0, shown, parts = self._checked(x0), self._checked(shown), []
-        for rows in _chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
+        x0, shown, parts = self.checked(x0), self.checked(shown), []
+        for rows in chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
             labels = None if cond is None else jnp.asarray(np.asarray(cond)[rows])
             states = jnp.asarray(x0[rows]), jnp.asarray(shown[rows])
             parts.append(likelihood.marginals(denoise, self.process, *states, self.experiment.shown(states[0], labels)))
@@ -379,27 +388,19 @@ class Run:
         self, score: Callable[[State, Any, Rows], NamedTuple], x0: State, cond: Any, batch_size: int | None
     ) -> Any:
         """What `score(x0, cond, rows)` says of all examples: chunk by chunk, its arrays joined."""
-        x0, parts = self._checked(x0), []
-        for rows in _chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
+        x0, parts = self.checked(x0), []
+        for rows in chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
             labels = None if cond is None else jnp.asarray(np.asarray(cond)[rows])
             parts.append(score(jnp.asarray(x0[rows]), labels, Rows(jnp.asarray(rows), len(rows))))
         arrays = (name for name, value in parts[0]._asdict().items() if isinstance(value, jax.Array))
         return parts[0]._replace(**{n: jnp.concatenate([getattr(p, n) for p in parts])[: len(x0)] for n in arrays})
 
-    def _checked(self, x0: State) -> np.ndarray:
+    def checked(self, x0: State) -> np.ndarray:
+        """States of the data's shape, any number of them. Raises ValueError for others."""
         x0 = np.asarray(x0)
         if x0.shape[1:] != self.data.shape:
             raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {x0.shape}")
         return x0
-
-
-def _chunks(n: int, size: int) -> Iterator[np.ndarray]:
-    """Row numbers in chunks of one size, so that one program serves all; the last is filled with the last row."""
-    if n < 1 or size < 1:
-        raise ValueError(f"at least one example and a batch_size of one are needed, got {n} and {size}")
-    size = min(size, n)
-    for start in range(0, n, size):
-        yield np.minimum(np.arange(start, start + size), n - 1)
 
 
 def load(workdir: str | Path, *, step: int | None = None) -> Run:

@@ -51,6 +51,7 @@ FAST_VARIANTS = {
     "test_a_coin_rarer_than_the_grid_of_uniforms": 0,
     "test_a_disk_full_of_metrics": 0,
     "test_a_mislabelled_denoiser_is_dearer": 0,
+    "test_a_path_of_normals_gives_its_example_back": 1,
     "test_a_planner_sees_what_was_drawn_and_is_believed": 0,
     "test_a_recording_gives_its_example_back": 1,
     "test_a_run_stops_and_shows_itself_on_the_way": 1,
@@ -126,6 +127,7 @@ FAST_VARIANTS = {
     "test_microbatches_with_rows_give_the_whole": 1,
     "test_moments_bridge_and_bound_are_linear_algebra": 1,
     "test_nelbo_is_the_theory_on_gaussian_data": 1,
+    "test_no_nan_from_data_without_noise": 1,
     "test_no_nan_from_noise_to_data": 2,
     "test_noise_alone_is_the_variance_preserving_process": 0,
     "test_numbers_agree": 0,
@@ -186,6 +188,7 @@ FAST_VARIANTS = {
     "test_the_law_converges_at_first_order": 3,
     "test_the_law_of_the_output_converges_at_first_order": 2,
     "test_the_mean_over_orders": 1,
+    "test_the_noise_and_its_law_are_the_closed_forms": 2,
     "test_the_ode_is_the_field_of_the_augmented_space": 0,
     "test_the_parts_of_a_state": 3,
     "test_the_poisson_decoder_is_tight_to_second_order": 0,
@@ -205,6 +208,7 @@ FAST_VARIANTS = {
     "test_v_interpolates_the_papers_log_variances": 1,
     "test_what_was_cut_off_at_a_checkpoint_is_made_up_for": 0,
     "test_with_a_decoder_it_is_the_probability_of_a_level": 1,
+    "test_with_fixed_points_the_way_up_is_the_inverse": 1,
     "test_without_uniform_noise_it_is_masked": 0,
 }
 

@@ -274,20 +274,20 @@ def test_other_processes_and_both_ends():
 
 @pytest.mark.slow
 def test_a_law_at_its_own_normals_is_its_draw():
-    """`at` of the laws that are made of normals, from those that `sample` draws."""
+    """`drawn` of the laws that are made of normals, from those that `sample` draws."""
     keys, x = (lambda: random.example_keys(jax.random.key(0), 3)), jnp.asarray(X0, jnp.float32)
     z = random.normal(keys(), (2,))
     for process in (PROCESS, Geometric(PROCESS)):
         law = process.marginal(jnp.exp(x), 0.4)
-        np.testing.assert_array_equal(law.at(z), law.sample(keys()))
+        np.testing.assert_array_equal(law.drawn(fresh=z), law.sample(keys()))
     turned = InBasis(PROCESS, DCT((1,)))
     law = turned.marginal(x, 0.4)
-    np.testing.assert_allclose(law.at(turned.basis.inverse(z)), law.sample(keys()), atol=1e-6)
+    np.testing.assert_allclose(law.drawn(fresh=turned.basis.inverse(z)), law.sample(keys()), atol=1e-6)
     law = critically_damped().marginal(x[..., None], 0.4)
     drawn = law.sample(keys())
     normals = random.normal(keys(), (2 * 2,))
-    assert law.at(jnp.zeros_like(drawn)).shape == drawn.shape == law.at(normals.reshape(drawn.shape)).shape
-    np.testing.assert_allclose(law.at(jnp.zeros_like(drawn)), law.mean)
+    assert law.drawn().shape == drawn.shape == law.drawn(fresh=normals.reshape(drawn.shape)).shape
+    np.testing.assert_allclose(law.drawn(), law.mean)
 
 
 @pytest.mark.slow

@@ -22,14 +22,24 @@ def label_accuracy(
     real, samples: any units, the same for both. For small images: the fit is quadratic in `train`.
     gamma: scikit-learn's (`SVC`); "scale" goes by the number of sites and their variance, whatever the units.
     """
-    from sklearn.svm import SVC  # here: scikit-learn takes a second to import
-
     if len(samples) != len(labels) or len(real) != len(real_labels):
         raise ValueError(
             f"{len(real)} real states with {len(real_labels)} labels, {len(samples)} samples with {len(labels)} labels"
         )
+    return float(np.mean(label_reader(real, real_labels, gamma=gamma)(samples) == labels))
+
+
+def label_reader(
+    real: Float[np.ndarray, train * sites],
+    real_labels: Int[np.ndarray, " train"],
+    *,
+    gamma: float | Literal["scale", "auto"] = "scale",
+) -> Callable[[Float[np.ndarray, n * sites]], Int[np.ndarray, " n"]]:
+    """What reads the labels of samples: `label_accuracy`'s classifier, fitted once. Arguments as there."""
+    from sklearn.svm import SVC  # here: scikit-learn takes a second to import
+
     judge = SVC(gamma=gamma).fit(np.asarray(real).reshape(len(real), -1), real_labels)
-    return float(np.mean(judge.predict(np.asarray(samples).reshape(len(samples), -1)) == labels))
+    return lambda samples: judge.predict(np.asarray(samples).reshape(len(samples), -1))
 
 
 def label_judge(

@@ -34,11 +34,20 @@ class Normal:
 
     def sample(self, keys: Keys) -> X:
         """One draw, one key per example."""
-        return self.at(random.normal(keys, self.mean.shape[1:], self.mean.dtype))
+        return self.mean + self.std * random.normal(keys, self.mean.shape[1:], self.mean.dtype)
 
-    def at(self, z: X) -> X:
-        """The draw that standard normals z make."""
-        return self.mean + self.std * z
+    @property
+    def unit(self) -> X:
+        """What `noise` is measured in: the standard deviation, or 1 where that is 0."""
+        return jnp.where(self.std == 0, 1.0, self.std)
+
+    def noise(self, x: X) -> X:
+        """The normals whose draw is x; where nothing is drawn, what x has beyond the mean."""
+        return (x - self.mean) / self.unit
+
+    def drawn(self, noise: X | float = 0.0, fresh: X | float = 0.0) -> X:
+        """The state with this `noise`, and fresh normals where there is something to draw."""
+        return self.mean + self.unit * noise + self.std * fresh
 
     def log_prob(self, x: X) -> X:
         """Log-density of each site, nats."""

@@ -47,9 +47,13 @@ class LogNormal:
         """One draw, one key per example; positive."""
         return jnp.exp(self.shift + self.law.sample(keys))
 
-    def at(self, z: X) -> X:
-        """The draw that standard normals z make."""
-        return jnp.exp(self.shift + self.law.at(z))
+    def noise(self, x: X) -> X:
+        """That of the logarithm."""
+        return self.law.noise(jnp.log(x) - self.shift)
+
+    def drawn(self, noise: X | float = 0.0, fresh: X | float = 0.0) -> X:
+        """The state whose logarithm has this noise."""
+        return jnp.exp(self.shift + self.law.drawn(noise, fresh))
 
     def log_prob(self, x: X) -> X:
         """Log-density of each site, nats."""

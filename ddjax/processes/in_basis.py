@@ -102,9 +102,14 @@ class Turned:
         """One draw, one key per example."""
         return self.basis.inverse(self.law.sample(keys))
 
-    def at(self, z: X) -> X:
-        """The draw that standard normals z make: white as states are, and so in any basis."""
-        return self.basis.inverse(self.law.at(self.basis.forward(z)))
+    def noise(self, x: X) -> X:
+        """The normals whose draw is x: of states, as white there as in any basis."""
+        return self.basis.inverse(self.law.noise(self.basis.forward(x)))
+
+    def drawn(self, noise: X | float = 0.0, fresh: X | float = 0.0) -> X:
+        """The state with this `noise`, and fresh normals where there is something to draw."""
+        parts = (self.basis.forward(jnp.broadcast_to(v, self.mean.shape)) for v in (noise, fresh))
+        return self.basis.inverse(self.law.drawn(*parts))
 
     def log_prob(self, x: X) -> Array:
         """Log-density of each coordinate, nats; their sum is that of the state."""

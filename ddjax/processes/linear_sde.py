@@ -58,9 +58,20 @@ class Correlated:
         z = random.normal(keys, shape[1:], self.centre.dtype)
         return _joined(self.centre + self.root @ z)
 
-    def at(self, z: X) -> X:
-        """The draw that standard normals z, shaped like the state, make."""
-        return _joined(self.centre + self.root @ z.reshape(self.centre.shape))
+    @property
+    def _unit(self) -> Array:
+        """The root, with a column of the identity for a part without variance."""
+        eye = jnp.eye(self.root.shape[-1], dtype=self.root.dtype)
+        return jnp.where((jnp.diagonal(self.root, axis1=-2, axis2=-1) == 0)[..., None, :], eye, self.root)
+
+    def noise(self, x: X) -> X:
+        """The normals whose draw is x; of parts without variance, what x has beyond their mean."""
+        return _joined(_solve(self._unit, x.reshape(self.centre.shape) - self.centre))
+
+    def drawn(self, noise: X | float = 0.0, fresh: X | float = 0.0) -> X:
+        """The state with this `noise`, and fresh normals where there is something to draw."""
+        z, new = (jnp.broadcast_to(v, self.mean.shape).reshape(self.centre.shape) for v in (noise, fresh))
+        return _joined(self.centre + self._unit @ z + self.root @ new)
 
     def log_prob(self, x: X) -> X:
         """Log-density of each entry given those of the parts before it, nats."""

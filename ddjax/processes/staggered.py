@@ -32,6 +32,14 @@ class Moved:
         """One draw, one key per example."""
         return jnp.where(self.moves, self.law.sample(keys), self.xt)
 
+    def noise(self, x: State) -> State:
+        """The law's where a site moves (continuous states); 0 where it stays."""
+        return jnp.where(self.moves, self.law.noise(x), 0.0)
+
+    def drawn(self, noise: State | float = 0.0, fresh: State | float = 0.0) -> State:
+        """The state with this noise."""
+        return jnp.where(self.moves, self.law.drawn(noise, fresh), self.xt)
+
     def log_prob(self, x: State) -> Float[Array, batch * sites]:
         """Log-probability of each site, nats (-1e30 for an impossible one)."""
         return jnp.where(self.moves, self.law.log_prob(x), jnp.where(x == self.xt, 0.0, -1e30))

@@ -30,14 +30,18 @@ class Ancestral:
         """What the noise carries; nothing without."""
         return () if self.noise is None else self.noise.init(xt)
 
+    def law(self, prediction, xt, s, t):
+        """The process's reverse step."""
+        return self.process.reverse(prediction, xt, s, t)
+
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """One draw."""
-        law, info = self.process.reverse(denoise(xt, batched(t, xt), cond), xt, s, t), jnp.ones(xt.shape[0], jnp.int32)
+        law, info = self.law(denoise(xt, batched(t, xt), cond), xt, s, t), jnp.ones(xt.shape[0], jnp.int32)
         if self.noise is None:
             return law.sample(keys), carry, Info(info)
-        if not hasattr(law, "at"):
+        if not hasattr(law, "drawn"):
             raise ValueError(
                 f"a reverse step of {type(self.process).__name__} is not made of normals alone: leave out noise"
             )
         z, carry = self.noise.draw(carry, keys, xt, t, s)
-        return law.at(z), carry, Info(info)
+        return law.drawn(fresh=z), carry, Info(info)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddjax.processes import Gaussian
+from ddjax.processes.gaussian import Normal
 from ddjax.solvers.base import Info, batched
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.types import left_broadcast
@@ -40,20 +41,31 @@ class DDIM:
         """What the noise carries; nothing for `Fresh`."""
         return self.noise.init(xt)
 
-    def step(self, keys, carry, xt, t, s, denoise, cond=None):
-        """One step; noise is drawn only where eta > 0."""
-        prediction = denoise(xt, batched(t, xt), cond)
+    @property
+    def deterministic(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.eta == 0.0
+
+    def law(self, prediction, xt, s, t) -> Normal:
+        """What a step draws from; without noise where eta = 0."""
         x0 = self.process.convert(prediction, "x0", xt, t).value
         noise = self.process.convert(prediction, "noise", xt, t).value
         schedule = self.process.schedule
-        s_, t_ = left_broadcast(s, xt), left_broadcast(t, xt)
-        alpha, sigma = schedule.alpha(s_), schedule.sigma(s_)
-        if self.eta == 0.0:
-            xs = alpha * x0 + sigma * noise
-        else:
-            fresh = -jnp.expm1(schedule.log_snr(t_) - schedule.log_snr(s_)) * self.eta**2
+        s, t = left_broadcast(jnp.asarray(s), xt), left_broadcast(jnp.asarray(t), xt)
+        alpha, sigma = schedule.alpha(s), schedule.sigma(s)
+        if self.deterministic:
+            return Normal(alpha * x0 + sigma * noise, jnp.zeros_like(xt))
+        fresh = -jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s)) * self.eta**2
+        mean = alpha * x0 + sigma * jnp.sqrt(1.0 - fresh) * noise
+        return Normal(mean, jnp.broadcast_to(sigma * jnp.sqrt(fresh), xt.shape))
+
+    def step(self, keys, carry, xt, t, s, denoise, cond=None):
+        """One step; noise is drawn only where eta > 0."""
+        law = self.law(denoise(xt, batched(t, xt), cond), xt, s, t)
+        xs = law.mean
+        if not self.deterministic:
             z, carry = self.noise.draw(carry, keys, xt, t, s)
-            xs = alpha * x0 + sigma * (jnp.sqrt(1.0 - fresh) * noise + jnp.sqrt(fresh) * z)
+            xs = xs + law.std * z
         return xs, carry, Info(jnp.ones(xt.shape[0], jnp.int32))
 
 
@@ -69,6 +81,8 @@ class Heun:
     """
 
     process: Any
+
+    deterministic = True
 
     def __post_init__(self):
         if self.process.state != "gaussian":

@@ -58,6 +58,8 @@ class SingleStep:
     form: str = "noise"
     coordinate: str = "clock"
 
+    deterministic = True
+
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
@@ -76,7 +78,7 @@ class SingleStep:
         base = jnp.where(
             there.last, self.process.noiseless(self.process.convert(prediction, "x0", xt, t).value, s), base
         )
-        first_order = there.last | ~jnp.isfinite(here.level)
+        first_order = there.last | ~jnp.isfinite(here.level) | ~jnp.isfinite(there.level)
 
         def rest(_):
             moved = run_stages(form, self.method, prediction, xt, t, s, lambda x, u: denoise(x, u, cond))

@@ -272,10 +272,10 @@ def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
     items = real[np.arange(min(len(real), JUDGED_BY))]
     labels = np.arange(num) % run.data.num_classes
     x0 = run.sample(jax.random.key(config.sample.seed), num, cond=labels, guidance=guidance)
-    return label_accuracy(_levels(run.data, items["x0"]), items["cond"], _levels(run.data, np.asarray(x0)), labels)
+    return label_accuracy(levels(run.data, items["x0"]), items["cond"], levels(run.data, np.asarray(x0)), labels)
 
 
-def _levels(data: Dataset, x0: np.ndarray) -> np.ndarray:
+def levels(data: Dataset, x0: np.ndarray) -> np.ndarray:
     """Tokens as they are; values as the number of the nearest level."""
     if data.num_symbols is not None:
         return x0

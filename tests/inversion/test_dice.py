@@ -14,6 +14,7 @@ from ddjax.fixtures.categorical import all_states, exact_reverse
 from ddjax.predictions import Prediction
 from ddjax.processes import Hybrid, Masked, StateMasked, Thinning, Uniform
 from ddjax.schedules import Cosine
+from ddjax.solvers import Ancestral
 from ddjax.symbol_schedules import SymbolPolynomial
 
 LAWS = [Categorical(2, 3, seed=1), Categorical(2, 3, seed=2)]
@@ -165,7 +166,9 @@ def test_rows_do_not_depend_on_the_batch():
 
 def test_errors():
     record = functools.partial(inversion.record, jax.random.key(0), wild)
-    made = inversion.Recording(jnp.asarray(TIMES), jnp.zeros((2, 5, 2), jnp.int32), jnp.zeros((2, 4, 2, 4)))
+    made = inversion.Recording(
+        jnp.asarray(TIMES), jnp.zeros((2, 5, 2), jnp.int32), jnp.zeros((2, 4, 2, 4)), Ancestral(UNIFORM)
+    )
     for call, words in (
         (lambda: record(MASKED, X0, times=TIMES, residual="noise"), "residual='noise' is unknown"),
         (lambda: record(MASKED, X0, times=TIMES, floor=0.5), "floor is the logarithm of a small probability"),
@@ -173,12 +176,12 @@ def test_errors():
         (lambda: record(MASKED, X0, times=TIMES[::-1]), "times must decrease"),
         (lambda: record(MASKED, X0, times=TIMES, rows=jnp.arange(3)), "one row number for each of the 27"),
         (lambda: record(Thinning(4), X0, times=TIMES), "reverse step of Thinning"),
-        (lambda: inversion.Replay(StateMasked(2, SymbolPolynomial((1.0, 2.0)))), "reverse step of StateMasked"),
+        (lambda: record(StateMasked(4, SymbolPolynomial((1.0,) * 4)), X0, times=TIMES), "reverse step of StateMasked"),
         (lambda: inversion.edit(jax.random.key(0), wild, UNIFORM, made, lambda_1=jnp.ones(3)), "lambda_1 is a number"),
-        (lambda: inversion.Replay(UNIFORM, "mean"), "injection='mean' is unknown"),
+        (lambda: inversion.Replay(Ancestral(UNIFORM), "mean"), "injection='mean' is unknown"),
         (
             lambda: ddjax.sample(
-                jax.random.key(0), wild, UNIFORM, shape=(2, 2), solver=inversion.Replay(UNIFORM), times=TIMES
+                jax.random.key(0), wild, UNIFORM, shape=(2, 2), solver=inversion.Replay(Ancestral(UNIFORM)), times=TIMES
             ),
             "call inversion.edit",
         ),
