@@ -27,6 +27,7 @@ from ddjax import (
     solvers,
     thresholding,
 )
+from ddjax.parallel import ParallelSample, sample_parallel
 from ddjax.predictions import BoundDenoiser, Prediction, bind
 from ddjax.retiming import retime
 from ddjax.sampling import Observed, sample, stream
@@ -55,6 +56,7 @@ __all__ = [
     "Bound",
     "BoundDenoiser",
     "Observed",
+    "ParallelSample",
     "Prediction",
     "Rows",
     "Run",
@@ -76,6 +78,7 @@ __all__ = [
     "random",
     "retime",
     "sample",
+    "sample_parallel",
     "schedules",
     "shaping",
     "shifted_times",
