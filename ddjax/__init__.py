@@ -34,6 +34,7 @@ from ddjax import (
     transport,
 )
 from ddjax.long import sample_long
+from ddjax.parallel import ParallelSample, sample_parallel
 from ddjax.predictions import BoundDenoiser, Prediction, bind
 from ddjax.retiming import retime
 from ddjax.sampling import Observed, sample, stream
@@ -62,6 +63,7 @@ __all__ = [
     "Bound",
     "BoundDenoiser",
     "Observed",
+    "ParallelSample",
     "Prediction",
     "Rows",
     "Run",
@@ -89,6 +91,7 @@ __all__ = [
     "retrieval",
     "sample",
     "sample_long",
+    "sample_parallel",
     "schedules",
     "shaping",
     "shifted_times",

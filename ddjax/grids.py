@@ -39,6 +39,27 @@ def check_grid(times: Grid | Sequence[float]) -> Grid:
     return times
 
 
+def check_grids(times: Any, batch: int) -> Array:
+    """One grid for all as in `check_grid`, or one for each example, `(batch, steps + 1)`, whose times may stay equal.
+
+    Raises ValueError for anything else.
+    """
+    if jnp.ndim(times) != 2:
+        return check_grid(times)
+    times = jnp.asarray(times, None if hasattr(times, "dtype") else float)
+    if times.shape[0] != batch or times.shape[1] < 2:
+        raise ValueError(
+            f"times of shape {times.shape} are no grids for {batch} examples: give (steps + 1,) or ({batch}, steps + 1)"
+        )
+    if not isinstance(times, jax.core.Tracer):
+        values = np.asarray(times)
+        if not ((np.diff(values) <= 0).all() and (values[:, 0] <= 1).all() and (values[:, -1] >= 0).all()):
+            raise ValueError(
+                f"times must not increase, from at most 1 to at least 0 (1 is noise, 0 data), got {values}"
+            )
+    return times
+
+
 def range_of(process: Any, t_range: tuple[float, float] | None) -> tuple[float, float]:
     """A range of times as two floats; None: `process.t_range`. Raises ValueError unless it is one, inside [0, 1]."""
     low, high = map(float, process.t_range if t_range is None else t_range)

@@ -493,6 +493,7 @@ SOLVERS = {
     "heun_in_noise": solvers.heun_in_noise,
     "bogacki_shampine": solvers.bogacki_shampine,
     "rk4": solvers.rk4,
+    "rk45": solvers.Adaptive,
     "dpm_solver": solvers.dpm_solver,
     "dpm_solver_pp_singlestep": solvers.dpm_solver_pp_singlestep,
     "dpm_solver_pp": solvers.dpm_solver_pp,

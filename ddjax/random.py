@@ -22,8 +22,8 @@ def example_keys(key: Key[Array, ""], rows: Int[Array, " batch"] | int) -> Keys:
 
 
 def fold_in(keys: Keys, data: int | Array) -> Keys:
-    """Fold the same number into each example's key (a step index, a stream)."""
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+    """Fold a number into each example's key (a step index, a stream): one for all, or `(batch,)`."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None if jnp.ndim(data) == 0 else 0))(keys, data)
 
 
 def split(keys: Keys, num: int = 2) -> tuple[Keys, ...]:

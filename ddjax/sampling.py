@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from ddjax import random
-from ddjax.grids import check_grid
+from ddjax.grids import check_grids
 from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
-from ddjax.solvers.base import Solver, check_own_times, first_carry
-from ddjax.types import Denoise, Sample, State
+from ddjax.solvers.base import Solver, batched, check_own_times, first_carry
+from ddjax.types import Denoise, Sample, State, left_broadcast
 
 
 class Observed(NamedTuple):
@@ -44,23 +44,41 @@ def sample(
     observed: Observed | None = None,
     trajectory: bool = False,
     rows: Int[Array, " batch"] | None = None,
+    python_loop: bool = False,
 ) -> Sample:
     """Draw samples: from the prior at `times[0]`, one solver step between neighbouring times.
 
     shape: `(batch, *sites)`. times: a grid of n + 1 decreasing times (`ddjax.grids`); the sample is the state at the
-        last.
+        last. Or a grid for each example, `(batch, n + 1)`, whose times may also stay equal: an example rests between
+        two equal times; its state and what its solver carries stay as they are, at no evaluation. Fewer steps for some
+        examples are grids that end in their last time again and again. (What solvers are told of a number of steps,
+        `lower_order_final`, is that of all.)
     cond: a pytree with a leading batch axis. init: start from this state, at `times[0]`, instead of the prior.
     observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
         copy, as in RePaint, Lugmayr et al. 2022, without its resampling).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
     rows: row numbers that seed the examples, default 0 ... batch - 1; drawing rows 0-63 and then 64-127 gives the
         same samples as drawing 128 at once.
+    python_loop: for debugging. A plain Python loop, nothing in it compiled (`jax.disable_jit`): in the network and in
+        the solver values are there to be printed, looked at with a debugger, or branched on. Slow. Operations are
+        rounded one by one: what a compiler makes of several (fused multiply-adds, a product with the inverse of a
+        constant in the place of a quotient) may differ in the last bits. Without fused multiply-adds
+        (`--xla_cpu_max_isa=AVX`, as in the tests) the samples of most solvers are the same bit for bit.
 
     The same key and row give the same sample whatever the batch. Compiled once for each shape, solver and number of
     steps.
     Raises ValueError for shapes that do not fit.
     """
-    times, rows, shape = _checked(solver, shape, times, cond, init, observed, rows)
+    times, rows, shape = checked(solver, shape, times, cond, init, observed, rows)
+    if python_loop:
+        with jax.disable_jit():
+            loop = Loop.of(key, denoise, times, cond, init, observed, rows, process, shape, solver)
+            states = [loop.begin()]
+            for i in range(times.shape[-1] - 1):
+                state = loop.step(states[-1], i)
+                states = [*states, state] if trajectory else [state]
+            x0, _, nfe = states[-1]
+            return Sample(x0, nfe, jnp.stack([state[0] for state in states]) if trajectory else None)
     return _sample(key, as_pytree(denoise), times, cond, init, observed, rows, process, shape, solver, trajectory)
 
 
@@ -92,14 +110,14 @@ def stream(
     Arguments as in `sample`. The last is the sample that `sample` gives, bit for bit. Compiled once, whatever `every`.
     Raises ValueError as `sample` does, and for `every` below 1, when it is called.
     """
-    times, rows, shape = _checked(solver, shape, times, cond, init, observed, rows)
+    times, rows, shape = checked(solver, shape, times, cond, init, observed, rows)
     if every < 1:
         raise ValueError(f"every={every}: expected at least one step between what is shown")
     arguments = (key, as_pytree(denoise), times, cond, init, observed, rows)
     static = {"process": process, "shape": shape, "solver": solver}
 
     def parts() -> Iterator[Partial]:
-        state, steps = _begin(*arguments, **static), len(times) - 1
+        state, steps = _begin(*arguments, **static), times.shape[-1] - 1
         for i in range(0, steps, every):
             done = min(i + every, steps)
             state = _advance(state, i, done, *arguments, **static)
@@ -111,10 +129,10 @@ def stream(
     return parts()
 
 
-def _checked(solver, shape, times, cond, init, observed, rows):
+def checked(solver, shape, times, cond, init, observed, rows):
     """Grid, rows and shape. Raises ValueError for shapes that do not fit, and for a grid that the solver is not for."""
     shape = tuple(int(n) for n in shape)
-    times = check_grid(times)
+    times = check_grids(times, shape[0])
     check_own_times(solver, times)
     for name, value in (
         ("init", init),
@@ -134,65 +152,94 @@ def _checked(solver, shape, times, cond, init, observed, rows):
     return times, rows, shape
 
 
-class _Loop(NamedTuple):
-    begin: Callable[[], Any]  # the first state: xt, what the solver carries, evaluations
-    step: Callable[[Any, Array], Any]
+class Loop(NamedTuple):
+    """The reverse process step by step. Its state: xt, what the solver carries, evaluations."""
+
+    begin: Callable[[], Any]  # the first state
+    step: Callable[[Any, Array], Any]  # (state, number of the step: one for all examples, or `(batch,)`) -> state
+
+    @classmethod
+    def of(cls, key, denoise, times, cond, init, observed, rows, process, shape, solver) -> Loop:
+        """Arguments as in `sample`."""
+        if observed is not None and not hasattr(process, "observe"):
+            raise ValueError(f"{type(process).__name__} cannot show sites that are known: leave out observed")
+        batch, own = shape[0], times.ndim == 2  # a grid of its own for each example
+        prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
+
+        def at(i):
+            """The i-th time of the grid."""
+            if own:
+                return times[:, i] if jnp.ndim(i) == 0 else jnp.take_along_axis(times, i[:, None], axis=1)[:, 0]
+            return times[i]
+
+        def show(x, i):
+            """Put the known sites in."""
+            if observed is None:
+                return x
+            t = at(i)
+            known = process.observe(random.fold_in(observed_keys, i), observed.value, batched(t, x))
+            # The sample shows the values themselves.
+            known = jnp.where(left_broadcast(t == at(times.shape[-1] - 1), x), observed.value, known)
+            return jnp.where(observed.mask, known, x).astype(x.dtype)
+
+        def begin():
+            if init is not None:
+                xt = jnp.asarray(init)
+            elif own:
+                one = lambda key, t: process.prior((1, *shape[1:]), t).sample(key[None])[0]
+                xt = jax.vmap(one)(prior_keys, times[:, 0])
+            else:
+                xt = process.prior(shape, times[0]).sample(prior_keys)
+            first = show(xt, 0)
+            carry = first_carry(solver, first, cond, denoise, observed and observed.mask)
+            return first, carry, jnp.zeros((batch,), jnp.int32)
+
+        def step(state, i):
+            # One number for all where there is one: a schedule on vectors of other lengths may round differently.
+            t, s = at(i), at(i + 1)
+
+            def move(state):
+                x, carry, nfe = state
+                keys = random.fold_in(step_keys, i)
+                moved, carry, info = solver.step(keys, carry, x, t, s, denoise, cond)
+                return show(moved.astype(x.dtype), i + 1), carry, nfe + info.nfe * evaluations(denoise)
+
+            return _but_for(t == s, move, state) if own else move(state)
+
+        return cls(begin, step)
 
 
-def _loop(key, denoise, times, cond, init, observed, rows, process, shape, solver) -> _Loop:
-    if observed is not None and not hasattr(process, "observe"):
-        raise ValueError(f"{type(process).__name__} cannot show sites that are known: leave out observed")
-    batch = shape[0]
-    prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
+def _but_for(rest: Bool[Array, " batch"], move: Callable[[Any], Any], state: Any) -> Any:
+    """The moved state, but for examples that rest; not moved at all where all of them do."""
 
-    def show(x, i):
-        """Put the known sites in."""
-        if observed is None:
-            return x
-        known = process.observe(random.fold_in(observed_keys, i), observed.value, jnp.full((batch,), times[i]))
-        known = jnp.where(i == times.shape[0] - 1, observed.value, known)  # the sample shows the values themselves
-        return jnp.where(observed.mask, known, x).astype(x.dtype)
+    def some(state):
+        pick = lambda new, old: jnp.where(left_broadcast(rest, new), old, new)
+        return jax.tree.map(pick, move(state), state)
 
-    def begin():
-        xt = process.prior(shape, times[0]).sample(prior_keys) if init is None else jnp.asarray(init)
-        first = show(xt, 0)
-        return (
-            first,
-            first_carry(solver, first, cond, denoise, observed and observed.mask),
-            jnp.zeros((batch,), jnp.int32),
-        )
-
-    def step(state, i):
-        x, carry, nfe = state
-        # Scalars: a schedule evaluated on vectors of different lengths may round differently.
-        moved, carry, info = solver.step(random.fold_in(step_keys, i), carry, x, times[i], times[i + 1], denoise, cond)
-        x = show(moved.astype(x.dtype), i + 1)
-        return x, carry, nfe + info.nfe * evaluations(denoise)
-
-    return _Loop(begin, step)
+    return jax.lax.cond(jnp.all(rest), lambda state: state, some, state)
 
 
 @functools.partial(jax.jit, static_argnames=("process", "shape", "solver", "trajectory"))
 def _sample(key, denoise, times, cond, init, observed, rows, process, shape, solver, trajectory):
-    loop = _loop(key, denoise, times, cond, init, observed, rows, process, shape, solver)
+    loop = Loop.of(key, denoise, times, cond, init, observed, rows, process, shape, solver)
 
     def step(state, i):
         state = loop.step(state, i)
         return state, (state[0] if trajectory else None)
 
     first = loop.begin()
-    (x0, _, nfe), states = jax.lax.scan(step, first, jnp.arange(times.shape[0] - 1))
+    (x0, _, nfe), states = jax.lax.scan(step, first, jnp.arange(times.shape[-1] - 1))
     path = jnp.concatenate([first[0][None], states]) if trajectory else None
     return Sample(x0, nfe, path)
 
 
 @functools.partial(jax.jit, static_argnames=("process", "shape", "solver"))
 def _begin(*arguments, process, shape, solver):
-    return _loop(*arguments, process, shape, solver).begin()
+    return Loop.of(*arguments, process, shape, solver).begin()
 
 
 @functools.partial(jax.jit, static_argnames=("process", "shape", "solver"))
 def _advance(state, first, last, *arguments, process, shape, solver):
     """The steps from `first` to before `last`."""
-    step = _loop(*arguments, process, shape, solver).step
+    step = Loop.of(*arguments, process, shape, solver).step
     return jax.lax.fori_loop(first, last, lambda i, state: step(state, i), state)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ddjax.types import PyTree
 
@@ -43,15 +45,18 @@ def rk4(field: Field, state: PyTree, nodes: Float[Array, " steps+1"], args: PyTr
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive:
-    """Tsitouras' rule of order 5(4) from diffrax, each example with its own steps, between the ends of the nodes.
+    """A Runge-Kutta rule with an error estimate from diffrax, each example with its own steps.
 
-    rtol, atol: what a step may be wrong by. max_steps: after which diffrax raises an error.
-    Raises ValueError where one of them is not positive, ImportError where diffrax is not installed.
+    rtol, atol: what a step may be wrong by. max_steps: after which diffrax raises an error, rejected ones too.
+    method: the name of an explicit rule of diffrax: "Tsit5" (Tsitouras' of order 5(4)), "Dopri5" (RK45), "Bosh3",
+        "Dopri8", "Heun" and others. Steps are chosen by its PID controller; the first is a tenth of the way.
+    Raises ValueError where a number is not positive, and for another method; ImportError where diffrax is missing.
     """
 
     rtol: float = 1e-5
     atol: float = 1e-5
     max_steps: int = 4096
+    method: str = "Tsit5"
 
     def __post_init__(self):
         if not (self.rtol > 0 and self.atol > 0 and self.max_steps > 0):
@@ -59,29 +64,47 @@ class Adaptive:
 
     def __call__(self, field: Field, state: PyTree, nodes: Float[Array, " steps+1"], args: PyTree = None) -> PyTree:
         """The state at the last node."""
+        return self.between(field, state, nodes[0], nodes[-1], args)[0]
+
+    def between(
+        self, field: Field, state: PyTree, start: Array, stop: Array, args: PyTree = None
+    ) -> tuple[PyTree, Int[Array, " batch"]]:
+        """The state at `stop`, and how often each example asked for the field. The ends: scalars, or `(batch,)`."""
         from ddjax.data.dataset import require
 
-        diffrax = require("diffrax", "ode", "likelihood.Adaptive")
-        term = diffrax.ODETerm(lambda position, one, args: field(one, position, args))
-        control = diffrax.PIDController(rtol=self.rtol, atol=self.atol)
+        diffrax = require("diffrax", "ode", "Adaptive")
+        rule = getattr(diffrax, self.method, None)
+        if not (inspect.isclass(rule) and issubclass(rule, diffrax.AbstractERK) and rule.tableau.b_error is not None):
+            raise ValueError(
+                f"method={self.method!r} is no explicit Runge-Kutta rule of diffrax with an error estimate: "
+                "use 'Dopri5', 'Tsit5', 'Bosh3', 'Dopri8' or 'Heun'"
+            )
 
-        def solve(state, args):
+        def slope(u, state, args):
+            start, stop, args = args
+            return jax.tree.map(lambda v: (stop - start) * v, field(state, start + u * (stop - start), args))
+
+        def solve(state, start, stop, args):
             # A batch of one: an example's steps must not depend on its neighbours.
             state, args = jax.tree.map(lambda a: a[None], (state, args))
             found = diffrax.diffeqsolve(
-                term,
-                diffrax.Tsit5(),
-                t0=nodes[0],
-                t1=nodes[-1],
-                dt0=None,
+                diffrax.ODETerm(slope),
+                rule(),
+                t0=0.0,
+                t1=1.0,
+                dt0=0.1,
                 y0=state,
-                args=args,
-                stepsize_controller=control,
+                args=(start, stop, args),
+                stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol),
                 max_steps=self.max_steps,
             )
-            return jax.tree.map(lambda a: a[-1, 0], found.ys)  # the last of the saved states, which are one
+            # The last of the saved states, which are one.
+            return jax.tree.map(lambda a: a[-1, 0], found.ys), found.stats["num_steps"]
 
-        return jax.vmap(solve)(state, args)
+        batch = jax.tree.leaves(state)[0].shape[:1]
+        state, steps = jax.vmap(solve)(state, *(jnp.broadcast_to(v, batch) for v in (start, stop)), args)
+        kept = int(rule.tableau.fsal)  # a step's last slope is the next one's first, also where the step is rejected
+        return state, (kept + (rule.tableau.num_stages - kept) * steps).astype(jnp.int32)
 
 
 def _over(nodes: Array, step: Callable[..., PyTree], state: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Reverse steps. A solver has `init(xt) -> carry` and `step(keys, carry, xt, t, s, denoise) -> (xs, carry, Info)`."""
 
+from ddjax.solvers.adaptive import Adaptive
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.solvers.base import Info, Solver
 from ddjax.solvers.cached import Cached
@@ -66,6 +67,7 @@ from ddjax.solvers.unmask import PathPlanning, Unmask
 
 __all__ = [
     "DDIM",
+    "Adaptive",
     "Ancestral",
     "BinomialBridge",
     "Brownian",

@@ -15,12 +15,19 @@ from ddjax.types import Denoise, Keys, State, Time
 class Info(NamedTuple):
     """What a step reports, beside the state."""
 
-    nfe: Int[Array, " batch"]  # calls of `denoise` made for each example
+    # Calls of `denoise` that each example takes. Where the examples of a batch are at times of their own, some may take
+    # fewer than are made: what is made for others is thrown away.
+    nfe: Int[Array, " batch"]
 
 
 def batched(t: Float[Array, ""] | Time, xt: State) -> Time:
     """The time as `denoise` takes it, `(batch,)`; `sample` hands solvers one number for the whole batch."""
     return jnp.full(xt.shape[:1], t) if jnp.ndim(t) == 0 else t
+
+
+def everywhere(flag: Array, xt: State) -> Bool[Array, " batch"]:
+    """Whether a flag that broadcasts against the state from the left holds at every site of each example."""
+    return jnp.broadcast_to(flag.reshape(flag.shape[0], -1).all(axis=1), xt.shape[:1])
 
 
 def first_carry(
@@ -53,7 +60,7 @@ class Solver(Protocol):
 
 def check_own_times(solver: Any, times: Array) -> None:
     """Raise a ValueError where a solver that is made for one grid, or one number of steps, is given another."""
-    made_for, steps = getattr(solver, "grid_steps", None), times.shape[0] - 1
+    made_for, steps = getattr(solver, "grid_steps", None), times.shape[-1] - 1
     if made_for not in (None, steps):
         raise ValueError(f"{type(solver).__name__} says what each of {made_for} steps is: the grid has {steps}")
     own = getattr(solver, "times", None)

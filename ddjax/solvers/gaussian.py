@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ddjax.processes import Gaussian
 from ddjax.processes.gaussian import Normal
-from ddjax.solvers.base import Info, batched
+from ddjax.solvers.base import Info, batched, everywhere
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.types import left_broadcast
 
@@ -100,8 +100,7 @@ class Heun:
         first = denoise(xt, batched(t, xt), cond)
         slope = self.process.convert(first, "velocity", xt, t).value
         dt = left_broadcast(s - t, xt)
-        sigma = schedule.sigma(left_broadcast(s, xt))
-        last = jnp.all(sigma.reshape(sigma.shape[0], -1) == 0, axis=1)  # at every site
+        last = everywhere(schedule.sigma(left_broadcast(s, xt)) == 0, xt)
 
         def correct(_):
             euler = xt + dt * slope
@@ -113,8 +112,4 @@ class Heun:
         # A real branch: on the last step of a grid the second evaluation is not made at all.
         moved = jax.lax.cond(jnp.all(last), lambda _: clean, correct, None)
         xs = jnp.where(left_broadcast(last, xt), clean, moved)
-        return (
-            xs,
-            carry,
-            Info(jnp.where(jnp.all(last), 1, jnp.full(xt.shape[0], 2, jnp.int32)).astype(jnp.int32)),
-        )
+        return xs, carry, Info(jnp.where(last, 1, 2).astype(jnp.int32))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ddjax import random
 from ddjax.processes import Gaussian
 from ddjax.processes.gaussian import divide
-from ddjax.solvers.base import Info, Solver, batched, first_carry
+from ddjax.solvers.base import Info, Solver, batched, everywhere, first_carry
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.solvers.preconditioning import Preconditioner
 from ddjax.types import left_broadcast, per_example
@@ -159,6 +159,5 @@ class EulerMaruyama:
             here = schedule.sigma(t_)
             moved = xt - step * (velocity + 0.5 * speed * here * noise) + here * jnp.sqrt(speed * step) * z
             xs = jnp.where(finite, moved, schedule.alpha(s_) * x0 + sigma * z)
-        last = jnp.all(sigma.reshape(sigma.shape[0], -1) == 0, axis=1)
-        xs = jnp.where(left_broadcast(last, xt), self.process.noiseless(x0, s), xs)
+        xs = jnp.where(left_broadcast(everywhere(sigma == 0, xt), xt), self.process.noiseless(x0, s), xs)
         return xs, carry, Info(jnp.ones(xt.shape[0], jnp.int32))

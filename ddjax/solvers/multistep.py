@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from ddjax.predictions import Prediction
 from ddjax.processes.gaussian import divide
-from ddjax.solvers.base import Info, batched
+from ddjax.solvers.base import Info, batched, everywhere
 from ddjax.solvers.forms import Form, Place, check_order, weights
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.solvers.singlestep import METHODS, run_stages
@@ -203,7 +203,7 @@ class Multistep:
         clean = self.process.noiseless(self.process.convert(prediction, "x0", xt, t).value, s)
         if self.form == "velocity":  # the others end there by themselves, from the corrected state
             xs = jnp.where(there.last, clean, xs)
-        made, kept = 1, self._kept(carry, y, here)
+        made, kept = jnp.ones(xt.shape[:1], jnp.int32), self._kept(carry, y, here)
         starting = jnp.zeros_like(whole)
         if self.start is not None:
             starting = (carry.taken < self.start[1]) & whole
@@ -214,7 +214,7 @@ class Multistep:
                 return moved.astype(xs.dtype)
 
             xs = jnp.where(starting, jax.lax.cond(jnp.any(starting), begin, lambda _: xs, None), xs)
-            made = jnp.where(jnp.any(starting), len(METHODS[self.start[0]]), 1)
+            made = jnp.where(everywhere(~starting, xt), made, len(METHODS[self.start[0]]))
 
         if self.corrector:
             found = weights([*nodes, jnp.ones_like(slope)], [*known, whole], _paired(moments, slope, order == 1))
@@ -224,7 +224,7 @@ class Multistep:
                 share=_like(found[-1], carry.share),
                 corrects=_like(whole & ~starting, carry.corrects),
             )
-        return xs, kept, Info(jnp.full(xt.shape[:1], made, jnp.int32))
+        return xs, kept, Info(made)
 
     def _nodes(self, carry: Carry, here: Place, there: Place, order: Array) -> tuple[list[Array], list[Array]]:
         """Where the past predictions lie in units of the step, and which are in use."""

@@ -58,19 +58,19 @@ class Given:
             object.__setattr__(self, "values", Frozen(np.asarray(self.values)))
 
     def init(self, x):
-        """How many were used."""
-        return jnp.zeros((), jnp.int32)
+        """How many were used, for each example."""
+        return jnp.zeros(x.shape[:1], jnp.int32)
 
     def draw(self, state, keys, x, t, s):
         """The next ones."""
-        return jnp.asarray(self.values.values, x.dtype)[state], state + 1
+        return jnp.asarray(self.values.values, x.dtype)[state, jnp.arange(x.shape[0])], state + 1
 
 
 class Path(NamedTuple):
     """Which path each example is on."""
 
     seeds: Array  # (batch, 2)
-    drawn: Array  # whether they are its own yet
+    drawn: Array  # (batch,), whether they are its own yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Brownian:
 
     def init(self, x):
         """No path yet."""
-        return Path(jnp.zeros((x.shape[0], 2), jnp.uint32), jnp.zeros((), bool))
+        return Path(jnp.zeros((x.shape[0], 2), jnp.uint32), jnp.zeros(x.shape[:1], bool))
 
     def draw(self, state, keys, x, t, s):
         """The increment over the step, divided by its standard deviation; 0 into sigma = 0, where it has no weight."""
         fresh = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
-        seeds = jnp.where(state.drawn, state.seeds, fresh)
+        seeds = jnp.where(state.drawn[:, None], state.seeds, fresh)
         times = (jnp.broadcast_to(jnp.asarray(v), x.shape[:1]) for v in (t, s))
-        return jax.vmap(self._increment)(seeds, x, *times), Path(seeds, jnp.ones((), bool))
+        return jax.vmap(self._increment)(seeds, x, *times), Path(seeds, jnp.ones_like(state.drawn))
 
     def _increment(self, seed, x, t, s):
         before, after = self._odds(x, t), self._odds(x, s)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ddjax.predictions import Prediction
-from ddjax.solvers.base import Info, batched
+from ddjax.solvers.base import Info, batched, everywhere
 from ddjax.solvers.forms import Form, Place, check_order, weights
 from ddjax.types import State, Time
 
@@ -86,8 +86,8 @@ class SingleStep:
 
         # A real branch: on the last step of a grid the other evaluations are not made.
         moved = jax.lax.cond(jnp.all(first_order), lambda _: base, rest, None)
-        made = jnp.where(jnp.all(first_order), 1, len(METHODS[self.method]))
-        return jnp.where(first_order, base, moved), carry, Info(jnp.full(xt.shape[:1], made, jnp.int32))
+        made = jnp.where(everywhere(first_order, xt), 1, len(METHODS[self.method]))
+        return jnp.where(first_order, base, moved), carry, Info(made.astype(jnp.int32))
 
 
 def run_stages(
