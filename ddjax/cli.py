@@ -113,7 +113,10 @@ def parser() -> argparse.ArgumentParser:
 
     search = _command(commands, "search", _search, "learn a fast sampler for a trained model, whose weights stay")
     _add_workdir(search, "folder of the run")
-    search.add_argument("--steps", type=int, required=True, help="solver steps, one network evaluation each")
+    search.add_argument(
+        "--steps", type=int, nargs="+", required=True,
+        help="solver steps, one network evaluation each; several (--family compensation) give ratios for all between",
+    )  # fmt: skip
     search.add_argument("--out", type=Path, required=True, help="file to write, .json: for ddjax sample --solver")
     search.add_argument(
         "--loss", choices=("fine", "kernel"), default="fine",
@@ -126,7 +129,9 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--solver", default="dpm_solver_pp", help="where to begin (default: dpm_solver_pp)")
     search.add_argument("--num", type=int, default=256, help="examples to learn from (default: 256)")
     search.add_argument("--iterations", type=int, default=300, help="steps of the search (default: 300)")
-    search.add_argument("--guidance", type=float, help="classifier-free guidance scale to learn for")
+    search.add_argument(
+        "--guidance", type=float, nargs="+", help="classifier-free guidance scale to learn for; several as --steps"
+    )
     search.add_argument("--seed", type=int, default=0, help="of the search")
     search.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
@@ -344,9 +349,13 @@ def _search(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.out.suffix != ".json":
         raise ValueError(f"--out must end in .json, got {arguments.out}")
     run = _load(arguments)
-    names = ("steps", "loss", "family", "solver", "num", "iterations", "guidance")
+    names = ("loss", "family", "solver", "num", "iterations")
     options = {name: getattr(arguments, name) for name in names}
+    scales = arguments.guidance or [None]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error now
+    if len(arguments.steps) * len(scales) > 1:
+        return _search_settings(arguments, run, scales, options)
+    options |= {"steps": arguments.steps[0], "guidance": scales[0]}
     found = search.for_run(run, jax.random.key(arguments.seed), **options)
     about = {**options, "seed": arguments.seed, "step": run.step, "before": found.before, "after": found.after}
     learned.save(arguments.out, found.solver, **about)
@@ -354,6 +363,28 @@ def _search(arguments: argparse.Namespace, overrides: list[str]) -> int:
         f"loss on examples not searched on: {arguments.solver} {found.before:.4g}, learned {found.after:.4g} "
         f"-> {arguments.out}"
     )
+    return 0
+
+
+def _search_settings(arguments: argparse.Namespace, run: Any, scales: list[Any], options: dict[str, Any]) -> int:
+    """Ratios for several numbers of steps and guidance scales, and all between."""
+    import jax
+
+    from ddjax import compensation
+
+    if options.pop("family") != "compensation":
+        raise ValueError("several --steps or --guidance are for --family compensation: give one of each")
+    key, settings = jax.random.key(arguments.seed), {"steps": arguments.steps, "guidance": scales}
+    found = compensation.for_run(run, key, **settings, **options)
+    for one, (before, after) in zip(found.searched, found.losses, strict=True):
+        print(
+            f"{one.steps} steps, guidance {one.guidance:g}: loss on examples not searched on {before:.4g}, with ratios "
+            f"{after:.4g}"
+        )
+    about = {**options, "searched": [one._asdict() for one in found.searched], "losses": found.losses}
+    about |= {"seed": arguments.seed, "step": run.step}
+    compensation.save(arguments.out, found.cascade, run.process, options["solver"], **about)
+    print(f"ratios for all settings between these -> {arguments.out}")
     return 0
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddjax import companions, likelihood, prompts
+from ddjax import companions, compensation, likelihood, prompts
 from ddjax.config import Config, ConfigError, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
@@ -131,7 +131,7 @@ class Run:
             repetition=repetition,
             no_repeats=no_repeats,
         )
-        step, times = self.sampler(solver, steps, solver_options)
+        step, times = self.sampler(solver, steps, solver_options, scale)
         if stop is not None:
             stop = self.data.token(stop)
             step = Stopping(step, stop)
@@ -176,11 +176,18 @@ class Run:
         return Sample(x0, nfe, jnp.concatenate([part.trajectory for part in parts], axis=1)[:, :n])
 
     def sampler(
-        self, solver: str | Path | Any | None = None, steps: int | None = None, options: Mapping[str, Any] | None = None
+        self,
+        solver: str | Path | Any | None = None,
+        steps: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        guidance: float | None = None,
     ) -> tuple[Any, Array]:
-        """The solver and the grid that `sample` uses. Raises ValueError for files that do not fit the process."""
+        """The solver and the grid that `sample` uses; those of a file of ratios go by steps and guidance.
+
+        Raises ValueError for files that do not fit the process, and for settings that a file's ratios do not reach.
+        """
         if isinstance(solver, str | Path) and str(solver).endswith(".json"):
-            solver = learned.load(solver, self.experiment.sampling_process)
+            solver = self._read(Path(solver), steps, guidance)
         elif solver is None or isinstance(solver, str):
             solver, options = self.experiment.solver(solver, **options or {}), None
         if options:
@@ -193,6 +200,17 @@ class Run:
         if steps not in (None, len(own) - 1):
             raise ValueError(f"the solver is made for {len(own) - 1} steps, not for {steps}: search one for those")
         return solver, jnp.asarray(own, float)
+
+    def _read(self, path: Path, steps: int | None, guidance: float | None) -> Any:
+        """The solver in a file of `ddjax search`."""
+        process, sample = self.experiment.sampling_process, self.config.sample
+        found = compensation.load(path, process)
+        if found is None:
+            return learned.load(path, process)
+        ratios = found[0].ratios(
+            sample.steps if steps is None else steps, sample.guidance if guidance is None else guidance
+        )
+        return dataclasses.replace(self.experiment.solver(found[1]), compensation=ratios)
 
     def starts(self, key: Key[Array, ""], items: Mapping[str, Any]) -> State:
         """The ends x_1 of items of a data set, for `sample(init=...)` (`companions.starts`)."""

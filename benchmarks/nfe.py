@@ -1,0 +1,311 @@
+"""Error against the number of network evaluations (NFE), of every solver for Gaussian states at equal NFE.
+
+    python benchmarks/nfe.py measure mixture2 mixture16 images --out nfe.json    # exact denoisers, minutes
+    python benchmarks/nfe.py measure mnist --run RUN --out nfe.json              # a trained model
+    python benchmarks/nfe.py table --out nfe.json
+    python benchmarks/nfe.py plot --out nfe.json --png docs/images/nfe.png
+
+Deterministic solvers: the distance to the 1,000-step solution from the same noise, RMS over sites and examples, and
+for pictures the fraction that is given its own label. Stochastic ones (and, beside them, the deterministic): the
+energy distance to data, or for pictures the kernel distance (Binkowski et al. 2018) in pixels.
+
+A solver that takes several evaluations a step gets fewer steps: as many as stay within the NFE. Each is measured on
+every grid of `GRIDS`, and its best one, by the geometric mean over the NFE, is reported for all of them. `images` is
+the setting in which the published ranking was measured (diff-sampler's README): EDM's process, Karras et al.'s grid
+(rho 7) from 80 to 0.002, no last step to 0, on the law of training images with a little noise.
+
+Each solver is compiled once for all NFE: the number of steps is an argument of the compiled loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddjax import grids, random, schedules, search, solvers
+from ddjax.fixtures import GaussianMixture
+from ddjax.predictions import Prediction
+from ddjax.processes import Gaussian
+from ddjax.pytrees import as_pytree
+from ddjax.solvers.base import first_carry
+
+BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
+MNIST = "../shared/data/mnist/mnist.npz"
+
+# Order 1 of DPM-Solver, DPM-Solver++ and UniP is DDIM.
+DETERMINISTIC = {
+    "euler": solvers.euler,
+    "ddim": solvers.DDIM,
+    "heun": solvers.Heun,
+    "heun_in_noise": solvers.heun_in_noise,
+    "bogacki_shampine": solvers.bogacki_shampine,
+    "rk4": solvers.rk4,
+    "dpm_solver 2": solvers.dpm_solver,
+    "dpm_solver 3": lambda p: solvers.dpm_solver(p, 3),
+    "dpm_solver_pp 2S": solvers.dpm_solver_pp_singlestep,
+    "dpm_solver_pp 3S": lambda p: solvers.dpm_solver_pp_singlestep(p, 3),
+    "dpm_solver_multistep 2": solvers.dpm_solver_multistep,
+    "dpm_solver_multistep 3": lambda p: solvers.dpm_solver_multistep(p, 3),
+    "dpm_solver_pp 2M": solvers.dpm_solver_pp,
+    "dpm_solver_pp 3M": lambda p: solvers.dpm_solver_pp(p, 3),
+    "unipc 2": solvers.unipc,
+    "unipc 3": lambda p: solvers.unipc(p, 3),
+    "deis tAB 3": lambda p: solvers.deis(p, 4),  # named by the degree of the polynomial
+    "deis rhoAB 3": lambda p: solvers.deis(p, 4, variant="rhoab"),
+    "deis log-rho AB 3": lambda p: solvers.deis(p, 4, variant="logrhoab"),
+    "ipndm 4": solvers.ipndm,
+    "pndm": solvers.pndm,
+    "plms": solvers.plms,
+    "lms 4": solvers.lms,
+    "adams_bashforth 2": solvers.adams_bashforth,
+    "ghvb 2": solvers.ghvb,
+    "gradient_estimation": solvers.gradient_estimation,
+}
+STOCHASTIC = {
+    "ancestral": solvers.Ancestral,
+    "ddim, eta 0.5": lambda p: solvers.DDIM(p, 0.5),
+    "euler_maruyama": solvers.EulerMaruyama,
+    "sde_dpm_solver_pp 2M": solvers.sde_dpm_solver_pp,
+    "sde_dpm_solver_pp 3M": lambda p: solvers.sde_dpm_solver_pp(p, 3),
+    "sa_solver 2": solvers.sa_solver,
+    "dpm_solver_pp_2s_ancestral": solvers.dpm_solver_pp_2s_ancestral,
+    "edm_stochastic": lambda p: solvers.edm_stochastic(p, 20),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothed:
+    """The exact denoiser of images, each with a little Gaussian noise of its own: the mixture law of all of them."""
+
+    process: Gaussian
+    images: Any  # (n, sites)
+    width: float
+
+    def __call__(self, xt, t, cond=None):
+        """E[x0 | xt]."""
+        alpha, sigma = (v(jnp.asarray(t))[:, None] for v in (self.process.schedule.alpha, self.process.schedule.sigma))
+        variance = (alpha * self.width) ** 2 + sigma**2
+        inner = alpha * xt @ self.images.T - 0.5 * alpha**2 * (self.images**2).sum(1)
+        mean = jax.nn.softmax(inner / variance, axis=-1) @ self.images
+        x0 = mean + alpha * self.width**2 / variance * (xt - alpha * mean)
+        return Prediction(x0, "x0")
+
+
+jax.tree_util.register_dataclass(Smoothed, ["images"], ["process", "width"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is solved: a denoiser, first states, and what the ends are judged by."""
+
+    process: Any
+    denoise: Any
+    shape: tuple[int, ...]
+    grids: dict[str, Callable[[int], Any]]
+    law: Callable[[Any], float]  # distance of samples to data
+    label: Callable[[Any], float] | None = None  # fraction that is given its own label
+    cond: Any = None
+    fine: int = 1000
+
+
+def flat(x: Any) -> np.ndarray:
+    """Vectors."""
+    return np.asarray(x, np.float64).reshape(len(x), -1)
+
+
+def energy_to(y: Any) -> Callable[[Any], float]:
+    """2 E|x - y| - E|x - x'| - E|y - y'|, without bias, as a function of x (Szekely & Rizzo 2013)."""
+    distance = lambda a, b: np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0.0))
+    within = lambda a: distance(a, a).sum() / (len(a) * (len(a) - 1))
+    y = flat(y)
+    own = within(y)
+    return lambda x: float(2 * distance(flat(x), y).mean() - within(flat(x)) - own)
+
+
+def kernel_to(y: Any) -> Callable[[Any], float]:
+    """The squared kernel distance of `search.squared_mmd`, as a function of x."""
+    y = jnp.asarray(flat(y), float)
+    distance = jax.jit(search.squared_mmd)
+    return lambda x: float(distance(jnp.reshape(x, (len(x), -1)), y))
+
+
+def mixture(dims: int) -> Problem:
+    """Components that overlap little, under DDPM's schedule in continuous time."""
+    law = GaussianMixture(dims, components=3 if dims == 2 else 8, seed=1, scale=0.3 if dims == 2 else 0.15)
+    process = Gaussian(schedules.VPLinear())
+    schedule = process.schedule
+    start = 0.999
+    low, high = (float(schedule.log_snr(jnp.asarray(t))) for t in (start, 1e-3))
+    held_out = law.sample(random.example_keys(jax.random.key(77), 4096))
+    return Problem(
+        process,
+        law.denoise(process),
+        (256, dims),
+        {
+            "uniform": lambda n: grids.uniform(n, start=start),
+            "log_snr": lambda n: jnp.append(grids.uniform_log_snr(schedule, max(n - 1, 1), start=low, end=high), 0.0)
+            if n > 1 else jnp.asarray([start, 0.0]),
+            "karras": lambda n: grids.karras(schedule, n, sigma_min=float(np.exp(-high / 2)), sigma_max=float(np.exp(-low / 2))),
+        },
+        energy_to(held_out),
+    )  # fmt: skip
+
+
+def mnist_images(count: int, size: int = 16, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Of MNIST in [-1, 1], and their labels."""
+    from ddjax.data import load
+
+    data = load(MNIST, split, tokens=False, size=size)
+    items = data[np.arange(count)]
+    return np.asarray(items["x0"]), np.asarray(items["cond"])
+
+
+def images(count: int = 2000, width: float = 0.25) -> Problem:
+    """The published setting, on the law of training images with noise."""
+    process = Gaussian(schedules.EDM())
+    x, _ = mnist_images(count)
+    x = x.reshape(count, -1) * 0.5 / x.std()  # EDM's width of data
+    held_out = x + width * np.random.default_rng(7).normal(size=x.shape)
+    return Problem(
+        process,
+        Smoothed(process, jnp.asarray(x, float), width),
+        (256, x.shape[1]),
+        {"karras, no step to 0": lambda n: grids.karras(process.schedule, n + 1)[:-1]},
+        kernel_to(held_out),
+        fine=1000,
+    )
+
+
+def judge(real: np.ndarray, labels: np.ndarray) -> Callable[[Any, Any], float]:
+    """The fraction of samples to which a support vector classifier gives their own label, fitted once."""
+    from sklearn.svm import SVC
+
+    fitted = SVC().fit(real.reshape(len(real), -1), labels)
+    return lambda x, own: float(np.mean(fitted.predict(np.asarray(x).reshape(len(x), -1)) == own))
+
+
+def mnist(run: str, num: int = 64, guidance: float = 1.0) -> Problem:
+    """A trained model, class by class."""
+    import ddjax
+
+    run = ddjax.load(run)
+    labels = np.arange(num) % run.data.num_classes
+    denoise = run.experiment.guided(run.denoise, guidance, jnp.asarray(labels)) if guidance != 1 else run.denoise
+    real, real_labels = mnist_images(4000)
+    held_out = mnist_images(1000, split="valid")[0]
+    right = judge(real, real_labels)
+    schedule = run.process.schedule
+    return Problem(
+        run.process,
+        denoise,
+        (num, *run.experiment.state_shape),
+        {
+            "uniform": grids.uniform,
+            "shifted 1/2": lambda n: grids.shifted(grids.uniform(n), 0.5),
+            "karras": lambda n: grids.karras(schedule, n),
+        },
+        kernel_to(held_out),
+        lambda x: right(x, labels),
+        jnp.asarray(labels),
+        fine=1000,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("solver",))
+def reach(keys, denoise, solver, times, steps, init, cond):
+    """The end, and the NFE of each example, of the first `steps` steps of a grid."""
+
+    def step(i, state):
+        x, carry, nfe = state
+        moved, carry, info = solver.step(random.fold_in(keys, i), carry, x, times[i], times[i + 1], denoise, cond)
+        return moved.astype(x.dtype), carry, nfe + info.nfe
+
+    first = init, first_carry(solver, init, cond, denoise), jnp.zeros(init.shape[0], jnp.int32)
+    x, _, nfe = jax.lax.fori_loop(0, steps, step, first)
+    return x, nfe
+
+
+@functools.cache
+def padded(grid: Callable[[int], Any], steps: int) -> np.ndarray:
+    """Its times, as many for all numbers of steps."""
+    times = np.asarray(grid(steps))
+    return np.concatenate([times, np.full(max(BUDGETS) + 1 - len(times), times[-1])])
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero:
+    """Predicts 0, to count evaluations."""
+
+    def __call__(self, xt, t, cond=None):
+        """0."""
+        return Prediction(jnp.zeros_like(xt), "x0")
+
+
+def most_steps(problem: Problem, solver: Any, grid: Callable, budget: int) -> int:
+    """The most steps that stay within the NFE; 0 where one costs more."""
+    keys, init = random.example_keys(jax.random.key(0), 1), jnp.zeros((1, *problem.shape[1:]))
+    low, high = 0, budget
+    while low < high:
+        steps = (low + high + 1) // 2
+        _, nfe = reach(keys, as_pytree(Zero()), solver, padded(grid, steps), steps, init, None)
+        low, high = (steps, high) if int(nfe[0]) <= budget else (low, steps - 1)
+    return low
+
+
+def measure(problem: Problem, budgets: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
+    """Solver -> {"rms", "law", "label"} of each NFE."""
+    key = jax.random.key(seed)
+    keys = random.example_keys(key, problem.shape[0])
+    denoise = as_pytree(problem.denoise)
+    found = {}
+    starts, ends = {}, {}
+    for name, grid in problem.grids.items():  # grids may begin at different times
+        t = round(float(grid(5)[0]), 6)
+        if t not in starts:
+            starts[t] = problem.process.prior(problem.shape, jnp.asarray(t, float)).sample(keys)
+            fine = grid(problem.fine)
+            began = time.time()
+            ends[t], _ = reach(
+                keys, denoise, solvers.dpm_solver_pp(problem.process), fine, problem.fine, starts[t], problem.cond
+            )
+            ends[t].block_until_ready()
+            print(f"fine solution from {t:.4f}, {name}: {time.time() - began:.0f} s, law {problem.law(ends[t]):.3g}, "
+                  f"label {problem.label and problem.label(ends[t])}", flush=True)  # fmt: skip
+    found["fine"] = {
+        "law": float(problem.law(ends[t])),
+        "label": problem.label and problem.label(ends[t]),
+    }
+    for name, make in (DETERMINISTIC | STOCHASTIC).items():
+        began = time.time()
+        solver = make(problem.process)
+        by_grid = {}
+        for grid_name, grid in problem.grids.items():
+            t = round(float(grid(5)[0]), 6)
+            rows = {}
+            for budget in budgets:
+                steps = most_steps(problem, solver, grid, budget)
+                if not steps:
+                    continue
+                x, nfe = reach(keys, denoise, solver, padded(grid, steps), steps, starts[t], problem.cond)
+                rms = float(jnp.sqrt(jnp.mean((x - ends[t]) ** 2)))
+                rows[budget] = {"nfe": int(nfe[0]), "steps": steps, "rms": rms, "law": problem.law(x)}
+                if problem.label:
+                    rows[budget]["label"] = problem.label(x)
+            by_grid[grid_name] = rows
+        found[name] = by_grid
+        errors = " ".join(f"{b}:{v['rms']:.3g}" for b, v in rows.items())
+        print(f"{name}, {time.time() - began:.0f} s, {grid_name}: {errors}", flush=True)
+    return found
