@@ -23,10 +23,11 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -74,6 +75,9 @@ DETERMINISTIC = {
     "ghvb 2": solvers.ghvb,
     "gradient_estimation": solvers.gradient_estimation,
 }
+# The same with lower orders at the end, as diff-sampler has it: made for a number of steps, so compiled for each.
+LOWER_FINAL = {f"{name}, lower final": DETERMINISTIC[name] for name in ("dpm_solver_pp 3M", "unipc 3")}
+DETERMINISTIC |= LOWER_FINAL
 STOCHASTIC = {
     "ancestral": solvers.Ancestral,
     "ddim, eta 0.5": lambda p: solvers.DDIM(p, 0.5),
@@ -128,8 +132,13 @@ def flat(x: Any) -> np.ndarray:
 
 def energy_to(y: Any) -> Callable[[Any], float]:
     """2 E|x - y| - E|x - x'| - E|y - y'|, without bias, as a function of x (Szekely & Rizzo 2013)."""
-    distance = lambda a, b: np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0.0))
-    within = lambda a: distance(a, a).sum() / (len(a) * (len(a) - 1))
+
+    def distance(a, b):
+        return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0.0))
+
+    def within(a):
+        return distance(a, a).sum() / (len(a) * (len(a) - 1))
+
     y = flat(y)
     own = within(y)
     return lambda x: float(2 * distance(flat(x), y).mean() - within(flat(x)) - own)
@@ -158,7 +167,7 @@ def mixture(dims: int) -> Problem:
             "uniform": lambda n: grids.uniform(n, start=start),
             "log_snr": lambda n: jnp.append(grids.uniform_log_snr(schedule, max(n - 1, 1), start=low, end=high), 0.0)
             if n > 1 else jnp.asarray([start, 0.0]),
-            "karras": lambda n: grids.karras(schedule, n, sigma_min=float(np.exp(-high / 2)), sigma_max=float(np.exp(-low / 2))),
+            "karras": lambda n: grids.karras(schedule, n, sigma_min=math.exp(-high / 2), sigma_max=math.exp(-low / 2)),
         },
         energy_to(held_out),
     )  # fmt: skip
@@ -173,7 +182,7 @@ def mnist_images(count: int, size: int = 16, split: str = "train") -> tuple[np.n
     return np.asarray(items["x0"]), np.asarray(items["cond"])
 
 
-def images(count: int = 2000, width: float = 0.25) -> Problem:
+def images(count: int = 1000, width: float = 0.1) -> Problem:
     """The published setting, on the law of training images with noise."""
     process = Gaussian(schedules.EDM())
     x, _ = mnist_images(count)
@@ -207,16 +216,11 @@ def mnist(run: str, num: int = 64, guidance: float = 1.0) -> Problem:
     real, real_labels = mnist_images(4000)
     held_out = mnist_images(1000, split="valid")[0]
     right = judge(real, real_labels)
-    schedule = run.process.schedule
     return Problem(
         run.process,
         denoise,
         (num, *run.experiment.state_shape),
-        {
-            "uniform": grids.uniform,
-            "shifted 1/2": lambda n: grids.shifted(grids.uniform(n), 0.5),
-            "karras": lambda n: grids.karras(schedule, n),
-        },
+        {"uniform": grids.uniform},
         kernel_to(held_out),
         lambda x: right(x, labels),
         jnp.asarray(labels),
@@ -265,8 +269,14 @@ def most_steps(problem: Problem, solver: Any, grid: Callable, budget: int) -> in
     return low
 
 
-def measure(problem: Problem, budgets: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
-    """Solver -> {"rms", "law", "label"} of each NFE."""
+def measure(
+    problem: Problem,
+    budgets: Sequence[int],
+    names: Sequence[str],
+    keep: Callable[[dict[str, Any]], None],
+    seed: int = 0,
+) -> None:
+    """Solver -> grid -> NFE -> {"rms", "law", "label"}, handed to `keep` after each solver."""
     key = jax.random.key(seed)
     keys = random.example_keys(key, problem.shape[0])
     denoise = as_pytree(problem.denoise)
@@ -288,9 +298,9 @@ def measure(problem: Problem, budgets: tuple[int, ...], seed: int = 0) -> dict[s
         "law": float(problem.law(ends[t])),
         "label": problem.label and problem.label(ends[t]),
     }
-    for name, make in (DETERMINISTIC | STOCHASTIC).items():
+    for name in names:
         began = time.time()
-        solver = make(problem.process)
+        solver = (DETERMINISTIC | STOCHASTIC)[name](problem.process)
         by_grid = {}
         for grid_name, grid in problem.grids.items():
             t = round(float(grid(5)[0]), 6)
@@ -299,13 +309,118 @@ def measure(problem: Problem, budgets: tuple[int, ...], seed: int = 0) -> dict[s
                 steps = most_steps(problem, solver, grid, budget)
                 if not steps:
                     continue
-                x, nfe = reach(keys, denoise, solver, padded(grid, steps), steps, starts[t], problem.cond)
+                used = dataclasses.replace(solver, lower_order_final=steps) if name in LOWER_FINAL else solver
+                x, nfe = reach(keys, denoise, used, padded(grid, steps), steps, starts[t], problem.cond)
                 rms = float(jnp.sqrt(jnp.mean((x - ends[t]) ** 2)))
                 rows[budget] = {"nfe": int(nfe[0]), "steps": steps, "rms": rms, "law": problem.law(x)}
                 if problem.label:
                     rows[budget]["label"] = problem.label(x)
             by_grid[grid_name] = rows
         found[name] = by_grid
+        keep(found)
         errors = " ".join(f"{b}:{v['rms']:.3g}" for b, v in rows.items())
         print(f"{name}, {time.time() - began:.0f} s, {grid_name}: {errors}", flush=True)
-    return found
+
+
+def best_grid(by_grid: dict[str, dict], measure: str) -> tuple[str, dict]:
+    """Of a solver: the grid with the lowest geometric mean over the NFE (the highest, of labels)."""
+    rows = {name: row for name, row in by_grid.items() if row}
+
+    def mean(name):
+        values = [v[measure] for v in rows[name].values()]
+        return -np.mean(values) if measure == "label" else np.mean(np.log(np.maximum(values, 1e-12)))
+
+    name = min(rows, key=mean)
+    return name, rows[name]
+
+
+def table(found: dict[str, Any]) -> None:
+    """Markdown: the RMS distance of deterministic solvers; the distance to data, and labels, of all."""
+    for problem, results in found.items():
+        fine, budgets = results.pop("fine"), None
+        for measure, names in (("rms", DETERMINISTIC), ("law", results), ("label", results)):
+            if fine.get(measure, 0.0) is None:
+                continue
+            by = {name: "rms" if name in DETERMINISTIC else "law" for name in names if name in results}
+            rows = [(name, *best_grid(results[name], by[name])) for name in by]
+            budgets = sorted({int(b) for _, _, row in rows for b in row})
+            note = f"; fine solution {fine[measure]:.3g}" if measure in fine else ""
+            print(f"\n{problem}, {measure}{note}\n\n| solver | grid | {' | '.join(map(str, budgets))} |")
+            print(f"|---|---|{'---|' * len(budgets)}")
+            sign = -1 if measure == "label" else 1
+            for name, grid, row in sorted(rows, key=lambda one: sign * one[2][max(one[2], key=int)][measure]):
+                cells = (f"{row[str(b)][measure]:.3g}" if str(b) in row else "" for b in budgets)
+                print(f"| {name} | {grid} | {' | '.join(cells)} |")
+        results["fine"] = fine
+
+
+SHOWN = ("ddim", "heun", "dpm_solver 2", "dpm_solver_pp 2M", "dpm_solver_pp 3M", "unipc 3", "deis tAB 3", "ipndm 4",
+         "rk4")  # fmt: skip
+
+
+def plot(found: dict[str, Any], path: str) -> None:
+    """One panel a problem."""
+    import matplotlib.pyplot as plt
+
+    panels = [(problem, "law" if problem == "images" else "rms") for problem in found]
+    panels += [(problem, "label") for problem, results in found.items() if results["fine"].get("label") is not None]
+    titles = {
+        "rms": "RMS distance to the 1,000-step solution",
+        "law": "kernel distance to data",
+        "label": "given their own label",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for axis, (problem, measure) in zip(axes[0], panels, strict=True):
+        for name in (n for n in DETERMINISTIC if n in found[problem]):
+            _, row = best_grid(found[problem][name], "rms")
+            nfe, values = [v["nfe"] for v in row.values()], [max(v[measure], 1e-5) for v in row.values()]
+            if name not in SHOWN:
+                axis.plot(nfe, values, color="0.85", lw=0.8, zorder=0)
+                continue
+            axis.plot(nfe, values, marker=".", lw=1.2, color=f"C{SHOWN.index(name)}", label=name)
+        axis.set(title=f"{problem}: {titles[measure]}", xlabel="NFE", xscale="log")
+        axis.title.set_size(9)
+        axis.set_xticks(BUDGETS, map(str, BUDGETS))
+        axis.minorticks_off()
+        if measure != "label":
+            axis.set_yscale("log")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("measure", "table", "plot"))
+    parser.add_argument("problems", nargs="*", help="mixture2, mixture16, images, mnist")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON of all that was measured")
+    parser.add_argument("--run", help="trained run, for mnist")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--num", type=int, default=64, help="noises, for mnist")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="NFE, at most 50")
+    parser.add_argument("--only", nargs="+", metavar="SOLVER", help="of those in this file; default all")
+    parser.add_argument("--fine", type=int, default=1000, help="steps of the fine solution")
+    parser.add_argument("--png", help="file of the plot")
+    arguments = parser.parse_args()
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for name in arguments.problems if arguments.what == "measure" else ():
+        jax.config.update("jax_enable_x64", name.startswith("mixture"))
+        problem = {
+            "images": images,
+            "mnist": lambda: mnist(arguments.run, arguments.num, arguments.guidance),
+        }.get(name, lambda name=name: mixture(int(name.removeprefix("mixture"))))()
+        problem = dataclasses.replace(problem, fine=arguments.fine)
+
+        def keep(results, name=name):
+            found[name] = json.loads(json.dumps(found.get(name, {}) | results))
+            arguments.out.write_text(json.dumps(found))
+
+        measure(problem, arguments.budgets, arguments.only or [*DETERMINISTIC, *STOCHASTIC], keep)
+    if arguments.what == "table":
+        table(found)
+    if arguments.what == "plot":
+        plot(found, arguments.png)
+
+
+if __name__ == "__main__":
+    main()

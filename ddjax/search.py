@@ -15,6 +15,7 @@ and times), `Compensation` (DC-Solver's ratios) and `Grid` (the times of any sol
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -300,28 +301,15 @@ def search(
     if min(iterations, batch, every) < 1:
         raise ValueError(f"iterations, batch and every must be 1 or more, got {iterations}, {batch} and {every}")
     batch = min(batch, count)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
-    )
-    denoise = as_pytree(denoise)
-
-    @jax.jit
-    def update(parameters, state, denoise, examples, i):
-        own = jax.random.fold_in(key, i)
-        rows = jax.random.choice(own, count, (batch,), replace=False)
-        some = jax.tree.map(lambda leaf: leaf[rows], examples)
-        value, gradient = jax.value_and_grad(lambda p: evaluate(own, denoise, family, p, loss, some))(parameters)
-        change, state = optimizer.update(gradient, state)
-        return optax.apply_updates(parameters, change), state, value
-
-    judged = jax.jit(lambda p, denoise, some: evaluate(key, denoise, family, p, loss, some))
-    parameters = family.parameters
-    state, losses, looked = optimizer.init(parameters), [], []
+    parameters, denoise = family.parameters, as_pytree(denoise)
+    rate, state = optax.cosine_decay_schedule(learning_rate, iterations), _ADAM.init(parameters)
+    losses, looked = [], []
     for i in range(iterations + 1):
         if choose is not None and (i % every == 0 or i == iterations):
-            looked.append((judged(parameters, denoise, choose), i, parameters))
+            looked.append((_judged(key, parameters, denoise, choose, family, loss), i, parameters))
         if i < iterations:
-            parameters, state, value = update(parameters, state, denoise, examples, i)
+            own = jax.random.fold_in(key, i)
+            parameters, state, value = _update(own, parameters, state, rate(i), denoise, examples, family, loss, batch)
             losses.append(value)
     losses = np.asarray(jnp.stack(losses))
     if not (np.isfinite(losses).all() and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters))):
@@ -329,6 +317,23 @@ def search(
         raise RuntimeError(f"the search left the finite numbers at iteration {at}: lower learning_rate")
     _, at, parameters = min(looked or [(0.0, iterations, parameters)], key=lambda one: float(one[0]))
     return Found(*family.finish(parameters), losses, at)
+
+
+_ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+
+
+@functools.partial(jax.jit, static_argnames=("family", "loss", "batch"))
+def _update(key, parameters, state, rate, denoise, examples, family, loss, batch):
+    rows = jax.random.choice(key, examples.init.shape[0], (batch,), replace=False)
+    some = jax.tree.map(lambda leaf: leaf[rows], examples)
+    value, gradient = jax.value_and_grad(lambda p: evaluate(key, denoise, family, p, loss, some))(parameters)
+    way, state = _ADAM.update(gradient, state)
+    return jax.tree.map(lambda p, d: p - (rate * d).astype(p.dtype), parameters, way), state, value
+
+
+@functools.partial(jax.jit, static_argnames=("family", "loss"))
+def _judged(key, parameters, denoise, examples, family, loss):
+    return evaluate(key, denoise, family, parameters, loss, examples)
 
 
 FAMILIES = {

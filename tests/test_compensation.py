@@ -138,15 +138,15 @@ def test_between_settings_as_good_as_a_search():
         )
         return float(search.to_fine(drawn.x0, held_out))
 
-    found = [Searched(n, w, ratios(n, w)) for n in (5, 7, 9) for w in (1.5, 3.0, 5.0)]
+    found = [Searched(n, w, ratios(n, w)) for n in (5, 8) for w in (1.5, 3.0, 5.0)]
     cascade = compensation.regress(found)
-    for steps, scale in ((6, 2.0), (8, 4.0)):
+    for steps, scale in ((6, 2.0), (7, 4.0)):
         plain, between, direct = (
             error(steps, scale, used) for used in (None, cascade.ratios(steps, scale), ratios(steps, scale))
         )
         print(f"{steps} steps, guidance {scale}: none {plain:.3g}, predicted {between:.3g}, searched {direct:.3g}")
-        assert between < 0.9 * plain
-        assert between < 1.25 * direct
+        assert between < 0.5 * plain
+        assert between < 2.0 * direct  # squared: 1.4 in distance
 
 
 @pytest.mark.slow
