@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddjax import commands
+
 OVERRIDES = """\
 Any key of the config can be overridden: --config.train.steps=2000 --config.denoiser.options.width=128
 All keys are listed and explained in ddjax/config.py."""
@@ -64,14 +66,14 @@ def parser() -> argparse.ArgumentParser:
         description="Denoising diffusion on any state space, in JAX.",
         epilog="Start with: ddjax train --config configs/digits_masked.py --workdir runs/digits",
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    known = top.add_subparsers(dest="command", required=True, metavar="command")
 
-    train = _command(commands, "train", _train, "train a model, or continue where a run stopped", epilog=OVERRIDES)
+    train = _command(known, "train", commands.train, "train a model, or continue where a run stopped", epilog=OVERRIDES)
     _add_config(train)
     _add_workdir(train, "folder of the run: checkpoints, metrics, samples; made if absent, continued if it holds a run")
     train.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
-    sample = _command(commands, "sample", _sample, "draw samples from a trained model")
+    sample = _command(known, "sample", commands.sample, "draw samples from a trained model")
     _add_workdir(sample, "folder of the run")
     sample.add_argument("--num", type=int, help="how many (default: the config's)")
     sample.add_argument(
@@ -126,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
     edit = _command(
-        commands, "edit", _edit, "invert items of the data and draw them again, under another label", epilog=EDIT
+        known, "edit", commands.edit, "invert items of the data and draw them again, under another label", epilog=EDIT
     )
     _add_workdir(edit, "folder of the run")
     edit.add_argument("--data", choices=("test", "valid", "train"), default="test", help="split (default: test)")
@@ -161,11 +163,13 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--seed", type=int, default=0, help="of the path and of fresh noise")
     edit.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
-    search = _command(commands, "search", _search, "learn a fast sampler for a trained model, whose weights stay")
+    search = _command(known, "search", commands.search, "learn a fast sampler for a trained model, whose weights stay")
     _add_workdir(search, "folder of the run")
     search.add_argument(
-        "--steps", type=int, required=True, nargs="+", help="solver steps, one network evaluation each; policy: several"
-    )
+        "--steps", type=int, required=True, nargs="+",
+        help="solver steps, one network evaluation each; several: compensation gives ratios for all between, policy "
+        "chooses among them",
+    )  # fmt: skip
     search.add_argument(
         "--out", type=Path, required=True, help="file to write, .json: for ddjax sample --solver, or --policy"
     )
@@ -183,12 +187,14 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--solver", default="dpm_solver_pp", help="where to begin (default: dpm_solver_pp)")
     search.add_argument("--num", type=int, default=256, help="examples to learn from (default: 256)")
     search.add_argument("--iterations", type=int, default=300, help="steps of the search (default: 300)")
-    search.add_argument("--guidance", type=float, help="classifier-free guidance scale to learn for")
+    search.add_argument(
+        "--guidance", type=float, nargs="+", help="classifier-free guidance scale to learn for; several as --steps"
+    )
     search.add_argument("--seed", type=int, default=0, help="of the search")
     search.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
     evaluate = _command(
-        commands, "eval", _eval, "report the likelihood of held-out data, in bits per dimension",
+        known, "eval", commands.evaluate, "report the likelihood of held-out data, in bits per dimension",
         epilog="How it is estimated can be overridden: --config.eval.max_examples=100 --config.eval.probes=2",
     )  # fmt: skip
     evaluate.set_defaults(overrides=("eval.",))
@@ -212,7 +218,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
 
     bench = _command(
-        commands, "bench", _bench, "measure step time, throughput, FLOP/s, compile time and memory", epilog=OVERRIDES
+        known,
+        "bench",
+        commands.benchmark,
+        "measure step time, throughput, FLOP/s, compile time and memory",
+        epilog=OVERRIDES,
     )
     bench.add_argument(
         "what",
@@ -247,15 +257,15 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 
-    export = _command(commands, "export", _export, "write the averaged parameters as safetensors")
+    export = _command(known, "export", commands.export, "write the averaged parameters as safetensors")
     _add_workdir(export, "folder of the run")
     export.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     export.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
     return top
 
 
-def _command(commands: Any, name: str, run: Any, words: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    command = commands.add_parser(
+def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    command = known.add_parser(
         name,
         help=words,
         description=words[0].upper() + words[1:] + ".",
@@ -304,245 +314,6 @@ def _os_message(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-
-
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ddjax.config import load
-    from ddjax.training.loop import train
-
-    train(load(arguments.config, overrides), arguments.workdir, show=not arguments.quiet)
-    return 0
-
-
-def _load(arguments: argparse.Namespace) -> Any:
-    from ddjax.run import load
-
-    return load(arguments.workdir, step=arguments.step)
-
-
-def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    import jax
-    import numpy as np
-
-    from ddjax import companions
-    from ddjax.animation import SUFFIXES, animate, check_animation
-    from ddjax.experiment import load_data
-    from ddjax.training.loop import samples_path, write_samples
-
-    run = _load(arguments)
-    num = run.config.sample.num if arguments.num is None else arguments.num
-    if num < 1:
-        raise ValueError(f"--num must be at least 1, got {num}")
-    if arguments.rows is not None and arguments.num not in (None, len(arguments.rows)):
-        raise ValueError(f"--rows names {len(arguments.rows)} samples and --num {arguments.num}: leave one of them out")
-    if arguments.label is not None and arguments.unconditional:
-        raise ValueError("--label draws a class, and --unconditional none: leave one of them out")
-    rows = np.arange(num) if arguments.rows is None else np.asarray(arguments.rows)
-    cond = None
-    if arguments.label is not None:
-        cond = np.full(len(rows), arguments.label)
-    elif run.data.num_classes and not arguments.unconditional:
-        cond = rows % run.data.num_classes
-    seed = run.config.sample.seed if arguments.seed is None else arguments.seed
-    init = None
-    if companions.starts_from_data(run.experiment):
-        held_out = load_data(run.config, run.config.data.eval_split)
-        starts = companions.held_out_starts(run.experiment, held_out, jax.random.key(seed), int(rows.max()) + 1)
-        init, labels = jax.tree.map(lambda a: a[rows], starts)
-        cond = labels if arguments.label is None and not arguments.unconditional else cond
-    path = arguments.out or arguments.workdir / "samples" / f"seed_{seed}"
-    moving = path.suffix in SUFFIXES
-    path = check_animation(run.data, path) if moving else samples_path(run.data, path)
-    drawn = run.sample(
-        jax.random.key(seed),
-        len(rows),
-        cond=cond,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        solver=arguments.solver,
-        solver_options=dict(map(_option, arguments.solver_option)) or None,
-        policy=arguments.policy,
-        init=init,
-        prompt=arguments.prompt,
-        infill=arguments.infill,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        repetition=arguments.repetition,
-        no_repeats=arguments.no_repeats,
-        rows=rows,
-        stop=arguments.stop,
-        length=arguments.length,
-        stride=arguments.stride,
-        trajectory=moving,
-    )
-    if moving:
-        animate(run.data, np.asarray(drawn.trajectory), path)
-    else:
-        write_samples(run.data, np.asarray(drawn), path, arguments.stop)
-    x0 = drawn.x0 if moving else drawn
-    print(f"{len(rows)} samples -> {path}")
-    if run.data.vocabulary is not None:
-        print(run.data.to_text(np.asarray(x0[:1]), arguments.stop)[0])
-    return 0
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value a Python literal or else a string."""
-    import ast
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise ValueError(f"--solver-option {text}: expected KEY=VALUE, for example eta=0.5")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def _edit(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ddjax import editing
-
-    arguments.options = dict(map(_option, arguments.solver_option))
-    return editing.command(arguments)
-
-
-def _search(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    import jax
-
-    from ddjax import policies, search
-    from ddjax.solvers import learned
-
-    if arguments.out.suffix != ".json":
-        raise ValueError(f"--out must end in .json, got {arguments.out}")
-    run, key = _load(arguments), jax.random.key(arguments.seed)
-    names = ("loss", "family", "solver", "num", "iterations", "guidance")
-    options = {name: getattr(arguments, name) for name in names}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is an error now
-    if arguments.family == "policy":
-        del options["family"]
-        options |= {"steps": arguments.steps, "quality": options.pop("loss"), "cost": arguments.cost}
-        found = policies.for_run(run, key, **options)
-        about = found._replace(policy=None)._asdict() | options | {"seed": arguments.seed, "step": run.step}
-        policies.save(arguments.out, found.policy, run.experiment.sampling_process, **about)
-        print(
-            f"on examples not learned on: the policy {found.evaluations:.3g} evaluations, reward {found.reward:.4g}; "
-            f"best for all {found.fixed_evaluations:.3g}, {found.fixed_reward:.4g} -> {arguments.out}"
-        )
-        return 0
-    if len(arguments.steps) != 1:
-        raise ValueError(f"--steps: one number, but for --family policy, got {arguments.steps}")
-    options["steps"] = arguments.steps[0]
-    found = search.for_run(run, key, **options)
-    about = {**options, "seed": arguments.seed, "step": run.step, "before": found.before, "after": found.after}
-    learned.save(arguments.out, found.solver, **about)
-    print(
-        f"loss on examples not searched on: {arguments.solver} {found.before:.4g}, learned {found.after:.4g} "
-        f"-> {arguments.out}"
-    )
-    return 0
-
-
-def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    import json
-
-    from ddjax.config import overridden
-    from ddjax.training.loop import evaluate, judge_labels
-    from ddjax.training.manifest import write_atomically
-    from ddjax.training.report import describe_bound
-
-    run = _load(arguments)
-    config = _with_data(overridden(run.config, overrides), arguments.data, arguments.num_times)
-    values = evaluate(run, config, likelihood=arguments.likelihood)
-    print(describe_bound(values, config.data.eval_split))
-    if arguments.labels:
-        scale = run.config.sample.guidance if arguments.guidance is None else arguments.guidance
-        values["label_accuracy"], values["guidance"] = judge_labels(run, config, arguments.labels, scale), scale
-        print(
-            f"{values['label_accuracy']:.1%} of {arguments.labels} samples are given their own label "
-            f"(guidance {scale:g})"
-        )
-    if arguments.out is not None:
-        write_atomically(arguments.out, json.dumps({"step": run.step, **values}, indent=1).encode())
-    return 0
-
-
-def _with_data(config: Any, path: str | None, num_times: int | None) -> Any:
-    import dataclasses
-
-    if path is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=path))
-    if num_times is not None:
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_times=num_times))
-    return config
-
-
-def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from ddjax import bench
-    from ddjax.config import default, load, typed
-
-    if arguments.config is None and overrides:
-        raise ValueError("overrides need a --config to override")
-    if arguments.vs is not None and arguments.what != "sample":
-        raise ValueError("--vs is for ddjax bench sample")
-    if arguments.what == "samplers" or arguments.vs is not None:
-        return _bench_own(arguments)
-    config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
-    if arguments.what == "objectives":
-        rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
-        result = bench.bench_objectives(config, names=arguments.only, vocabulary=arguments.vocabulary, **rounds)
-        print(bench.format_objectives(result))
-    else:
-        if arguments.only or arguments.vocabulary is not None:
-            raise ValueError(
-                "--only is for ddjax bench objectives, samplers and sample --vs, --vocabulary for objectives"
-            )
-        measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
-        result = measure(config, **({} if arguments.steps is None else {"steps": arguments.steps}))
-        print(bench.format_report(result))
-    if arguments.out is not None:
-        bench.write(result, arguments.out)
-    return 0
-
-
-def _bench_own(arguments: argparse.Namespace) -> int:
-    """The benches with networks of their own."""
-    from ddjax import bench, bench_peers, bench_samplers
-
-    what = f"sample --vs {arguments.vs}" if arguments.vs else arguments.what
-    if arguments.config is not None or arguments.vocabulary is not None:
-        raise ValueError(f"ddjax bench {what} has a network of its own: no --config, no --vocabulary")
-    chosen = {"solvers": arguments.only} if arguments.only else {}
-    count = {} if arguments.steps is None else {"steps" if arguments.vs else "rounds": arguments.steps}
-    if arguments.vs:
-        result = bench_peers.bench_diffusers(**chosen, **count)
-        print(bench_peers.format_diffusers(result))
-    else:
-        result = bench_samplers.bench_samplers(**chosen, **count)
-        print(bench_samplers.format_samplers(result))
-    if arguments.out is not None:
-        bench.write(result, arguments.out)
-    return 0
-
-
-def _small(config: Any) -> Any:
-    """The network of configs/digits_masked.py, for a bench without a config."""
-    config.denoiser.options = {"width": 96, "depth": 3, "heads": 4, "time": False}
-    config.objective.name = "any_order"
-    return config
-
-
-def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    import json
-
-    from ddjax.config import to_dict
-    from ddjax.training import export_safetensors
-
-    run = _load(arguments)
-    metadata = {"step": str(run.step), "config": json.dumps(to_dict(run.config))}
-    export_safetensors(arguments.out, run.params, metadata)
-    print(f"parameters of step {run.step} -> {arguments.out}")
-    return 0
 
 
 if __name__ == "__main__":

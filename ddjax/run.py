@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddjax import companions, editing, likelihood, policies, prompts
+from ddjax import companions, compensation, editing, likelihood, policies, prompts
 from ddjax.batching import chunks, seeds
 from ddjax.config import Config, ConfigError, typed
 from ddjax.data.dataset import Dataset
@@ -145,11 +145,11 @@ class Run:
         if trajectory and callback is not None:
             raise ValueError("a callback is shown the states while they are drawn: leave out trajectory")
         if policy is None:
-            groups = [(self.sampler(solver, steps, solver_options), np.arange(n))]
+            groups = [(self.sampler(solver, steps, solver_options, guidance), np.arange(n))]
         elif trajectory or callback is not None or any(v is not None for v in (solver, steps, solver_options)):
             raise ValueError("a policy chooses solver and steps for each sample: leave out these, trajectory, callback")
         else:
-            groups = self._chosen(policy, cond)
+            groups = self._chosen(policy, cond, guidance)
         own_rows, parts, order = seeds(rows, n), [], np.concatenate([own for _, own in groups])
         for (step, times), own, chunk in ((s, g, c) for s, g in groups for c in chunks(len(g), batch_size)):
             which, new = own[chunk], min(len(chunk), len(own) - chunk[0])
@@ -188,14 +188,16 @@ class Run:
         nfe = jnp.concatenate([part.nfe for part in parts])
         return Sample(x0, nfe, jnp.concatenate([part.trajectory for part in parts], axis=1))
 
-    def _chosen(self, policy: str | Path | Policy, cond: Any) -> list[tuple[tuple[Any, Array], np.ndarray]]:
+    def _chosen(
+        self, policy: str | Path | Policy, cond: Any, guidance: float | None
+    ) -> list[tuple[tuple[Any, Array], np.ndarray]]:
         """Solver and grid of each arm that a policy chooses, and for which of the samples."""
         if cond is None:
             raise ValueError("a policy chooses by label: give cond")
         if not isinstance(policy, Policy):
             policy = policies.load(policy, self.experiment.sampling_process)
         choice = policy.choose(cond)
-        arms = [self.sampler(**arm) if isinstance(arm, Mapping) else arm for arm in policy.arms]
+        arms = [self.sampler(**arm, guidance=guidance) if isinstance(arm, Mapping) else arm for arm in policy.arms]
         return [(arms[arm], np.flatnonzero(choice == arm)) for arm in np.unique(choice)]
 
     def labels(self, cond: Any, n: int) -> Int[np.ndarray, " n"] | None:
@@ -221,11 +223,18 @@ class Run:
     record, edit = editing.record, editing.edit
 
     def sampler(
-        self, solver: str | Path | Any | None = None, steps: int | None = None, options: Mapping[str, Any] | None = None
+        self,
+        solver: str | Path | Any | None = None,
+        steps: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        guidance: float | None = None,
     ) -> tuple[Any, Array]:
-        """The solver and the grid that `sample` uses. Raises ValueError for files that do not fit the process."""
+        """The solver and the grid that `sample` uses; those of a file of ratios go by steps and guidance.
+
+        Raises ValueError for files that do not fit the process, and for settings that a file's ratios do not reach.
+        """
         if isinstance(solver, str | Path) and str(solver).endswith(".json"):
-            solver = learned.load(solver, self.experiment.sampling_process)
+            solver = self._read(Path(solver), steps, guidance)
         elif solver is None or isinstance(solver, str):
             solver, options = self.experiment.solver(solver, **options or {}), None
         if options:
@@ -238,6 +247,17 @@ class Run:
         if steps not in (None, len(own) - 1):
             raise ValueError(f"the solver is made for {len(own) - 1} steps, not for {steps}: search one for those")
         return solver, jnp.asarray(own, float)
+
+    def _read(self, path: Path, steps: int | None, guidance: float | None) -> Any:
+        """The solver in a file of `ddjax search`."""
+        process, sample = self.experiment.sampling_process, self.config.sample
+        found = compensation.load(path, process)
+        if found is None:
+            return learned.load(path, process)
+        ratios = found[0].ratios(
+            sample.steps if steps is None else steps, sample.guidance if guidance is None else guidance
+        )
+        return dataclasses.replace(self.experiment.solver(found[1]), compensation=ratios)
 
     def starts(self, key: Key[Array, ""], items: Mapping[str, Any]) -> State:
         """The ends x_1 of items of a data set, for `sample(init=...)` (`companions.starts`)."""

@@ -15,6 +15,7 @@ and times), `Compensation` (DC-Solver's ratios) and `Grid` (the times of any sol
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Found(NamedTuple):
     solver: Any
     times: np.ndarray
     losses: np.ndarray  # of each iteration, on its batch
+    iteration: int  # whose parameters these are: the last, or the best of those looked at
 
 
 # -- the families ------------------------------------------------------------------------------------------------
@@ -281,42 +283,57 @@ def search(
     iterations: int = 300,
     batch: int = 64,
     learning_rate: float = 0.02,
+    choose: Examples | None = None,
+    every: int = 25,
 ) -> Found:
     """Adam on the family's parameters, its rate falling to 0 as a cosine; batches are drawn from the examples.
 
+    choose: other examples, on which the parameters of every `every` iterations (the first and the last too) are
+        compared; the best are given back. None: the last. A search can follow its examples' noise where it leads away
+        from others', and is never worse here than where it began.
     The same key gives the same sampler. Raises ValueError for examples that do not agree in number, and RuntimeError
     where the search leaves the finite numbers.
     """
     count = examples.init.shape[0]
-    if any(leaf.shape[0] != count for leaf in jax.tree.leaves(examples)):
-        raise ValueError(f"all examples must have the leading axis of the first states, {count}")
-    if min(iterations, batch) < 1:
-        raise ValueError(f"at least one iteration and an example a batch are needed, got {iterations} and {batch}")
+    for some in (examples, *(() if choose is None else (choose,))):
+        if any(leaf.shape[0] != some.init.shape[0] for leaf in jax.tree.leaves(some)):
+            raise ValueError(f"all examples must have the leading axis of the first states, {some.init.shape[0]}")
+    if min(iterations, batch, every) < 1:
+        raise ValueError(f"iterations, batch and every must be 1 or more, got {iterations}, {batch} and {every}")
     batch = min(batch, count)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
-    )
-    denoise = as_pytree(denoise)
-
-    @jax.jit
-    def update(parameters, state, denoise, examples, i):
-        own = jax.random.fold_in(key, i)
-        rows = jax.random.choice(own, count, (batch,), replace=False)
-        some = jax.tree.map(lambda leaf: leaf[rows], examples)
-        value, gradient = jax.value_and_grad(lambda p: evaluate(own, denoise, family, p, loss, some))(parameters)
-        change, state = optimizer.update(gradient, state)
-        return optax.apply_updates(parameters, change), state, value
-
-    parameters = family.parameters
-    state, losses = optimizer.init(parameters), []
-    for i in range(iterations):
-        parameters, state, value = update(parameters, state, denoise, examples, i)
-        losses.append(value)
+    parameters, denoise = family.parameters, as_pytree(denoise)
+    rate, state = optax.cosine_decay_schedule(learning_rate, iterations), _ADAM.init(parameters)
+    losses, looked = [], []
+    for i in range(iterations + 1):
+        if choose is not None and (i % every == 0 or i == iterations):
+            looked.append((_judged(key, parameters, denoise, choose, family, loss), i, parameters))
+        if i < iterations:
+            own = jax.random.fold_in(key, i)
+            parameters, state, value = _update(own, parameters, state, rate(i), denoise, examples, family, loss, batch)
+            losses.append(value)
     losses = np.asarray(jnp.stack(losses))
     if not (np.isfinite(losses).all() and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters))):
         at = int(np.argmin(np.isfinite(losses)))
         raise RuntimeError(f"the search left the finite numbers at iteration {at}: lower learning_rate")
-    return Found(*family.finish(parameters), losses)
+    _, at, parameters = min(looked or [(0.0, iterations, parameters)], key=lambda one: float(one[0]))
+    return Found(*family.finish(parameters), losses, at)
+
+
+_ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+
+
+@functools.partial(jax.jit, static_argnames=("family", "loss", "batch"))
+def _update(key, parameters, state, rate, denoise, examples, family, loss, batch):
+    rows = jax.random.choice(key, examples.init.shape[0], (batch,), replace=False)
+    some = jax.tree.map(lambda leaf: leaf[rows], examples)
+    value, gradient = jax.value_and_grad(lambda p: evaluate(key, denoise, family, p, loss, some))(parameters)
+    way, state = _ADAM.update(gradient, state)
+    return jax.tree.map(lambda p, d: p - (rate * d).astype(p.dtype), parameters, way), state, value
+
+
+@functools.partial(jax.jit, static_argnames=("family", "loss"))
+def _judged(key, parameters, denoise, examples, family, loss):
+    return evaluate(key, denoise, family, parameters, loss, examples)
 
 
 FAMILIES = {
@@ -333,6 +350,7 @@ class Report(NamedTuple):
     solver: Learned
     before: float  # the loss of the hand-made solver that the search began from, on examples not searched on
     after: float
+    found: Found  # the same as it was searched
 
 
 def for_run(
@@ -351,7 +369,8 @@ def for_run(
     """Learn a sampler of a trained run (`ddjax.load`), on its config's grid of that many steps.
 
     loss: "fine", the distance to DDIM in `fine_steps`; "kernel", the distance to the training data in pixels.
-    family, solver: what is learned, and where it begins. num: examples. options: those of `search`.
+    family, solver: what is learned, and where it begins. num: examples to learn from, as many again to choose the
+        iteration by, and as many again for the losses reported. options: those of `search`.
     Raises ValueError for names that are unknown, and for what does not go together.
     """
     from ddjax.experiment import load_data  # here: it makes everything else
@@ -369,8 +388,8 @@ def for_run(
     if family != "general":
         written_out(started, times)  # what is given back is of that family too: an error now, not after the search
     items = load_data(run.config, "train")
-    if loss == "kernel" and len(items) < 2 * num:
-        raise ValueError(f"num={num} examples twice over are needed, but there are {len(items)} in the training data")
+    if loss == "kernel" and len(items) < 3 * num:
+        raise ValueError(f"num={num} examples three times over are needed, but there are {len(items)} to train on")
 
     def examples(which: int) -> tuple[Denoise, Examples]:
         own, rows = jax.random.fold_in(key, which), np.arange(num) + which * num
@@ -384,8 +403,8 @@ def for_run(
         return denoise, found if loss == "fine" else found._replace(target=jnp.asarray(items[rows]["x0"]))
 
     denoise, some = examples(0)
-    found = search(key, denoise, learned, LOSSES[loss], some, **options)
-    end, (_, held_out) = written_out(found.solver, found.times) if family != "general" else found.solver, examples(1)
+    found = search(key, denoise, learned, LOSSES[loss], some, choose=examples(1)[1], **options)
+    end, (_, held_out) = written_out(found.solver, found.times) if family != "general" else found.solver, examples(2)
 
     def measured(solver: Solver, times: Any) -> float:
         drawn = sample(
@@ -394,4 +413,4 @@ def for_run(
         )  # fmt: skip
         return float(LOSSES[loss](drawn.x0, held_out))
 
-    return Report(end, measured(started, times), measured(end, end.times))
+    return Report(end, measured(started, times), measured(end, end.times), found)

@@ -198,8 +198,37 @@ def test_what_is_not_in_the_family():
     family, starts = search.Grid(solvers.DDIM(PROCESS), TIMES), jnp.zeros((4, 2))
     with pytest.raises(ValueError, match="the leading axis of the first states, 4"):
         search.search(KEY, None, family, search.to_fine, search.Examples(starts, jnp.zeros((3, 2))))
-    with pytest.raises(ValueError, match="at least one iteration"):
+    with pytest.raises(ValueError, match="iterations, batch and every must be 1 or more"):
         search.search(KEY, None, family, search.to_fine, search.Examples(starts, starts), iterations=0)
+    wrong = search.Examples(starts, jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="the leading axis of the first states, 4"):
+        search.search(KEY, None, family, search.to_fine, search.Examples(starts, starts), choose=wrong)
+
+
+@pytest.mark.slow
+def test_other_examples_choose_the_iteration():
+    """The best of those looked at, by their loss on the other examples; the start where the search leads away from it.
+
+    Of targets that the start reaches exactly on the other examples, and on those searched on never.
+    """
+    family = search.Grid(solvers.DDIM(PROCESS), TIMES)
+    denoise = MIXTURE.denoise(PROCESS)
+    some, other = (fine(jax.random.key(seed), num=32) for seed in (1, 2))
+    reached = search.draw(random.example_keys(KEY, 32), denoise, *family.make(family.parameters), other.init)
+    options = {"iterations": 7, "batch": 8, "every": 3}
+    at_start = search.search(
+        KEY, denoise, family, search.to_fine, some, choose=other._replace(target=reached), **options
+    )
+    assert at_start.iteration == 0
+    np.testing.assert_array_equal(at_start.times, family.finish(family.parameters)[1])
+    assert len(at_start.losses) == 7
+    last = search.search(KEY, denoise, family, search.to_fine, some, **options)
+    assert last.iteration == 7
+    best = search.search(KEY, denoise, family, search.to_fine, some, choose=other, **options)
+    looked = {0: family.start.values, 7: last.times}
+    assert best.iteration in (0, 3, 6, 7)
+    loss = lambda times: distance(family.solver, times, other, denoise)
+    assert loss(best.times) <= min(map(loss, looked.values())) * (1 + 1e-5)
 
 
 @pytest.mark.slow
@@ -362,9 +391,9 @@ def test_what_cannot_be_saved_is_refused_before_the_search():
 
 
 def test_a_searched_sampler_is_written_into_a_new_folder(tmp_path, monkeypatch):
-    found = search.Report(learned.written_out(solvers.DDIM(PROCESS), TIMES), 1.0, 0.5)
+    found = search.Report(learned.written_out(solvers.DDIM(PROCESS), TIMES), 1.0, 0.5, None)
     monkeypatch.setattr("ddjax.cli._prepare_jax", lambda: None)
-    monkeypatch.setattr("ddjax.cli._load", lambda arguments: SimpleNamespace(step=3))
+    monkeypatch.setattr("ddjax.commands._load", lambda arguments: SimpleNamespace(step=3))
     monkeypatch.setattr(search, "for_run", lambda *_, **__: found)
     path = tmp_path / "new" / "s.json"
     assert main(["search", "--workdir", "x", "--steps", "5", "--out", str(path)]) == 0

@@ -1,0 +1,219 @@
+"""Learned grids and samplers against the best hand-made ones, on noise that neither was chosen by.
+
+    python benchmarks/learned.py mixture --out learned.json
+    python benchmarks/learned.py mnist --run RUN --out learned.json --seeds 1 --num 64 --batch 16 --iterations 150
+    python benchmarks/learned.py table --out learned.json
+
+For each seed three sets of noises: one is searched on; on the second, all is chosen (the best solver and its best grid
+of `ddjax.grids`, the iteration and the learning rate of each search, where it begins); the third is reported, and was
+looked at by nothing. At equal NFE: solvers of several evaluations a step take fewer steps.
+
+    hand-made       the best of all solvers, each on its best grid
+    fixed grid      the best solver of one evaluation a step, on its best grid
+    learned grid    the same solver: `search.Grid` from there
+    learned         `search.General` from there, or from the learned grid
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import nfe
+import numpy as np
+
+from ddjax import grids, random, schedules, search, solvers
+from ddjax.fixtures import GaussianMixture
+from ddjax.processes import Gaussian
+from ddjax.solvers.learned import written_out
+
+STEPS = (5, 6, 10)
+ONE_EVALUATION = {
+    "ddim", "dpm_solver_pp 2M", "dpm_solver_pp 3M", "dpm_solver_multistep 2", "dpm_solver_multistep 3", "unipc 2",
+    "unipc 3", "deis tAB 3", "deis rhoAB 3", "deis log-rho AB 3", "ipndm 4", "lms 4", "ghvb 2", "gradient_estimation",
+}  # fmt: skip
+
+
+def fixed_grids(schedule: Any, start: float, last: float, sigma_max: float) -> dict[str, Any]:
+    """All of `ddjax.grids` that need nothing but a number of steps, from `start`; last: a time near data."""
+    low, high = (float(schedule.log_snr(jnp.asarray(t))) for t in (start, last))
+    low = max(low, -2.0 * float(np.log(sigma_max)))
+    ends = {"sigma_min": float(np.exp(-high / 2)), "sigma_max": float(np.exp(-low / 2))}
+    made = {
+        "uniform": grids.uniform,
+        "cosine": grids.cosine,
+        "quadratic": grids.quadratic,
+        "log_linear": lambda n: grids.log_linear(n, end=last),
+        "beta": grids.beta,
+        "shifted 3": grids.uniform_shifted,
+        "shifted 1/3": lambda n: grids.uniform_shifted(n, shift=1 / 3),
+        "log_snr": lambda n: grids.uniform_log_snr(schedule, n, start=low, end=high),
+        "log_snr, then data": lambda n: jnp.append(grids.uniform_log_snr(schedule, n - 1, start=low, end=high), 0.0),
+        "karras": lambda n: grids.karras(schedule, n, **ends),
+        "exponential": lambda n: grids.exponential(schedule, n, **ends),
+    }
+
+    def from_start(make):
+        def grid(n):
+            times = np.asarray(make(n), np.float64)
+            return np.append(start, np.minimum(times[1:] * (start if times[0] == 1 else 1.0), start * (1 - 1e-6)))
+
+        return grid
+
+    return {name: from_start(make) for name, make in made.items()}
+
+
+class Case:
+    """A problem, and the noises of one seed."""
+
+    def __init__(self, problem: nfe.Problem, fixed: dict[str, Any], start: float, seed: int, fine: int, rates: Any):
+        self.problem, self.fixed, self.rates = problem, fixed, rates
+        grid = grids.uniform(fine, start=start)
+        sets = [
+            search.fine_examples(
+                jax.random.fold_in(jax.random.key(seed), which), problem.denoise, problem.process, shape=problem.shape,
+                times=grid, fine=grid, solver=solvers.dpm_solver_pp(problem.process), cond=problem.cond,
+            )
+            for which in range(3)
+        ]  # fmt: skip
+        self.searched, self.choosing, self.reported = sets
+
+    def end(self, solver: Any, times: Any, examples: search.Examples) -> Any:
+        """Samples."""
+        keys = random.example_keys(jax.random.key(0), len(examples.init))
+        times, steps = np.asarray(times, np.float64), len(times) - 1
+        if not hasattr(solver, "times"):  # of any number of steps: one program
+            times = np.concatenate([times, np.full(max(nfe.BUDGETS) + 1 - len(times), times[-1])])
+        return nfe.reach(
+            keys, nfe.as_pytree(self.problem.denoise), solver, jnp.asarray(times, float), steps, examples.init,
+            self.problem.cond,
+        )[0]  # fmt: skip
+
+    def loss(self, solver: Any, times: Any) -> float:
+        """By which all is chosen."""
+        return float(search.to_fine(self.end(solver, times, self.choosing), self.choosing))
+
+    def learn(self, family: Any, rates: Any, **options: Any) -> tuple[float, search.Found, float]:
+        """The best of all learning rates: its loss, what was found, the rate."""
+        found = []
+        for rate in rates:
+            one = search.search(
+                jax.random.key(1), self.problem.denoise, family, search.to_fine, self.searched, choose=self.choosing,
+                learning_rate=rate, **options,
+            )  # fmt: skip
+            found.append((self.loss(one.solver, one.times), one, rate))
+        return min(found, key=lambda one: one[0])
+
+    def report(self, solver: Any, times: Any) -> dict[str, float]:
+        """On noise not chosen by."""
+        x = self.end(solver, times, self.reported)
+        found = {"rms": float(jnp.sqrt(search.to_fine(x, self.reported))), "law": self.problem.law(x)}
+        return found | ({"label": self.problem.label(x)} if self.problem.label else {})
+
+
+def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any]:
+    """All rows at one NFE."""
+    process, hand = case.problem.process, []
+    for name in names:
+        solver = nfe.DETERMINISTIC[name](process)
+        for grid_name, grid in case.fixed.items():
+            count = steps if name in ONE_EVALUATION else nfe.most_steps(case.problem, solver, grid, steps)
+            if count > 1:
+                value = case.loss(solver, grid(count))
+                hand.append((value if np.isfinite(value) else np.inf, name, grid_name, count))
+    best = min(hand)
+    of_one = min(v for v in hand if v[1] in ONE_EVALUATION)
+    solver, times = nfe.DETERMINISTIC[of_one[1]](process), case.fixed[of_one[2]](steps)
+    own = nfe.DETERMINISTIC[best[1]](process), case.fixed[best[2]](best[3])
+    rows = {
+        "fine": {"law": case.problem.law(case.reported.target)},
+        "hand-made": {"what": f"{best[1]}, {best[2]}"} | case.report(*own),
+        "fixed grid": {"what": f"{of_one[1]}, {of_one[2]}"} | case.report(solver, times),
+    }
+    if case.problem.label:
+        rows["fine"]["label"] = case.problem.label(case.reported.target)
+    _, grid, rate = case.learn(search.Grid(solver, times), case.rates[0], **options)
+    rows["learned grid"] = {"what": f"rate {rate}, iteration {grid.iteration}"} | case.report(grid.solver, grid.times)
+    starts = {"fixed": times, "learned": grid.times}
+    found = {
+        name: case.learn(search.General(written_out(solver, t)), case.rates[1], **options) for name, t in starts.items()
+    }
+    start = min(found, key=lambda name: found[name][0])
+    _, general, rate = found[start]
+    rows["learned"] = {"what": f"from the {start} grid, rate {rate}, iteration {general.iteration}"}
+    rows["learned"] |= case.report(general.solver, general.times)
+    return rows
+
+
+def mixture() -> tuple[nfe.Problem, dict[str, Any], float]:
+    """Three overlapping Gaussians in the plane, cosine schedule."""
+    law, process, start = GaussianMixture(), Gaussian(schedules.VPCosine()), 0.99
+    held_out = law.sample(random.example_keys(jax.random.key(77), 8192))
+    problem = nfe.Problem(process, law.denoise(process), (1024, 2), {}, nfe.energy_to(held_out))
+    return problem, fixed_grids(process.schedule, start, 0.01, 80.0), start
+
+
+def table(found: dict[str, Any]) -> None:
+    """Markdown: means over seeds and the range."""
+    for problem, by_seed in found.items():
+        steps = sorted({s for rows in by_seed.values() for s in rows}, key=int)
+        measures = [m for m in ("rms", "law", "label") if m in next(iter(by_seed.values()))[steps[0]]["learned"]]
+        print(f"\n{problem}, seeds {', '.join(by_seed)}\n")
+        print(f"| NFE | sampler | {' | '.join(measures)} | chosen (each seed) |\n|---|---|{'---|' * len(measures)}---|")
+        for n in steps:
+            some = [rows[n] for rows in by_seed.values() if n in rows]
+            for row in ("hand-made", "fixed grid", "learned grid", "learned", "fine"):
+                cells = []
+                for m in measures:
+                    values = [one[row].get(m, np.nan) for one in some]
+                    spread = f" ({min(values):.3g} - {max(values):.3g})" if len(values) > 1 else ""
+                    cells.append("" if np.isnan(values[0]) else f"{np.mean(values):.3g}{spread}")
+                what = "; ".join(dict.fromkeys(one[row].get("what", "") for one in some))
+                print(f"| {n} | {row} | {' | '.join(cells)} | {what} |")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("mixture", "mnist", "table"))
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON of all that was measured")
+    parser.add_argument("--run", help="trained run, for mnist")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--num", type=int, default=64, help="noises in each set, for mnist")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--fine", type=int, default=1000, help="steps of the fine solution")
+    parser.add_argument("--only", nargs="+", metavar="SOLVER", default=list(nfe.DETERMINISTIC), help="hand-made ones")
+    arguments = parser.parse_args()
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.what == "table":
+        table(found)
+        return
+    if arguments.what == "mixture":
+        problem, fixed, start = mixture()
+        rates = (0.05, 0.2), (0.01, 0.03)
+    else:
+        problem, start = nfe.mnist(arguments.run, arguments.num), 1.0
+        fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))
+    for seed in arguments.seeds:
+        case = Case(problem, fixed, start, seed, arguments.fine, rates)
+        for steps in arguments.steps:
+            began = time.time()
+            options = {"batch": arguments.batch, "iterations": arguments.iterations}
+            rows = compare(case, steps, arguments.only, **options)
+            found.setdefault(arguments.what, {}).setdefault(str(seed), {})[str(steps)] = rows
+            arguments.out.write_text(json.dumps(found, indent=1))
+            print(f"seed {seed}, {steps} steps, {time.time() - began:.0f} s: {rows}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
