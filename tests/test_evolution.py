@@ -86,11 +86,11 @@ def test_the_optimum_of_a_convex_function(dims, latent):
     """In a few dimensions, and in 20 by distances in 3 random ones; candidates of another scale are as far."""
     target = np.linspace(-0.5, 0.5, dims)
     settings = {"temperature": 0.5, "latent": latent}
-    key, shape = jax.random.key(1), (512, dims)
-    out = evolve(key, lambda x: -((x - target) ** 2).sum(1), shape, **settings)
+    shape = (512, dims)
+    out = evolve(jax.random.key(1), lambda x: -((x - target) ** 2).sum(1), shape, **settings)
     start = -(1 + (target**2).mean()) * dims
     assert float(out.best_fitness) > 0.2 * start
-    moved = evolve(key, lambda x: -((x / 4 - target) ** 2).sum(1), shape, scale=4.0, **settings)
+    moved = evolve(jax.random.key(1), lambda x: -((x / 4 - target) ** 2).sum(1), shape, scale=4.0, **settings)
     np.testing.assert_allclose(moved.best_fitness, out.best_fitness, rtol=1e-4)
 
 
