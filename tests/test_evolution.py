@@ -19,7 +19,7 @@ def levels(t):
 
 
 def log_density(x):
-    return -jnp.abs(x).sum((1, 2)) + 700 * (x[:, 0, 0] > 1)  # whose exponential overflows float32
+    return 800.0 - jnp.abs(x).sum((1, 2))  # whose exponential overflows
 
 
 @pytest.mark.parametrize("latent", [None, 2])
@@ -38,7 +38,7 @@ def test_a_generation_is_two_loops(x64, latent):
         alpha, sigma = levels(t[i])
         total, weight = np.zeros(6), np.longdouble(0)
         for j in range(5):
-            fit = np.exp(np.longdouble(-np.abs(x[j]).sum() + 700 * (x[j, 0, 0] > 1) - 700))
+            fit = np.exp(np.longdouble(-np.abs(x[j]).sum()))
             w = fit * np.exp(np.longdouble(-((z[i] - alpha * z[j]) ** 2).sum() / (2 * sigma**2)))
             total, weight = total + w * flat[j], weight + w
         np.testing.assert_allclose(out.value[i].ravel(), (total / weight).astype(float), atol=1e-12)
