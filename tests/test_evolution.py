@@ -94,6 +94,7 @@ def test_the_optimum_of_a_convex_function(dims, latent):
     np.testing.assert_allclose(moved.best_fitness, out.best_fitness, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ends_and_nobody_fit():
     """No noise: each is itself. All noise: the fittest's average. Nobody fit: the kernel's. One alone: itself."""
     x = jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)
