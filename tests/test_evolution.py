@@ -19,7 +19,7 @@ def levels(t):
 
 
 def log_density(x):
-    return -jnp.abs(x).sum((1, 2)) + 700 * (x[:, 0, 0] > 1)  # whose exponential overflows float32
+    return 800.0 - jnp.abs(x).sum((1, 2))  # whose exponential overflows
 
 
 @pytest.mark.parametrize("latent", [None, 2])
@@ -38,7 +38,7 @@ def test_a_generation_is_two_loops(x64, latent):
         alpha, sigma = levels(t[i])
         total, weight = np.zeros(6), np.longdouble(0)
         for j in range(5):
-            fit = np.exp(np.longdouble(-np.abs(x[j]).sum() + 700 * (x[j, 0, 0] > 1) - 700))
+            fit = np.exp(np.longdouble(-np.abs(x[j]).sum()))
             w = fit * np.exp(np.longdouble(-((z[i] - alpha * z[j]) ** 2).sum() / (2 * sigma**2)))
             total, weight = total + w * flat[j], weight + w
         np.testing.assert_allclose(out.value[i].ravel(), (total / weight).astype(float), atol=1e-12)
@@ -86,14 +86,15 @@ def test_the_optimum_of_a_convex_function(dims, latent):
     """In a few dimensions, and in 20 by distances in 3 random ones; candidates of another scale are as far."""
     target = np.linspace(-0.5, 0.5, dims)
     settings = {"temperature": 0.5, "latent": latent}
-    key, shape = jax.random.key(1), (512, dims)
-    out = evolve(key, lambda x: -((x - target) ** 2).sum(1), shape, **settings)
+    shape = (512, dims)
+    out = evolve(jax.random.key(1), lambda x: -((x - target) ** 2).sum(1), shape, **settings)
     start = -(1 + (target**2).mean()) * dims
     assert float(out.best_fitness) > 0.2 * start
-    moved = evolve(key, lambda x: -((x / 4 - target) ** 2).sum(1), shape, scale=4.0, **settings)
+    moved = evolve(jax.random.key(1), lambda x: -((x / 4 - target) ** 2).sum(1), shape, scale=4.0, **settings)
     np.testing.assert_allclose(moved.best_fitness, out.best_fitness, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ends_and_nobody_fit():
     """No noise: each is itself. All noise: the fittest's average. Nobody fit: the kernel's. One alone: itself."""
     x = jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)

@@ -46,6 +46,7 @@ def test_on_a_line_the_cells_are_quantiles(x64):
     np.testing.assert_allclose(slope, measures(other.heights) - 0.2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_fitted_heights_are_the_quantiles_and_the_map_is_the_cheapest():
     """Cells' measures in closed form, far off 1 / 5 before the fit; heights within the error that this makes."""
     start = stats.norm.cdf(0)  # with equal heights inner targets have no cell at all
@@ -85,6 +86,7 @@ def test_many_targets_in_the_plane_against_exact_assignments():
     assert gaps[1] > 5 * gaps[0]
 
 
+@pytest.mark.slow
 def test_symmetric_targets_share_the_plane():
     """With equal heights a pentagon's cells are fifths; with one raised, its cell grows."""
     angles = 2 * np.pi * np.arange(5) / 5

@@ -142,6 +142,7 @@ class Posterior:
         return x0, carry, Info(jnp.ones(len(xt), jnp.int32))
 
 
+@pytest.mark.slow
 def test_normal_data(x64):
     """With an exact way back: x -> A x + noise, with A known, whose stationary covariance is the data's."""
     process, many = Gaussian(VPCosine(0.0)), 40_000
