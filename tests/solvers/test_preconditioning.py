@@ -28,6 +28,7 @@ from ddjax.solvers import (
     PredictorCorrector,
     dpm_solver_multistep,
     dpm_solver_pp,
+    euler,
 )
 from ddjax.solvers.preconditioning import LowRank
 
@@ -183,18 +184,23 @@ def prediction(xt, t, cond=None):
     return Prediction(jnp.sin(2.0 * xt) + 0.3 * xt, "x0")
 
 
-def published(x, times, damping, memory):
-    """DPM-Solver of order 1 with its drift multiplied, as its authors have it, but for the last step."""
+def published(x, times, damping, memory, form):
+    """The first-order solver of a form with its drift multiplied, as its authors have it, but for the last step."""
     before = None
     for t, s in itertools.pairwise(times):
-        alpha, sigma, alpha_s, sigma_s = 1 - t, t, 1 - s, s
-        noise = (x - alpha * (np.sin(2 * x) + 0.3 * x)) / sigma
-        h = np.log(alpha_s / sigma_s) - np.log(alpha / sigma) if s else np.inf
-        d = -sigma_s * np.expm1(h) * noise if s else -alpha_s / alpha * sigma * noise
+        x0 = np.sin(2 * x) + 0.3 * x
+        noise = (x - (1 - t) * x0) / t
+        if form == "noise":
+            h = np.log((1 - s) / s) - np.log((1 - t) / t) if s else np.inf
+            kept, d = (1 - s) / (1 - t) * x, -s * np.expm1(h) * noise if s else -t / (1 - t) * noise
+        elif form == "x0":
+            kept, d = s / t * x, (1 - s - s / t * (1 - t)) * x0
+        else:
+            kept, d = x, (s - t) * (noise - x0)
         m = d if before is None else memory * before + (1 - memory) * d
         turned = d - m * (m * d).sum(-1, keepdims=True) / (damping + (m * m).sum(-1, keepdims=True))
         turned *= np.linalg.norm(d, axis=-1, keepdims=True) / np.linalg.norm(turned, axis=-1, keepdims=True)
-        x, before = alpha_s / alpha * x + (turned if s else d), d
+        x, before = kept + (turned if s else d), d
     return x
 
 
@@ -203,16 +209,18 @@ def drawn(solver, x, times, **options):
     return ddjax.sample(jax.random.key(0), prediction, PROCESS, **settings)
 
 
-def test_the_published_recurrence(x64):
-    x, times = states(4), np.array([0.9, 0.6, 0.3, 0.1, 0.0])
-    for memory, damping in ((0.3, 1e-2), (0.6, 1.0)):
-        got = drawn(Preconditioned(DDIM(PROCESS), LevenbergMarquardt(damping, memory)), x, times)
-        np.testing.assert_allclose(got.x0, published(np.asarray(x), times, damping, memory), atol=1e-9)
-        np.testing.assert_array_equal(got.nfe, 4)
+@pytest.mark.parametrize("form", ["noise", *[pytest.param(f, marks=pytest.mark.slow) for f in ("x0", "velocity")]])
+def test_the_published_recurrence(x64, form):
+    x, times, (memory, damping) = states(4), np.array([0.9, 0.6, 0.3, 0.1, 0.0]), (0.3, 1e-2)
+    inner = euler(PROCESS) if form == "velocity" else DDIM(PROCESS)
+    solver = Preconditioned(inner, LevenbergMarquardt(damping, memory), form)
+    got = drawn(solver, x, times)
+    np.testing.assert_allclose(got.x0, published(np.asarray(x), times, damping, memory, form), atol=1e-9)
+    np.testing.assert_array_equal(got.nfe, 4)
     # From pure noise: the first step is the solver's own, and no drift to remember.
     x1 = 0.1 * (np.sin(2 * x) + 0.3 * x) + 0.9 * np.asarray(x)
-    got = drawn(Preconditioned(DDIM(PROCESS), LevenbergMarquardt(1e-2, 0.3)), x, np.array([1.0, *times]))
-    np.testing.assert_allclose(got.x0, published(x1, times, 1e-2, 0.3), atol=1e-9)
+    got = drawn(solver, x, np.array([1.0, *times]))
+    np.testing.assert_allclose(got.x0, published(x1, times, damping, memory, form), atol=1e-9)
 
 
 @pytest.mark.slow
@@ -242,7 +250,7 @@ def test_rows_are_their_own():
         (lambda: LevenbergMarquardt(1.0, 1.0), "memory"),
         (lambda: ExactHessian(-1.0), "positive damping"),
         (lambda: FixedHessian(np.zeros(3), 1.0), "vectors"),
-        (lambda: Preconditioned(DDIM(PROCESS), LevenbergMarquardt(), "velocity"), "form must be"),
+        (lambda: Preconditioned(DDIM(PROCESS), LevenbergMarquardt(), "v"), "form must be"),
         (lambda: Preconditioned(DDIM(PFGM(VPCosine(), D=4.0)), LevenbergMarquardt()), "needs a processes.Gaussian"),
     ],
 )
