@@ -1,7 +1,9 @@
 """Preconditioned drifts: exact inverses, the law that Langevin steps leave, and published recurrences."""
 
+import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,30 +55,35 @@ def states(n=2, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(n, DIMS)))
 
 
-def matrix(f):
-    return np.asarray(f(jnp.eye(DIMS))).T
-
-
 def test_low_rank_is_the_inverse_and_its_root(x64):
-    """Vectors of any angles; at full rank, with the roots of H as vectors, the inverse of H itself."""
+    """Vectors of any angles, and none; at full rank, with the roots of H as vectors, the inverse of H itself."""
     h = law()[1]
-    for vectors in (np.random.default_rng(1).normal(size=(2, DIMS)), np.linalg.cholesky(h).T, np.zeros((1, DIMS))):
-        low_rank, want = LowRank(jnp.asarray(vectors)[None], DAMPING), damped(vectors.T @ vectors)
-        np.testing.assert_allclose(matrix(low_rank.apply), want, atol=1e-12)
-        np.testing.assert_allclose(matrix(low_rank.root), scipy.linalg.sqrtm(want).real, atol=1e-12)
+    both = jax.jit(
+        lambda v: tuple(f(jnp.eye(DIMS)).T for f in (LowRank(v[None], DAMPING).apply, LowRank(v[None], DAMPING).root))
+    )
+    some = np.random.default_rng(1).normal(size=(3, DIMS))
+    some[2] = 0.0
+    for vectors in (some, np.linalg.cholesky(h).T):
+        (inverse, root), want = both(jnp.asarray(vectors)), damped(vectors.T @ vectors)
+        np.testing.assert_allclose(inverse, want, atol=1e-12)
+        np.testing.assert_allclose(root, scipy.linalg.sqrtm(want).real, atol=1e-12)
 
 
 def test_the_exact_hessian_of_a_gaussian(x64):
     """In closed form and by differentiating the denoiser: the score times (H + lambda)^-1."""
     exact, h = law()
     x, t = states(), jnp.full(2, T)
-    score = exact.score(PROCESS, x, t)
+    score = jax.jit(lambda x: exact.score(PROCESS, x, t))(x)
     want = np.asarray(score) @ damped(h)
     for preconditioner in (ExactHessian(DAMPING, exact), ExactHessian(DAMPING)):
-        metric, _ = preconditioner.metric((), score, x, t, exact.denoise(PROCESS, "noise"), PROCESS, None)
-        np.testing.assert_allclose(metric.apply(score), want, atol=1e-10)
-        twice = metric.root(metric.root(score))
-        np.testing.assert_allclose(twice, want, atol=1e-10)
+
+        @jax.jit
+        def both(x, score, preconditioner=preconditioner):
+            metric, _ = preconditioner.metric((), score, x, t, exact.denoise(PROCESS, "noise"), PROCESS, None)
+            return metric.apply(score), metric.root(metric.root(score))
+
+        for got in both(x, score):
+            np.testing.assert_allclose(got, want, atol=1e-10)
     full = LowRank(jnp.asarray(np.linalg.cholesky(h).T)[None], DAMPING)
     np.testing.assert_allclose(full.apply(score), want, atol=1e-10)
 
@@ -97,17 +104,30 @@ def test_the_exact_hessian_of_a_mixture(x64):
         np.testing.assert_allclose(metric.apply(x)[i], want @ x[i], atol=1e-8)
 
 
+class Rows(NamedTuple):
+    """Normals that are given as they are."""
+
+    z: jax.Array
+
+    def init(self, x):
+        return ()
+
+    def draw(self, state, keys, x, t, s):
+        return self.z, state
+
+
 def affine(corrector, exact):
-    """The step's matrix and offset, and what multiplies its noise."""
-    denoise = exact.denoise(PROCESS)
+    """The step's matrix, and what multiplies its noise."""
+    denoise, nothing, eye = exact.denoise(PROCESS), np.zeros((1, DIMS)), np.eye(DIMS)
 
+    @jax.jit
     def step(x, z):
-        own = Langevin(PROCESS, corrector.size, 1, "level", Given(z[None]), corrector.preconditioner)
-        return np.asarray(own.correct(None, own.init(x), x, jnp.asarray(T), denoise)[0])
+        own = dataclasses.replace(corrector, rule="level", noise=Rows(z))
+        return own.correct(None, own.init(x), x, jnp.asarray(T), denoise)[0]
 
-    zeros, eye = jnp.zeros((DIMS, DIMS)), np.eye(DIMS)
-    offset = step(zeros, np.zeros((DIMS, DIMS)))
-    return step(jnp.eye(DIMS), np.zeros((DIMS, DIMS))).T - offset.T, (step(zeros, eye) - offset).T
+    rows = step(np.concatenate([nothing, eye, 0 * eye]), np.concatenate([nothing, 0 * eye, eye]))
+    rows = np.asarray(rows[1:] - rows[0])
+    return rows[:DIMS].T, rows[DIMS:].T
 
 
 @pytest.fixture
