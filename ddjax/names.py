@@ -427,7 +427,7 @@ def _redi(process: Any, base: str, solver: str = "ddim", neighbours: int = 1, **
 def _levenberg_marquardt(
     process: Any,
     solver: str = "dpm_solver_pp",
-    damping: float = 1.0,
+    damping: float = 100.0,
     memory: float = 0.1,
     form: str = "x0",
     **options: Any,

@@ -1,7 +1,7 @@
 """Second-order geometry for first-order drifts: directions multiplied by an inverse of the Hessian of -log p_t.
 
     corrector = solvers.Langevin(process, 0.1, rule="level", preconditioner=ExactHessian(damping=0.1))
-    solver = solvers.Preconditioned(solvers.dpm_solver_pp(process), LevenbergMarquardt(damping=1.0, memory=0.1))
+    solver = solvers.Preconditioned(solvers.dpm_solver_pp(process), LevenbergMarquardt(damping=100.0, memory=0.1))
 
 (Wang et al. 2025, "Unleashing High-Quality Image Generation in Diffusion Sampling Using Second-Order
 Levenberg-Marquardt-Langevin".) With H the Hessian of -log p_t times sigma^2, whose eigenvalues are 1 where there is
@@ -163,7 +163,7 @@ class LevenbergMarquardt:
     The rank of one is an approximation without a bound for any given law; `ExactHessian` says what it stands for.
     """
 
-    damping: float = 1.0
+    damping: float = 100.0
     memory: float = 0.1
 
     def __post_init__(self):
