@@ -68,7 +68,7 @@ def redi(run, num, fine):
     row("base", "steps skipped of 12", "evaluations", "distance to the fine solution", "to the neighbour")
     plain = draw(solver, times)
     row("", "none", int(plain.nfe[0]), rms(plain.x0, end), "")
-    for n in (128, 512):
+    for n in (32, 128):
         for early, late in ((2, 6), (4, 8)):
             base = retrieval.for_run(run, jax.random.key(1), n, early=early, late=late, steps=12, guidance=1.0)
             got = draw(retrieval.redi(solver, base), times, trajectory=True)
@@ -78,7 +78,7 @@ def redi(run, num, fine):
 
 def noise(run, num, fine):
     denoise, *_ = setting(run, num)
-    items = load_data(run.config, "test")[:128]
+    items = load_data(run.config, "test")[:64]
     x0, labels = jnp.asarray(items["x0"]), jnp.asarray(items["cond"])
     settings = {"solver": solvers.Heun(run.process), "times": jnp.linspace(1, 0, 4), "chunk": 64}
 
@@ -86,10 +86,10 @@ def noise(run, num, fine):
         some = {"references": x0[rows], "cond": labels[rows], "candidates": candidates}
         return boundary.best_noise(KEY, denoise, run.process, **some, **settings)
 
-    found = search(slice(64), 16)
-    others = search(slice(64, 128), run.process.prior((16, *run.data.shape)).sample(ddjax.random.example_keys(KEY, 16)))
-    row("references", "the best noise of the first 64", "mean of 16", "least", "largest")
-    for name, scores in (("the first 64", found.scores), ("64 others", others.scores)):
+    found = search(slice(32), 8)
+    others = search(slice(32, 64), run.process.prior((8, *run.data.shape)).sample(ddjax.random.example_keys(KEY, 8)))
+    row("references", "the best noise of the first 32", "mean of 8", "least", "largest")
+    for name, scores in (("the first 32", found.scores), ("32 others", others.scores)):
         row(name, *(float(v) for v in (scores[found.index], scores.mean(), scores.min(), scores.max())))
 
 
@@ -98,9 +98,9 @@ def lm(run, num, fine):
     data = jnp.asarray(load_data(run.config, "test")[:1000]["x0"]).reshape(1000, -1)
     end = solved(run, draw, fine)
     row("damping", "memory", *(f"{n} evaluations: distance, kernel distance to data" for n in (5, 8)))
-    base = solvers.dpm_solver_multistep(run.process)
+    base = solvers.dpm_solver_pp(run.process)
     rows = {("none", "none"): base}
-    for damping, memory in ((1e-3, 0.01), (1e-3, 0.1), (1.0, 0.1), (100.0, 0.1)):
+    for damping, memory in ((0.1, 0.1), (1.0, 0.1), (100.0, 0.1)):
         rows[damping, memory] = solvers.Preconditioned(base, solvers.LevenbergMarquardt(damping, memory))
     for which, solver in rows.items():
         drawn = [draw(solver, np.linspace(0.999, 0, n + 1)).x0 for n in (5, 8)]

@@ -427,10 +427,10 @@ def _redi(process: Any, base: str, solver: str = "ddim", neighbours: int = 1, **
 
 def _levenberg_marquardt(
     process: Any,
-    solver: str = "dpm_solver_multistep",
-    damping: float = 1e-3,
+    solver: str = "dpm_solver_pp",
+    damping: float = 100.0,
     memory: float = 0.1,
-    form: str = "noise",
+    form: str = "x0",
     **options: Any,
 ) -> solvers.Preconditioned:
     """`Preconditioned` by `LevenbergMarquardt` around another of `SOLVERS`; the options are that one's own."""

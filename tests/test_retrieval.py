@@ -40,8 +40,12 @@ def drawn(key, solver, batch=7, labels=None, **options):
 def test_what_is_in_the_base_is_found_again(labels):
     """Bit for bit, with fewer evaluations."""
     labels = None if labels is None else jnp.asarray(labels)
-    got = drawn(1, retrieval.redi(DDIM(PROCESS), built(labels)), labels=labels, trajectory=True)
+    base = built(labels)
+    got = drawn(1, retrieval.redi(DDIM(PROCESS), base), labels=labels, trajectory=True)
     want = drawn(1, DDIM(PROCESS), labels=labels, trajectory=True)
+    for name, step in (("early", 2), ("late", 4)):
+        np.testing.assert_array_equal(getattr(base, name), want.trajectory[step])
+    assert base.times == (float(TIMES[2]), float(TIMES[4]))
     np.testing.assert_array_equal(got.x0, want.x0)
     np.testing.assert_array_equal(got.nfe, 4)
     for step, same in enumerate((0, 1, 2, 4, 4, 5, 6)):

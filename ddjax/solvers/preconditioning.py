@@ -1,7 +1,7 @@
 """Second-order geometry for first-order drifts: directions multiplied by an inverse of the Hessian of -log p_t.
 
     corrector = solvers.Langevin(process, 0.1, rule="level", preconditioner=ExactHessian(damping=0.1))
-    solver = solvers.Preconditioned(solvers.deis(process, 3), LevenbergMarquardt(damping=1e-3, memory=0.1))
+    solver = solvers.Preconditioned(solvers.dpm_solver_pp(process), LevenbergMarquardt(damping=100.0, memory=0.1))
 
 (Wang et al. 2025, "Unleashing High-Quality Image Generation in Diffusion Sampling Using Second-Order
 Levenberg-Marquardt-Langevin".) With H the Hessian of -log p_t times sigma^2, whose eigenvalues are 1 where there is
@@ -30,6 +30,7 @@ from ddjax.gaussian_law import GaussianLaw, check_process
 from ddjax.processes import Gaussian
 from ddjax.processes.gaussian import divide
 from ddjax.solvers.base import Info, Solver, batched, first_carry
+from ddjax.solvers.forms import FORMS
 from ddjax.types import State, left_broadcast, per_example
 
 
@@ -155,13 +156,14 @@ class LevenbergMarquardt:
     """The paper's approximation: H is the product of one vector with itself, as in Gauss and Newton's.
 
     H ~ m m', m = memory d_before + (1 - memory) d, with d the direction now and that of the step before. Costs no
-    evaluation. memory = 0 only makes d shorter, so that `Preconditioned`, which keeps its length, does nothing at all.
-    damping: against |m|^2, in d's own units (the paper's 5e-5 to 5e-3 for images).
+    evaluation. memory = 0, as in the published scripts, only makes d shorter, so that `Preconditioned`, which keeps its
+    length, does nothing at all. damping: against |m|^2, in d's own units. Where it is far below memory |m|^2, what is
+    left of d is what is orthogonal to m, and leads astray.
 
     The rank of one is an approximation without a bound for any given law; `ExactHessian` says what it stands for.
     """
 
-    damping: float = 1e-3
+    damping: float = 100.0
     memory: float = 0.1
 
     def __post_init__(self):
@@ -271,26 +273,27 @@ class ExactHessian:
 class Preconditioned:
     """Any deterministic solver, with its drift multiplied by P and given its length back.
 
-    A step x_s = r x_t + d has a part that only rescales the state and a drift d, made of predictions: r = alpha_s /
-    alpha_t where these are of the noise, sigma_s / sigma_t where they are of x0 (`solvers.forms`). It becomes
+    A step x_s = r x_t + d has a part that only rescales the state and a drift d, made of predictions: r = sigma_s /
+    sigma_t where these are of x0, alpha_s / alpha_t of the noise, and 1 of the velocity (`solvers.forms`). It becomes
 
         x_s = r x_t + |d| P d / |P d|
 
-    as in the paper's samplers (DPM-Solver and DPM-Solver++ with their drifts multiplied). The step into sigma = 0,
-    which is the prediction itself, and those from alpha = 0 stay as they are. The result no longer converges to the
-    ODE's solution: what is gained is gained in few steps, if at all.
+    as in the paper's samplers (DPM-Solver, DPM-Solver++ and Euler with their drifts multiplied). The step into
+    sigma = 0, which is the prediction itself, and those from alpha = 0 stay as they are. The result no longer converges
+    to the ODE's solution: what is gained is gained in few steps, if at all.
 
-    solver: one that takes whatever state it is given. form: "noise" or "x0".
+    solver: one that takes whatever state it is given. form: of `solvers.forms.FORMS`; that of the noise is two large
+        numbers' difference near alpha = 0, which a turned d upsets.
     """
 
     solver: Solver
     preconditioner: Preconditioner
-    form: str = "noise"
+    form: str = "x0"
 
     def __post_init__(self):
         check_process("Preconditioned", getattr(self.solver, "process", None))
-        if self.form not in ("noise", "x0"):
-            raise ValueError(f"form must be noise or x0, got {self.form!r}")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
         if getattr(self.solver, "times", None) is not None:
             raise ValueError(f"{type(self.solver).__name__} would not see what was multiplied: use another solver")
 
@@ -313,7 +316,7 @@ class Preconditioned:
         plain, inner, info = self.solver.step(keys, inner, xt, t, s, denoise, cond)
         schedule, (t_, s_) = self.process.schedule, (left_broadcast(jnp.asarray(v), xt) for v in (t, s))
         stays = (schedule.alpha(t_) == 0) | (schedule.sigma(s_) == 0)
-        scale = schedule.alpha if self.form == "noise" else schedule.sigma
+        scale = {"x0": schedule.sigma, "noise": schedule.alpha, "velocity": jnp.ones_like}[self.form]
         kept = divide(scale(s_), scale(t_)) * xt
         drift = plain - kept
         metric, after = self.preconditioner.metric(before, drift, xt, t, denoise, self.process, cond)

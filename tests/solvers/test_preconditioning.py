@@ -1,7 +1,9 @@
 """Preconditioned drifts: exact inverses, the law that Langevin steps leave, and published recurrences."""
 
+import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from ddjax.solvers import (
     PredictorCorrector,
     dpm_solver_multistep,
     dpm_solver_pp,
+    euler,
 )
 from ddjax.solvers.preconditioning import LowRank
 
@@ -52,30 +55,35 @@ def states(n=2, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(n, DIMS)))
 
 
-def matrix(f):
-    return np.asarray(f(jnp.eye(DIMS))).T
-
-
 def test_low_rank_is_the_inverse_and_its_root(x64):
-    """Vectors of any angles; at full rank, with the roots of H as vectors, the inverse of H itself."""
+    """Vectors of any angles, and none; at full rank, with the roots of H as vectors, the inverse of H itself."""
     h = law()[1]
-    for vectors in (np.random.default_rng(1).normal(size=(2, DIMS)), np.linalg.cholesky(h).T, np.zeros((1, DIMS))):
-        low_rank, want = LowRank(jnp.asarray(vectors)[None], DAMPING), damped(vectors.T @ vectors)
-        np.testing.assert_allclose(matrix(low_rank.apply), want, atol=1e-12)
-        np.testing.assert_allclose(matrix(low_rank.root), scipy.linalg.sqrtm(want).real, atol=1e-12)
+    both = jax.jit(
+        lambda v: tuple(f(jnp.eye(DIMS)).T for f in (LowRank(v[None], DAMPING).apply, LowRank(v[None], DAMPING).root))
+    )
+    some = np.random.default_rng(1).normal(size=(3, DIMS))
+    some[2] = 0.0
+    for vectors in (some, np.linalg.cholesky(h).T):
+        (inverse, root), want = both(jnp.asarray(vectors)), damped(vectors.T @ vectors)
+        np.testing.assert_allclose(inverse, want, atol=1e-12)
+        np.testing.assert_allclose(root, scipy.linalg.sqrtm(want).real, atol=1e-12)
 
 
 def test_the_exact_hessian_of_a_gaussian(x64):
     """In closed form and by differentiating the denoiser: the score times (H + lambda)^-1."""
     exact, h = law()
     x, t = states(), jnp.full(2, T)
-    score = exact.score(PROCESS, x, t)
+    score = jax.jit(lambda x: exact.score(PROCESS, x, t))(x)
     want = np.asarray(score) @ damped(h)
     for preconditioner in (ExactHessian(DAMPING, exact), ExactHessian(DAMPING)):
-        metric, _ = preconditioner.metric((), score, x, t, exact.denoise(PROCESS, "noise"), PROCESS, None)
-        np.testing.assert_allclose(metric.apply(score), want, atol=1e-10)
-        twice = metric.root(metric.root(score))
-        np.testing.assert_allclose(twice, want, atol=1e-10)
+
+        @jax.jit
+        def both(x, score, preconditioner=preconditioner):
+            metric, _ = preconditioner.metric((), score, x, t, exact.denoise(PROCESS, "noise"), PROCESS, None)
+            return metric.apply(score), metric.root(metric.root(score))
+
+        for got in both(x, score):
+            np.testing.assert_allclose(got, want, atol=1e-10)
     full = LowRank(jnp.asarray(np.linalg.cholesky(h).T)[None], DAMPING)
     np.testing.assert_allclose(full.apply(score), want, atol=1e-10)
 
@@ -96,17 +104,30 @@ def test_the_exact_hessian_of_a_mixture(x64):
         np.testing.assert_allclose(metric.apply(x)[i], want @ x[i], atol=1e-8)
 
 
+class Rows(NamedTuple):
+    """Normals that are given as they are."""
+
+    z: jax.Array
+
+    def init(self, x):
+        return ()
+
+    def draw(self, state, keys, x, t, s):
+        return self.z, state
+
+
 def affine(corrector, exact):
-    """The step's matrix and offset, and what multiplies its noise."""
-    denoise = exact.denoise(PROCESS)
+    """The step's matrix, and what multiplies its noise."""
+    denoise, nothing, eye = exact.denoise(PROCESS), np.zeros((1, DIMS)), np.eye(DIMS)
 
+    @jax.jit
     def step(x, z):
-        own = Langevin(PROCESS, corrector.size, 1, "level", Given(z[None]), corrector.preconditioner)
-        return np.asarray(own.correct(None, own.init(x), x, jnp.asarray(T), denoise)[0])
+        own = dataclasses.replace(corrector, rule="level", noise=Rows(z))
+        return own.correct(None, own.init(x), x, jnp.asarray(T), denoise)[0]
 
-    zeros, eye = jnp.zeros((DIMS, DIMS)), np.eye(DIMS)
-    offset = step(zeros, np.zeros((DIMS, DIMS)))
-    return step(jnp.eye(DIMS), np.zeros((DIMS, DIMS))).T - offset.T, (step(zeros, eye) - offset).T
+    rows = step(np.concatenate([nothing, eye, 0 * eye]), np.concatenate([nothing, 0 * eye, eye]))
+    rows = np.asarray(rows[1:] - rows[0])
+    return rows[:DIMS].T, rows[DIMS:].T
 
 
 @pytest.fixture
@@ -183,18 +204,23 @@ def prediction(xt, t, cond=None):
     return Prediction(jnp.sin(2.0 * xt) + 0.3 * xt, "x0")
 
 
-def published(x, times, damping, memory):
-    """DPM-Solver of order 1 with its drift multiplied, as its authors have it, but for the last step."""
+def published(x, times, damping, memory, form):
+    """The first-order solver of a form with its drift multiplied, as its authors have it, but for the last step."""
     before = None
     for t, s in itertools.pairwise(times):
-        alpha, sigma, alpha_s, sigma_s = 1 - t, t, 1 - s, s
-        noise = (x - alpha * (np.sin(2 * x) + 0.3 * x)) / sigma
-        h = np.log(alpha_s / sigma_s) - np.log(alpha / sigma) if s else np.inf
-        d = -sigma_s * np.expm1(h) * noise if s else -alpha_s / alpha * sigma * noise
+        x0 = np.sin(2 * x) + 0.3 * x
+        noise = (x - (1 - t) * x0) / t
+        if form == "noise":
+            h = np.log((1 - s) / s) - np.log((1 - t) / t) if s else np.inf
+            kept, d = (1 - s) / (1 - t) * x, -s * np.expm1(h) * noise if s else -t / (1 - t) * noise
+        elif form == "x0":
+            kept, d = s / t * x, (1 - s - s / t * (1 - t)) * x0
+        else:
+            kept, d = x, (s - t) * (noise - x0)
         m = d if before is None else memory * before + (1 - memory) * d
         turned = d - m * (m * d).sum(-1, keepdims=True) / (damping + (m * m).sum(-1, keepdims=True))
         turned *= np.linalg.norm(d, axis=-1, keepdims=True) / np.linalg.norm(turned, axis=-1, keepdims=True)
-        x, before = alpha_s / alpha * x + (turned if s else d), d
+        x, before = kept + (turned if s else d), d
     return x
 
 
@@ -203,16 +229,18 @@ def drawn(solver, x, times, **options):
     return ddjax.sample(jax.random.key(0), prediction, PROCESS, **settings)
 
 
-def test_the_published_recurrence(x64):
-    x, times = states(4), np.array([0.9, 0.6, 0.3, 0.1, 0.0])
-    for memory, damping in ((0.3, 1e-2), (0.6, 1.0)):
-        got = drawn(Preconditioned(DDIM(PROCESS), LevenbergMarquardt(damping, memory)), x, times)
-        np.testing.assert_allclose(got.x0, published(np.asarray(x), times, damping, memory), atol=1e-9)
-        np.testing.assert_array_equal(got.nfe, 4)
+@pytest.mark.parametrize("form", ["noise", *[pytest.param(f, marks=pytest.mark.slow) for f in ("x0", "velocity")]])
+def test_the_published_recurrence(x64, form):
+    x, times, (memory, damping) = states(4), np.array([0.9, 0.6, 0.3, 0.1, 0.0]), (0.3, 1e-2)
+    inner = euler(PROCESS) if form == "velocity" else DDIM(PROCESS)
+    solver = Preconditioned(inner, LevenbergMarquardt(damping, memory), form)
+    got = drawn(solver, x, times)
+    np.testing.assert_allclose(got.x0, published(np.asarray(x), times, damping, memory, form), atol=1e-9)
+    np.testing.assert_array_equal(got.nfe, 4)
     # From pure noise: the first step is the solver's own, and no drift to remember.
     x1 = 0.1 * (np.sin(2 * x) + 0.3 * x) + 0.9 * np.asarray(x)
-    got = drawn(Preconditioned(DDIM(PROCESS), LevenbergMarquardt(1e-2, 0.3)), x, np.array([1.0, *times]))
-    np.testing.assert_allclose(got.x0, published(x1, times, 1e-2, 0.3), atol=1e-9)
+    got = drawn(solver, x, np.array([1.0, *times]))
+    np.testing.assert_allclose(got.x0, published(x1, times, damping, memory, form), atol=1e-9)
 
 
 @pytest.mark.slow
@@ -242,7 +270,7 @@ def test_rows_are_their_own():
         (lambda: LevenbergMarquardt(1.0, 1.0), "memory"),
         (lambda: ExactHessian(-1.0), "positive damping"),
         (lambda: FixedHessian(np.zeros(3), 1.0), "vectors"),
-        (lambda: Preconditioned(DDIM(PROCESS), LevenbergMarquardt(), "velocity"), "form must be"),
+        (lambda: Preconditioned(DDIM(PROCESS), LevenbergMarquardt(), "v"), "form must be"),
         (lambda: Preconditioned(DDIM(PFGM(VPCosine(), D=4.0)), LevenbergMarquardt()), "needs a processes.Gaussian"),
     ],
 )

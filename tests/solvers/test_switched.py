@@ -40,8 +40,6 @@ def test_it_is_one_solver_and_then_the_other(x64):
     after = drawn(second, times[3:], init=before.x0, trajectory=True)
     np.testing.assert_allclose(got.trajectory, np.concatenate([before.trajectory, after.trajectory[1:]]), atol=1e-14)
     np.testing.assert_array_equal(got.nfe, before.nfe + after.nfe)
-    heun = drawn(Switched((DDIM(PROCESS), Heun(PROCESS)), (0.5,)), grids.uniform(4))
-    np.testing.assert_array_equal(heun.nfe, 1 + 1 + 2 + 1)
 
 
 @pytest.mark.slow
@@ -50,6 +48,7 @@ def test_three_of_which_one_has_no_step(x64):
     times = grids.uniform(4)
     pair = Switched((DDIM(PROCESS), Heun(PROCESS)), (0.5,))
     three = Switched((DDIM(PROCESS), adams_bashforth(PROCESS, 2), Heun(PROCESS)), (0.55, 0.5))
+    np.testing.assert_array_equal(drawn(pair, times).nfe, 1 + 1 + 2 + 1)
     np.testing.assert_array_equal(drawn(pair, times).x0, drawn(three, times).x0)
     np.testing.assert_array_equal(drawn(Switched((Heun(PROCESS),), ()), times).x0, drawn(Heun(PROCESS), times).x0)
 
