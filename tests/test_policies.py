@@ -39,16 +39,14 @@ def test_the_mean_estimate_is_the_slope_of_the_expected_reward(x64, draws):
     p = np.asarray(jax.nn.softmax(policies.logits(params, x)))
     np.testing.assert_allclose(policies.expected(params, x, jnp.asarray(TABLE)), (p * TABLE).sum() / 3, rtol=1e-12)
     exact = jax.grad(policies.expected)(params, x, jnp.asarray(TABLE))
-    estimate = jax.jit(jax.grad(policies.surrogate))
-    total = jax.tree.map(jnp.zeros_like, params)
     # Of one label at a time: their estimates are summands.
-    for label in range(3):
-        for actions in itertools.product(range(3), repeat=draws):
-            chance = np.prod(p[label, list(actions)])
-            column = jnp.asarray(actions)[:, None]
-            value = jnp.asarray(TABLE[label, list(actions)])[:, None]
-            one = estimate(params, x[label : label + 1], column, value)
-            total = jax.tree.map(lambda a, b, chance=chance: a + chance * b / 3, total, one)
+    cases = [(label, a) for label in range(3) for a in itertools.product(range(3), repeat=draws)]
+    chances = np.array([np.prod(p[label, list(a)]) for label, a in cases]) / 3
+    actions = jnp.asarray([a for _, a in cases])[..., None]
+    values = jnp.asarray([TABLE[label, list(a)] for label, a in cases])[..., None]
+    own = x[np.array([label for label, _ in cases])][:, None]
+    each = jax.jit(jax.vmap(jax.grad(policies.surrogate), in_axes=(None, 0, 0, 0)))(params, own, actions, values)
+    total = jax.tree.map(lambda v: np.tensordot(chances, v, 1), each)
     for found, wanted in zip(jax.tree.leaves(total), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-12)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(exact)) > 1e-2
@@ -122,6 +120,7 @@ def test_steps_go_where_they_are_worth_it():
     assert error(drawn.x0) < 0.2 * error(fixed[1].x0)
 
 
+@pytest.mark.slow
 def test_each_sample_is_the_one_that_its_arm_draws():
     """With the same key and row, whatever else is drawn; noise, conditions, rows and first states go along."""
     arms = [(solvers.Ancestral(PROCESS), grids.uniform(2)), (DDIM(PROCESS, 0.5), grids.uniform(3))]
@@ -137,6 +136,7 @@ def test_each_sample_is_the_one_that_its_arm_draws():
     assert len(np.unique(drawn.x0)) == 7  # three of label 1; those of label 0 are 0.5
 
 
+@pytest.mark.slow
 def test_a_classifiers_opinion():
     """Log-probabilities of own labels, of logits, and of a fitted judge, which knows what is real."""
     score = policies.of_label(lambda x: jnp.stack([x[:, 0], -x[:, 0]], axis=-1))

@@ -98,6 +98,7 @@ def walk_counted(solver, denoise, times, x):
     return states, counts
 
 
+@pytest.mark.slow
 def test_the_pseudo_corrector_is_known(x64):
     """Its predicted states are those of Euler with UniPC's corrector on any grid, on equal steps Adams-Bashforth's."""
     process = Gaussian(CondOT())
@@ -114,7 +115,8 @@ def test_the_pseudo_corrector_is_known(x64):
             x, carry, _ = step(carry, x, t, s)
 
 
-@pytest.mark.parametrize("uneven", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+@pytest.mark.slow
+@pytest.mark.parametrize("uneven", [0.0, 0.3])
 def test_the_pseudo_corrector_is_of_second_order(x64, uneven):
     """On equal steps, and on a grid whose steps are long and short in turn."""
     process = Gaussian(CondOT())

@@ -139,7 +139,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("one site", marks=pytest.mark.slow), "masks of two sites"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_tokens_have_the_exact_law_for_any_number_of_outer_steps(name):
     """Where the inner chain is exact: one ancestral step of one site; first hitting of masks that depend on each other.
 
