@@ -144,7 +144,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{run.data.name!r} has no labels to edit towards: leave out --label (--lambda-2 draws anew)")
     if label is not None and len(label) not in (1, len(x0)):
         raise ValueError(f"--label takes one label, or one for each of {len(x0)} items, got {len(label)}")
-    label = label if label is None or len(label) == len(x0) else label[0]
+    label = run.labels(label if label is None or len(label) == len(x0) else label[0], len(x0))
     out = arguments.out or arguments.workdir / "samples" / "edited"
     path = samples_path(run.data, out)
     weights = {"lambda_1": arguments.lambda_1, "lambda_2": arguments.lambda_2}

@@ -113,7 +113,7 @@ def test_images_side_by_side(capsys, monkeypatch, tmp_path, tokens, real):
     assert "no noise for lambda_1, lambda_2" in command(
         capsys, monkeypatch, real, *base, "--lambda-1", 0.5, "--out", png, code=1
     )  # fmt: skip
-    command(capsys, monkeypatch, tokens, *base[:6], "--out", png)
+    command(capsys, monkeypatch, tokens, *base[:7], "--out", png)
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
 
 
