@@ -146,7 +146,7 @@ def generate(
     chosen: tuple[int, int] | None = None,
     rows: Int[Array, " batch"] | None = None,
 ) -> Coded:
-    """Samples whose entries are any, and their codes (section 3.1).
+    """Samples whose entries are any, and their codes.
 
     shape, times, cond, rows: as in `ddjax.sample`. solver: a stochastic one, whose `noise` is a `Codebook`.
     chosen: (first, stop), the draws that choose (see `Codes`); default: all but that of a last step to t = 0, which

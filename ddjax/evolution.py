@@ -1,6 +1,6 @@
 """Diffusion evolution: a population and its fitness as a denoiser, so that any sampler is an optimiser.
 
-(Zhang et al. 2024, "Diffusion models are evolutionary algorithms", eq. 9.) Fit individuals are the data of a diffusion,
+(Zhang et al. 2024, "Diffusion models are evolutionary algorithms".) Fit individuals are the data of a diffusion,
 q(x_0) ∝ exp(log density of the fitness), of which the population x_1 ... x_n holds the only draws there are:
 
     x0_hat(x_i) = sum_j w_ij x_j,   w_ij ∝ exp(log_density(x_j)) N(x_i; alpha x_j, sigma^2)
@@ -41,7 +41,7 @@ class Evolution:
     process: Gaussian. log_density: of a population `(n, *sites)`, the logarithm of the density that their fitness
         stands for, `(n,)`; -inf where nothing is fit. Compared by identity when compiled.
     projection: `(latent, dims)`, or None: distances between individuals are those of their latents, projection @ x
-        (latent-space diffusion evolution, their section 3.3): in many dimensions all others are far away, and in few
+        (their latent-space diffusion evolution): in many dimensions all others are far away, and in few
         random ones the neighbours are still neighbours. Individuals themselves stay in the whole space.
     """
 

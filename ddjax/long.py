@@ -30,7 +30,7 @@ def sample_long(
     stop: int | None = None,
     rows: Int[Array, " batch"] | None = None,
 ) -> Sample:
-    """Draw sequences of any length, semi-autoregressively (Sahoo et al. 2024, MDLM, section 5.3).
+    """Draw sequences of any length, semi-autoregressively (Sahoo et al. 2024, MDLM).
 
     A window is drawn; its last `window - stride` tokens are known sites of the next, which begins `stride` sites later;
     and so on to the end. The last window moves on by less where `shape` asks for less, and knows more.
