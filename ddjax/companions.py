@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from ddjax import data as datasets
-from ddjax import names, naming, random
+from ddjax import gaussian_law, names, naming, random
 from ddjax.config import Config, ConfigError
 from ddjax.data.beside import PLAIN
 from ddjax.data.dataset import Dataset
@@ -146,3 +146,36 @@ __all__ = [
     "starts",
     "starts_from_data",
 ]
+
+
+def with_law(experiment: Experiment, solver: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The solver's options, with the Gaussian law of the training data, or of a file, where it takes one.
+
+    Raises ConfigError for a law of other states or labels, and for data without one.
+    """
+    if "law" not in naming.taken(naming.pick(names.SOLVERS, solver, "config.sample.solver"), {"law": None}):
+        return dict(options)
+    key, path, data = "config.sample.solver_options.law", options.get("law"), experiment.data
+    if path is None:
+        return {**options, "law": experiment.law}
+    try:
+        found = gaussian_law.load(path)
+    except ValueError as error:
+        raise ConfigError(f"{key}={path!r}: {error}") from error
+    if found.shape != data.shape or found.laws not in (1, data.num_classes + 1):
+        raise ConfigError(
+            f"{key}={path!r} has {found.laws} laws of states of shape {found.shape}; {data.name!r} has states of shape "
+            f"{data.shape} and {data.num_classes} labels"
+        )
+    return {**options, "law": found}
+
+
+def fitted_law(experiment: Experiment) -> gaussian_law.GaussianLaw:
+    """The Gaussian law of the training data, for each label where they have labels."""
+    from ddjax.experiment import load_data  # here: it makes everything else
+
+    data = experiment.data if len(experiment.data) else load_data(experiment.config, "train")
+    try:
+        return gaussian_law.fit(data, labels=bool(data.num_classes))
+    except ValueError as error:
+        raise ConfigError(f"config.sample.solver_options.law: {error}") from error

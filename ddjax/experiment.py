@@ -18,7 +18,6 @@ from jaxtyping import Array
 from ddjax import (
     companions,
     denoisers,
-    gaussian_law,
     grids,
     guidance,
     likelihood,
@@ -228,38 +227,11 @@ class Experiment:
         """The sampler's step, by name; default that of the config."""
         c = self.config.sample
         options = options if name is not None else {**c.solver_options, **options}
-        named = naming.pick(names.SOLVERS, name or c.solver, "config.sample.solver")
-        if "law" in inspect.signature(named).parameters:
-            options = {**options, "law": self.law(options.get("law"))}
+        options = companions.with_law(self, name or c.solver, options)
         made = naming.make(names.SOLVERS, name or c.solver, "config.sample.solver", self.sampling_process, **options)
         return self._cached(made) if c.cache else made
 
-    def law(self, path: str | None = None) -> gaussian_law.GaussianLaw:
-        """The Gaussian law in a file, or that of the training data, for each label where they have labels.
-
-        Raises ConfigError for a law of other states, and for data without one.
-        """
-        key = "config.sample.solver_options.law"
-        if path is None:
-            return self._fitted_law
-        try:
-            found = gaussian_law.load(path)
-        except ValueError as error:
-            raise ConfigError(f"{key}={path!r}: {error}") from error
-        if found.shape != self.data.shape or found.laws not in (1, self.data.num_classes + 1):
-            raise ConfigError(
-                f"{key}={path!r} has {found.laws} laws of states of shape {found.shape}; {self.data.name!r} has states "
-                f"of shape {self.data.shape} and {self.data.num_classes} labels"
-            )
-        return found
-
-    @functools.cached_property
-    def _fitted_law(self) -> gaussian_law.GaussianLaw:
-        data = self.data if len(self.data) else load_data(self.config, "train")
-        try:
-            return gaussian_law.fit(data, labels=bool(data.num_classes))
-        except ValueError as error:
-            raise ConfigError(f"config.sample.solver_options.law: {error}") from error
+    law = functools.cached_property(companions.fitted_law)  # of the training data, when it is first asked for
 
     def _cached(self, solver: Any) -> Any:
         """`solver`, without the network calls that can be spared."""

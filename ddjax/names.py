@@ -20,14 +20,13 @@ from ddjax import (
     paths,
     processes,
     random,
-    retrieval,
     schedules,
+    shortcuts,
     simplex,
     solvers,
     symbol_schedules,
     transforms,
 )
-from ddjax.gaussian_law import GaussianLaw
 from ddjax.naming import make, pick
 from ddjax.objectives.base import Objective
 from ddjax.objectives.interpolant import Coupling
@@ -410,43 +409,6 @@ def _given_latent(process: processes.AdaptiveGaussian, solver: str = "ancestral"
     return solvers.GivenLatent(process, pick(SOLVERS, solver, "config.sample.solver_options.solver"))
 
 
-def _inner(process: Any, solver: str, **options: Any) -> Any:
-    """Another of `SOLVERS`; the options are its own."""
-    return make(SOLVERS, solver, "config.sample.solver_options.solver", process, **options)
-
-
-def _teleport(process: Any, law: GaussianLaw, at: float = 0.75, solver: str = "heun", **options: Any) -> Any:
-    """`Teleport` as far as the time `at`, and from there another of `SOLVERS`; the options are that one's own."""
-    return solvers.Switched((solvers.Teleport(process, law), _inner(process, solver, **options)), (at,))
-
-
-def _redi(process: Any, base: str, solver: str = "ddim", neighbours: int = 1, **options: Any) -> Any:
-    """`retrieval.redi` around another of `SOLVERS`, with the base in a file; the options are that one's own."""
-    return retrieval.redi(_inner(process, solver, **options), retrieval.load(base), neighbours)
-
-
-def _levenberg_marquardt(
-    process: Any,
-    solver: str = "dpm_solver_pp",
-    damping: float = 100.0,
-    memory: float = 0.1,
-    form: str = "x0",
-    **options: Any,
-) -> solvers.Preconditioned:
-    """`Preconditioned` by `LevenbergMarquardt` around another of `SOLVERS`; the options are that one's own."""
-    preconditioner = solvers.LevenbergMarquardt(damping, memory)
-    return solvers.Preconditioned(_inner(process, solver, **options), preconditioner, form)
-
-
-def _preconditioned_langevin(
-    process: Any, law: GaussianLaw, size: float = 0.16, steps: int = 1, damping: float = 0.1
-) -> solvers.PredictorCorrector:
-    """`predictor_corrector`, its steps of `size` sigma^2 preconditioned by the Hessian of the data's Gaussian law."""
-    preconditioner = solvers.ExactHessian(damping, law)
-    corrector = solvers.Langevin(process, size, steps, "level", preconditioner=preconditioner)
-    return solvers.PredictorCorrector(solvers.EulerMaruyama(process), corrector)
-
-
 ORDERS = {
     "random": solvers.RandomOrder,
     "left_to_right": solvers.LeftToRight,
@@ -516,10 +478,10 @@ SOLVERS = {
     "edm_restart": solvers.edm_restart,
     "euler_maruyama": solvers.EulerMaruyama,
     "predictor_corrector": solvers.predictor_corrector,
-    "teleport": _teleport,
-    "redi": _redi,
-    "levenberg_marquardt": _levenberg_marquardt,
-    "preconditioned_langevin": _preconditioned_langevin,
+    "teleport": shortcuts.teleport,
+    "redi": shortcuts.redi,
+    "levenberg_marquardt": shortcuts.levenberg_marquardt,
+    "preconditioned_langevin": shortcuts.preconditioned_langevin,
 }
 GRIDS = {
     "uniform": grids.uniform,
