@@ -20,6 +20,7 @@ from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
 from ddjax.likelihood import FlowLikelihood
+from ddjax.parallel import sample_parallel
 from ddjax.predictions import BoundDenoiser, bind, check_bound
 from ddjax.sampling import Observed, Partial, padded, sample, stream
 from ddjax.shaping import shaped
@@ -84,6 +85,8 @@ class Run:
         callback: Callable[[Partial], None] | None = None,
         every: int = 1,
         batch_size: int = 256,
+        parallel: int | None = None,
+        tolerance: float = 0.1,
     ) -> State | Sample:
         """Draw n samples, `(n, *shape)`; in the config's way where nothing else is said.
 
@@ -106,6 +109,8 @@ class Run:
         callback: shown the samples while they are drawn, after every `every` steps and at the end
             (`sampling.Partial`), one `batch_size` of them after the other.
         batch_size: drawn at a time; it does not change the samples.
+        parallel: so many steps at once, made and corrected until they are right to `tolerance` (`sample_parallel`):
+            fewer calls of the network one after the other, of `parallel` times as many states.
         """
         experiment = self.experiment
         if n < 1:
@@ -142,6 +147,8 @@ class Run:
                 raise ValueError(f"{name} must be of {n} examples, as many as are drawn, got shape {shapes}")
         if trajectory and callback is not None:
             raise ValueError("a callback is shown the states while they are drawn: leave out trajectory")
+        if parallel is not None and callback is not None:
+            raise ValueError("steps made at once cannot be shown one after the other: leave out callback or parallel")
         seeds = np.arange(n) if rows is None else np.asarray(rows)
         if seeds.shape != (n,) or seeds.dtype.kind not in "iu" or (seeds < 0).any():
             raise ValueError(f"rows are {n} whole numbers, 0 or more, one for each sample, got {rows}")
@@ -159,7 +166,11 @@ class Run:
                 "rows": rows,
             }
             arguments = key, denoise, experiment.sampling_process
-            if callback is None:
+            if parallel is not None:
+                drawn = sample_parallel(
+                    *arguments, **settings, trajectory=trajectory, window=parallel, tolerance=tolerance
+                )
+            elif callback is None:
                 drawn = sample(*arguments, **settings, trajectory=trajectory)
             else:
                 new = min(len(chunk), n - chunk[0])
