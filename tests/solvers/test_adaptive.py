@@ -38,7 +38,7 @@ def solve(solver, denoise, init, times, **options):
 
 @pytest.mark.parametrize(
     "schedule",
-    [VPCosine(0.0), *(pytest.param(s, marks=pytest.mark.slow) for s in (CondOT(), EDM(), VE(), VPLinear()))],
+    [CondOT(), *(pytest.param(s, marks=pytest.mark.slow) for s in (VPCosine(0.0), EDM(), VE(), VPLinear()))],
     ids=repr,
 )
 def test_gaussian_data_in_closed_form(x64, schedule):
