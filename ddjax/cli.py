@@ -95,6 +95,14 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="of the solver (may be repeated)"
     )
+    sample.add_argument(
+        "--parallel", type=int, metavar="WINDOW",
+        help="make so many steps at once and correct them until they agree (solvers without a memory)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--tolerance", type=float, default=0.1,
+        help="of --parallel, in units of a step's noise (default: 0.1); 0 gives what one step after the other gives",
+    )  # fmt: skip
     sample.add_argument("--prompt", help="text that the samples begin with")
     sample.add_argument(
         "--infill", metavar="TEXT",

@@ -80,6 +80,8 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         length=arguments.length,
         stride=arguments.stride,
         trajectory=moving,
+        parallel=arguments.parallel,
+        tolerance=arguments.tolerance,
     )
     if moving:
         animate(run.data, np.asarray(drawn.trajectory), path)

@@ -153,7 +153,8 @@ class SampleConfig:
     """How samples are drawn, unless asked otherwise."""
 
     num: int = 64
-    # ancestral; of values ddim, heun, euler, heun_in_noise, bogacki_shampine, rk4, dpm_solver, dpm_solver_pp,
+    # ancestral; of values ddim, heun, euler, heun_in_noise, bogacki_shampine, rk4, rk45 (adaptive, whatever the steps,
+    # with the options rtol and atol), dpm_solver, dpm_solver_pp,
     # dpm_solver_pp_singlestep, dpm_solver_multistep, unipc, deis, lms, adams_bashforth, ipndm, pndm, plms,
     # gradient_estimation, ghvb, flow_turbo (blocks of H and P); random ones sde_dpm_solver_pp, sa_solver,
     # dpm_solver_pp_2s_ancestral, edm_stochastic, edm_restart, euler_maruyama, predictor_corrector; with another solver

@@ -15,7 +15,6 @@ than the tolerance allows; its end is where the guesses of new states begin.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -149,7 +148,10 @@ def _parallel(
     start, carry, _ = Loop.of(key, denoise, times, cond, init, observed, rows, process, shape, solver).begin()
     # The same loop for `batch * window` examples: those of a window are one example at different steps.
     spread = functools.partial(jax.tree.map, lambda a: jnp.repeat(jnp.asarray(a), window, axis=0))
-    place = lambda tree: tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
+
+    def place(tree):
+        return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
+
     grid = times if times.ndim == 1 else spread(times)
     shown, known, whose = place(spread((cond, observed, rows)))
     flat = (batch * window, *shape[1:])

@@ -22,6 +22,7 @@ from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
 from ddjax.likelihood import FlowLikelihood
 from ddjax.long import sample_long
+from ddjax.parallel import sample_parallel
 from ddjax.policies import Policy
 from ddjax.predictions import BoundDenoiser, bind, check_bound
 from ddjax.sampling import Observed, Partial, padded, sample, stream
@@ -90,6 +91,8 @@ class Run:
         every: int = 1,
         batch_size: int = 256,
         policy: str | Path | Policy | None = None,
+        parallel: int | None = None,
+        tolerance: float = 0.1,
     ) -> State | Sample:
         """Draw n samples, `(n, *shape)`; in the config's way where nothing else is said.
 
@@ -116,6 +119,8 @@ class Run:
         batch_size: drawn at a time; it does not change the samples.
         policy: chooses solver and steps by label (`ddjax.policies`), or the file of one that `ddjax search --family
             policy` wrote: each sample is the one that these give.
+        parallel: so many steps at once, made and corrected until they are right to `tolerance` (`sample_parallel`):
+            fewer calls of the network one after the other, of `parallel` times as many states.
         """
         experiment = self.experiment
         if n < 1:
@@ -144,6 +149,8 @@ class Run:
                 raise ValueError(f"{name} must be of {n} examples, as many as are drawn, got shape {shapes}")
         if trajectory and callback is not None:
             raise ValueError("a callback is shown the states while they are drawn: leave out trajectory")
+        if parallel is not None and (callback is not None or length is not None):
+            raise ValueError("steps made at once are of one window, and not shown: leave out parallel, or the others")
         if policy is None:
             groups = [(self.sampler(solver, steps, solver_options, guidance), np.arange(n))]
         elif trajectory or callback is not None or any(v is not None for v in (solver, steps, solver_options)):
@@ -172,6 +179,9 @@ class Run:
                 settings |= {"shape": (len(chunk), length), "window": window, "stop": stop}
                 settings |= {"stride": max(window // 2, 1) if stride is None else stride}
                 drawn = sample_long(*arguments, **{k: v for k, v in settings.items() if k != "init"})
+            elif parallel is not None:
+                settings |= {"window": parallel, "tolerance": tolerance}
+                drawn = sample_parallel(*arguments, **settings, trajectory=trajectory)
             elif callback is None:
                 drawn = sample(*arguments, **settings, trajectory=trajectory)
             else:

@@ -186,7 +186,10 @@ class Loop(NamedTuple):
             if init is not None:
                 xt = jnp.asarray(init)
             elif own:
-                one = lambda key, t: process.prior((1, *shape[1:]), t).sample(key[None])[0]
+
+                def one(key, t):
+                    return process.prior((1, *shape[1:]), t).sample(key[None])[0]
+
                 xt = jax.vmap(one)(prior_keys, times[:, 0])
             else:
                 xt = process.prior(shape, times[0]).sample(prior_keys)
@@ -213,7 +216,9 @@ def _but_for(rest: Bool[Array, " batch"], move: Callable[[Any], Any], state: Any
     """The moved state, but for examples that rest; not moved at all where all of them do."""
 
     def some(state):
-        pick = lambda new, old: jnp.where(left_broadcast(rest, new), old, new)
+        def pick(new, old):
+            return jnp.where(left_broadcast(rest, new), old, new)
+
         return jax.tree.map(pick, move(state), state)
 
     return jax.lax.cond(jnp.all(rest), lambda state: state, some, state)
@@ -223,12 +228,14 @@ def _but_for(rest: Bool[Array, " batch"], move: Callable[[Any], Any], state: Any
 def _sample(key, denoise, times, cond, init, observed, rows, process, shape, solver, trajectory):
     loop = Loop.of(key, denoise, times, cond, init, observed, rows, process, shape, solver)
 
-    def step(state, i):
+    def step(state, _):
+        i, state = state
         state = loop.step(state, i)
-        return state, (state[0] if trajectory else None)
+        return (i + 1, state), (state[0] if trajectory else None)
 
     first = loop.begin()
-    (x0, _, nfe), states = jax.lax.scan(step, first, jnp.arange(times.shape[-1] - 1))
+    # Counted on the way: a list of the steps would be memory that grows with them.
+    (_, (x0, _, nfe)), states = jax.lax.scan(step, (jnp.int32(0), first), length=times.shape[-1] - 1)
     path = jnp.concatenate([first[0][None], states]) if trajectory else None
     return Sample(x0, nfe, path)
 

@@ -284,6 +284,7 @@ def test_samples_that_cannot_be_drawn(capsys, tmp_path, run):
     assert "got -1" in fails(capsys, *base, "--label", -1)
     assert "'rk5' is unknown; it is one of ancestral, ddim, heun" in fails(capsys, *base, "--solver", "rk5")
     assert "DDIM is for processes.Gaussian, got Masked" in fails(capsys, *base, "--solver", "ddim")
+    assert "Masked has tokens" in fails(capsys, *base, "--parallel", 4, "--tolerance", 0.2)
     assert "--num must be at least 1, got 0" in fails(capsys, *base, "--num", 0)
     assert "at least one step, got 0" in fails(capsys, *base, "--steps", 0)
     assert "has no checkpoint 4; it has [9, 10]" in fails(capsys, *base, "--step", 4)

@@ -270,7 +270,7 @@ def test_errors():
     with pytest.raises(ValueError, match="Masked has tokens"):
         ddjax.sample_parallel(KEY, Pair(process), tokens, solver=Ancestral(tokens), **settings)
     joined = Interpolant(source_std=1.0)
-    with pytest.raises(ValueError, match="Interpolant has no Gaussian schedule.*give scale"):
+    with pytest.raises(ValueError, match=r"Interpolant has no Gaussian schedule.*give scale"):
         ddjax.sample_parallel(KEY, Pair(process), joined, solver=Heun(joined), **settings)
     with pytest.raises(ValueError, match="scale has shape"):
         ddjax.sample_parallel(KEY, Pair(process), process, solver=DDIM(process), scale=jnp.ones(3), **settings)

@@ -94,6 +94,9 @@ def test_values_and_bounds_do_not_depend_on_the_batch_size():
     run = Run(experiment, params, 0)
     whole = run.sample(KEY, 5)
     np.testing.assert_allclose(run.sample(KEY, 5, batch_size=2), whole, rtol=0, atol=2e-6)
+    at_once = run.sample(KEY, 5, batch_size=3, parallel=2, tolerance=0.0, trajectory=True)
+    np.testing.assert_allclose(at_once.x0, whole, rtol=0, atol=2e-6)
+    assert (np.asarray(at_once.nfe) > 3).all()
     x0 = data[:]["x0"][:5]
     bound = run.nelbo(KEY, x0)
     parts = run.nelbo(KEY, x0, batch_size=2)
@@ -144,6 +147,10 @@ def test_wrong_requests_are_named(run):
         run.sample(KEY, 2, steps=0)
     with pytest.raises(ValueError, match=r"guidance=2.0 leads towards labels, and there are none"):
         run.sample(KEY, 2, guidance=2.0)
+    with pytest.raises(ValueError, match="Masked has tokens"):
+        run.sample(KEY, 2, parallel=2)
+    with pytest.raises(ValueError, match="leave out callback or parallel"):
+        run.sample(KEY, 2, parallel=2, callback=print)
     known = np.zeros((1, 8, 8, 1), np.int32)
     with pytest.raises(ValueError, match="init must be of 2 examples"):
         run.sample(KEY, 2, init=jax.numpy.asarray(known))
