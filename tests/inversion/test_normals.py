@@ -164,16 +164,20 @@ def recorded(space):
             given[i + 1, : i + 1] = given[: i + 1, i + 1] = k * given[i, : i + 1]
             np.testing.assert_allclose(given[i + 1, i + 1], k**2 * given[i, i] + std**2, atol=1e-12)
     states = given + VARIANCES[0] * np.outer(alpha, alpha)
-    return made, matrix, offset, matrix @ states @ matrix.T
+    return made, matrix, offset, states, matrix @ states @ matrix.T
 
 
 @pytest.mark.parametrize("space", SPACES)
 def test_the_noise_and_its_law_are_the_closed_forms(x64, space):
-    made, matrix, offset, covariance = recorded(space)
+    made, matrix, offset, of_states, covariance = recorded(space)
     states, noise = (np.asarray(v)[..., 0] for v in (made.states, made.noise))
     np.testing.assert_allclose(noise, states @ matrix.T + offset, atol=1e-9)
     found, size = np.cov(noise.T), np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
     np.testing.assert_allclose(found / size, covariance / size, atol=0.035)  # 5 standard errors
+    width = np.sqrt(np.diag(of_states))
+    np.testing.assert_allclose(
+        np.cov(states.T) / np.outer(width, width), of_states / np.outer(width, width), atol=0.035
+    )
     correlation = covariance / size
     if space == "path":  # the reverse process is Markov: what it draws is uncorrelated, at any number of steps
         np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-12)
