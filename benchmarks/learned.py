@@ -47,6 +47,10 @@ def fixed_grids(schedule: Any, start: float, last: float, sigma_max: float) -> d
     low, high = (float(schedule.log_snr(jnp.asarray(t))) for t in (start, last))
     low = max(low, -2.0 * float(np.log(sigma_max)))
     ends = {"sigma_min": float(np.exp(-high / 2)), "sigma_max": float(np.exp(-low / 2))}
+
+    def by_levels(n):
+        return grids.uniform_log_snr(schedule, n, start=low, end=high)
+
     made = {
         "uniform": grids.uniform,
         "cosine": grids.cosine,
@@ -55,8 +59,8 @@ def fixed_grids(schedule: Any, start: float, last: float, sigma_max: float) -> d
         "beta": grids.beta,
         "shifted 3": grids.uniform_shifted,
         "shifted 1/3": lambda n: grids.uniform_shifted(n, shift=1 / 3),
-        "log_snr": lambda n: grids.uniform_log_snr(schedule, n, start=low, end=high),
-        "log_snr, then data": lambda n: jnp.append(grids.uniform_log_snr(schedule, n - 1, start=low, end=high), 0.0),
+        "log_snr": by_levels,
+        "log_snr, then data": lambda n: [start, 0.0] if n == 1 else [*by_levels(n - 1), 0.0],
         "karras": lambda n: grids.karras(schedule, n, **ends),
         "exponential": lambda n: grids.exponential(schedule, n, **ends),
     }

@@ -110,7 +110,7 @@ def test_files_give_back_every_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_between_settings_as_good_as_a_search():
+def test_between_settings_nearly_as_good_as_a_search():
     """Ten trajectories a setting; at a setting in between, on noise not searched on."""
     law, process = GaussianMixture(), Gaussian(VPCosine())
     solver = solvers.unipc(process)
@@ -146,7 +146,7 @@ def test_between_settings_as_good_as_a_search():
         )
         print(f"{steps} steps, guidance {scale}: none {plain:.3g}, predicted {between:.3g}, searched {direct:.3g}")
         assert between < 0.5 * plain
-        assert between < 2.0 * direct  # squared: 1.4 in distance
+        assert plain - between > 0.75 * (plain - direct)  # most of what a search gains
 
 
 @pytest.mark.slow

@@ -317,7 +317,7 @@ def test_a_search_for_a_law_and_for_a_reward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["general", "grid"])
+@pytest.mark.parametrize("kind", ["general", "grid", "compensation"])
 def test_memory_does_not_grow_with_the_steps(kind):
     """A network whose inside is 400 times as wide as a state: 50 steps take at most 1.5 times what 5 take."""
     widths = (2, 800, 800, 2)
@@ -331,7 +331,7 @@ def test_memory_does_not_grow_with_the_steps(kind):
     def used(steps):
         times = grids.uniform(steps, start=0.98)
         solver = solvers.dpm_solver_pp(PROCESS)
-        family = search.General(learned.written_out(solver, times)) if kind == "general" else search.Grid(solver, times)
+        family = search.FAMILIES[kind](solver, times)
         examples = search.Examples(jnp.zeros((512, 2)), jnp.zeros((512, 2)))
         gradient = jax.grad(lambda p: search.evaluate(KEY, denoise, family, p, search.to_fine, examples))
         return jax.jit(gradient).lower(family.parameters).compile().memory_analysis().temp_size_in_bytes
