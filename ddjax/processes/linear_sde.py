@@ -29,55 +29,16 @@ import numpy as np
 from jaxtyping import Array
 from numpy.typing import ArrayLike
 
-from ddjax import random, schedules
+from ddjax import schedules
 from ddjax.frozen import Frozen
 from ddjax.predictions import Prediction, check_kind
+from ddjax.processes.correlated import Correlated, joined, root_of, solve, solve_transposed, transposed
 from ddjax.processes.flow import StateFlow
 from ddjax.processes.gaussian import Gaussian, X
 from ddjax.schedules.base import array, held
 from ddjax.types import Keys, Time, per_example, sites
 
 _TERMS = 14  # of the series for a time so short that ||D + Q|| tau <= 1/4
-
-
-@dataclasses.dataclass(frozen=True)
-class Correlated:
-    """Normal parts about `centre`, `(batch, *lead, n, group)`, of covariance root root', root `(..., n, n)`."""
-
-    centre: Array
-    root: Array
-
-    @property
-    def mean(self) -> X:
-        """Of the states."""
-        return _joined(self.centre)
-
-    def sample(self, keys: Keys) -> X:
-        """One draw, one key per example."""
-        shape = jnp.broadcast_shapes(self.centre.shape, (*self.root.shape[:-1], 1))
-        z = random.normal(keys, shape[1:], self.centre.dtype)
-        return _joined(self.centre + self.root @ z)
-
-    @property
-    def _unit(self) -> Array:
-        """The root, with a column of the identity for a part without variance."""
-        eye = jnp.eye(self.root.shape[-1], dtype=self.root.dtype)
-        return jnp.where((jnp.diagonal(self.root, axis1=-2, axis2=-1) == 0)[..., None, :], eye, self.root)
-
-    def noise(self, x: X) -> X:
-        """The normals whose draw is x; of parts without variance, what x has beyond their mean."""
-        return _joined(_solve(self._unit, x.reshape(self.centre.shape) - self.centre))
-
-    def drawn(self, noise: X | float = 0.0, fresh: X | float = 0.0) -> X:
-        """The state with this `noise`, and fresh normals where there is something to draw."""
-        z, new = (jnp.broadcast_to(v, self.mean.shape).reshape(self.centre.shape) for v in (noise, fresh))
-        return _joined(self.centre + self._unit @ z + self.root @ new)
-
-    def log_prob(self, x: X) -> X:
-        """Log-density of each entry given those of the parts before it, nats."""
-        z = _solve(self.root, x.reshape(self.centre.shape) - self.centre)
-        width = jnp.diagonal(self.root, axis1=-2, axis2=-1)[..., None]
-        return _joined(-0.5 * z**2 - jnp.log(width) - 0.5 * math.log(2.0 * math.pi))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +65,11 @@ class LinearFlow(StateFlow):
         """The rest as it is told by the data's parts alone, for data as flat as their noise is small."""
         process, d = self.process, self.process.data
         m, c = process._moments(process._tau(t, xt))
-        b = _t(jnp.linalg.solve(_t(m[..., :d, :]), _t(m[..., d:, :])))  # M_v M_x^-1
+        b = transposed(jnp.linalg.solve(transposed(m[..., :d, :]), transposed(m[..., d:, :])))  # M_v M_x^-1
         cross = b @ c[..., :d, d:]
-        root = _root(c[..., d:, d:] - cross - _t(cross) + b @ c[..., :d, :d] @ _t(b))  # the law of e_v - b e_x
+        root = root_of(
+            c[..., d:, d:] - cross - transposed(cross) + b @ c[..., :d, :d] @ transposed(b)
+        )  # the law of e_v - b e_x
         centre = jnp.zeros((*xt.shape[:-1], process.parts - d, xt.shape[-1] // process.parts), xt.dtype)
         law = Correlated(centre, jnp.asarray(process.scale[d:], xt.dtype)[:, None] * root)
         v = law.sample(keys)
@@ -118,7 +81,7 @@ class LinearFlow(StateFlow):
         u = process._units(y, process.parts)
         score = scale * process.convert(prediction, "score", y, t).value.reshape(u.shape)
         d, drift = (jnp.asarray(v, y.dtype) for v in process._matrices())
-        return _joined(scale * (drift @ u - d @ score))
+        return joined(scale * (drift @ u - d @ score))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +180,7 @@ class LinearSDE:
         def double(_, flow):
             f, c = flow
             moved = c + f @ c
-            return 2.0 * f + f @ f, c + moved + moved @ _t(f)
+            return 2.0 * f + f @ f, c + moved + moved @ transposed(f)
 
         return jax.lax.fori_loop(0, doublings, double, (f, c))
 
@@ -250,7 +213,7 @@ class LinearSDE:
         f, c = self._flow(tau)
         left = f + jnp.eye(self.parts, dtype=f.dtype)
         m, others = left[..., : self.data], self.start * left[..., self.data :]
-        return m, c + others @ _t(others)
+        return m, c + others @ transposed(others)
 
     def state_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a state for one example of data of this shape."""
@@ -273,7 +236,7 @@ class LinearSDE:
     def marginal(self, x0: X, t: Time) -> Correlated:
         """q(u_t | x_0), the auxiliary variables at t = 0 averaged over."""
         m, c = self._moments(self._tau(t, x0))
-        return self._scaled(Correlated(m @ self._units(x0, self.data), _root(c)))
+        return self._scaled(Correlated(m @ self._units(x0, self.data), root_of(c)))
 
     def noiseless(self, x0: X, t: Time) -> X:
         """The state at a time without noise; auxiliary variables at their mean, 0 at t = 0."""
@@ -284,16 +247,16 @@ class LinearSDE:
         (m_s, c_s), (m_t, c_t) = self._moments(tau_s), self._moments(tau_t)
         f, fresh = self._flow(tau_t - tau_s)
         eye = jnp.eye(self.parts, dtype=f.dtype)
-        root = _root(c_t)
-        k = _t(_solve_t(root, _solve(root, (f + eye) @ c_s)))
+        root = root_of(c_t)
+        k = transposed(solve_transposed(root, solve(root, (f + eye) @ c_s)))
         rest = eye - k @ (f + eye)
-        return m_s, m_t, k, rest @ c_s @ _t(rest) + k @ fresh @ _t(k)
+        return m_s, m_t, k, rest @ c_s @ transposed(rest) + k @ fresh @ transposed(k)
 
     def bridge(self, x0: X, xt: X, s: Time, t: Time) -> Correlated:
         """q(u_s | u_t, x_0) for s < t."""
         m_s, m_t, k, c = self._gain(self._tau(s, xt), self._tau(t, xt))
         x0, u = self._units(x0, self.data), self._units(xt, self.parts)
-        return self._scaled(Correlated(m_s @ x0 + k @ (u - m_t @ x0), _root(c)))
+        return self._scaled(Correlated(m_s @ x0 + k @ (u - m_t @ x0), root_of(c)))
 
     def reverse(self, prediction: Prediction, xt: X, s: Time, t: Time) -> Correlated:
         """The bridge at the predicted x0, exact as s -> t."""
@@ -314,7 +277,7 @@ class LinearSDE:
     def _wide(self, m: Array, c: Array) -> Array:
         """Root of the covariance at that time of zero-mean data of width `data_std`."""
         m = m * (self.data_std / jnp.asarray(self.scale[: self.data], m.dtype))
-        return _root(c + m @ _t(m))
+        return root_of(c + m @ transposed(m))
 
     def prior(self, shape: Sequence[int], t: float = 1.0) -> Correlated:
         """The marginal at t of zero-mean data of width `data_std`; `shape` is that of a state."""
@@ -333,10 +296,10 @@ class LinearSDE:
     def prior_kl(self, x0: X, t: Time) -> X:
         """KL(q(u_t | x_0) || prior at t), nats per site."""
         m, c = self._moments(self._tau(t, x0))
-        root, wide = _root(c), self._wide(m, c)
-        distance = (_solve(wide, m @ self._units(x0, self.data)) ** 2).sum(-2)
+        root, wide = root_of(c), self._wide(m, c)
+        distance = (solve(wide, m @ self._units(x0, self.data)) ** 2).sum(-2)
         widths = (jnp.log(jnp.diagonal(v, axis1=-2, axis2=-1)).sum(-1) for v in (wide, root))
-        spread = 0.5 * ((_solve(wide, root) ** 2).sum((-2, -1)) - self.parts) + next(widths) - next(widths)
+        spread = 0.5 * ((solve(wide, root) ** 2).sum((-2, -1)) - self.parts) + next(widths) - next(widths)
         return self._shared(0.5 * distance + spread[..., None], x0)
 
     def _error(self, x0: X, prediction: Prediction, xt: X, t: Time) -> Array:
@@ -345,8 +308,8 @@ class LinearSDE:
     def path_kl(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
         """The bound's integrand over t, tau' |sqrt(D) C^-1 M (x_0 - x0_hat)|^2, nats per site."""
         m, c = self._moments(self._tau(t, x0))
-        root, error = _root(c), self._error(x0, prediction, xt, t)
-        score = _solve_t(root, _solve(root, m)) @ error
+        root, error = root_of(c), self._error(x0, prediction, xt, t)
+        score = solve_transposed(root, solve(root, m)) @ error
         noise = array(self.noise, score)
         rate = 0.5 * self._tau_prime(t, x0)[..., None]
         return self._shared(rate * ((noise.T @ score) ** 2).sum(-2), x0)
@@ -355,7 +318,7 @@ class LinearSDE:
         """KL(bridge || reverse), e' (J_s - J_t) e / 2, nats per site."""
         error = self._error(x0, prediction, xt, t)
         m_s, m_t, k, c = self._gain(self._tau(s, x0), self._tau(t, x0))
-        return self._shared(0.5 * (_solve(_root(c), (m_s - k @ m_t) @ error) ** 2).sum(-2), x0)
+        return self._shared(0.5 * (solve(root_of(c), (m_s - k @ m_t) @ error) ** 2).sum(-2), x0)
 
     def reconstruction(self, x0: X, prediction: Prediction, xt: X, t: Time) -> X:
         """-log N(x_0; J^-1 M' C^-1 u, J^-1): a density, for continuous data. Nats per site."""
@@ -364,7 +327,7 @@ class LinearSDE:
         error = self._units(x0, self.data) - self._estimate(half, gram, info, u)
         scale = jnp.log(jnp.asarray(self.scale[: self.data], u.dtype)).sum()
         log_det = jnp.log(jnp.diagonal(info, axis1=-2, axis2=-1)).sum(-1)[..., None] - scale
-        distance = ((_t(info) @ error) ** 2).sum(-2)
+        distance = ((transposed(info) @ error) ** 2).sum(-2)
         return self._shared(0.5 * distance - log_det + 0.5 * self.data * math.log(2.0 * math.pi), x0)
 
     @property
@@ -381,13 +344,13 @@ class LinearSDE:
     def _information(self, tau: Array) -> tuple[Array, Array, Array]:
         """R^-1 M and R of C = R R', and the root of J = M' C^-1 M."""
         m, c = self._moments(tau)
-        root = _root(c)
-        half = _solve(root, m)
-        return half, root, _root(_t(half) @ half)
+        root = root_of(c)
+        half = solve(root, m)
+        return half, root, root_of(transposed(half) @ half)
 
     def _estimate(self, half: Array, root: Array, info: Array, u: Array) -> Array:
         """The likeliest x_0; the state's own data where nothing has happened to them yet."""
-        x0 = _solve_t(info, _solve(info, _t(half) @ _solve(root, u)))
+        x0 = solve_transposed(info, solve(info, transposed(half) @ solve(root, u)))
         clean = jnp.diagonal(root, axis1=-2, axis2=-1)[..., : self.data, None] == 0
         return jnp.where(clean, u[..., : self.data, :], x0)
 
@@ -416,19 +379,19 @@ class LinearSDE:
             x0 = self._units(prediction.value, self.data)
         else:
             value = self._units(prediction.value, self.parts)
-            z = scale * value if prediction.kind == "noise" else -_t(root) @ (scale**2 * value)
+            z = scale * value if prediction.kind == "noise" else -transposed(root) @ (scale**2 * value)
             x0 = self._estimate(half, root, info, u - root @ z)
         if kind == "x0":
-            return Prediction(_joined(scale[: self.data] * x0), kind)
-        z = _solve(root, u) - half @ x0
+            return Prediction(joined(scale[: self.data] * x0), kind)
+        z = solve(root, u) - half @ x0
         if kind == "noise":
-            return Prediction(_joined(z), kind)
-        score = -_solve_t(root, z)
+            return Prediction(joined(z), kind)
+        score = -solve_transposed(root, z)
         if kind == "score":
-            return Prediction(_joined(score / scale), kind)
+            return Prediction(joined(score / scale), kind)
         d, drift = (jnp.asarray(v, u.dtype) for v in self._matrices())
         rate = self._tau_prime(t, xt)[..., None, None]
-        return Prediction(_joined(scale * rate * (drift @ u - d @ score)), kind)
+        return Prediction(joined(scale * rate * (drift @ u - d @ score)), kind)
 
 
 def critically_damped(
@@ -465,50 +428,6 @@ def _t_range(process: LinearSDE) -> tuple[float, float]:
         t, log_j = np.asarray(t)[::-1], np.asarray(log_j).mean(-1)[::-1]
     low, high = (float(t[np.argmax(log_j <= end)]) if (log_j <= end).any() else 1.0 for end in (13.0, -10.0))
     return low, high
-
-
-def _t(matrix: Array) -> Array:
-    return jnp.swapaxes(matrix, -2, -1)
-
-
-def _joined(parts: Array) -> X:
-    """`(..., parts, group)` as `(..., parts * group)`."""
-    return parts.reshape(*parts.shape[:-2], -1)
-
-
-def _root(c: Array) -> Array:
-    """The lower triangular root of a covariance; a part without any variance left has a column of 0."""
-    size = c.shape[-1]
-    root = jnp.zeros_like(c)
-    for j in range(size):
-        left = c[..., j] - jnp.einsum("...ik,...k->...i", root[..., :j], root[..., j, :j])
-        pivot = left[..., j, None]
-        column = jnp.where(pivot > 0, left / jnp.sqrt(jnp.where(pivot > 0, pivot, 1.0)), 0.0)
-        root = root.at[..., j].set(jnp.where(jnp.arange(size) < j, 0.0, column))
-    return root
-
-
-def _solve(root: Array, y: Array) -> Array:
-    """root^-1 y for a lower triangular root, 0 at parts without variance."""
-    rows = []
-    for i in range(root.shape[-1]):
-        rest = y[..., i, :] - sum(root[..., i, j, None] * row for j, row in enumerate(rows))
-        rows.append(_over(rest, root[..., i, i, None]))
-    return jnp.stack(jnp.broadcast_arrays(*rows), axis=-2)
-
-
-def _solve_t(root: Array, y: Array) -> Array:
-    """root'^-1 y."""
-    size = root.shape[-1]
-    rows: dict[int, Array] = {}
-    for i in reversed(range(size)):
-        rest = y[..., i, :] - sum(root[..., j, i, None] * row for j, row in rows.items())
-        rows[i] = _over(rest, root[..., i, i, None])
-    return jnp.stack(jnp.broadcast_arrays(*(rows[i] for i in range(size))), axis=-2)
-
-
-def _over(a: Array, b: Array) -> Array:
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
 
 __all__ = ["Correlated", "LinearSDE", "critically_damped"]
