@@ -204,7 +204,7 @@ def main() -> None:
         return
     if arguments.what == "mixture":
         problem, fixed, start = mixture()
-        rates = (0.05, 0.2), (0.01, 0.03)
+        rates = (0.02, 0.05, 0.2), (0.003, 0.01, 0.03)
     else:
         problem, start = nfe.mnist(arguments.run, arguments.num), 1.0
         fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))

@@ -385,7 +385,7 @@ def plot(found: dict[str, Any], path: str) -> None:
         if measure != "label":
             axis.set_yscale("log")
     axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=70)  # small enough for a repository
 
 
 def main() -> None:

@@ -317,7 +317,7 @@ def test_a_search_for_a_law_and_for_a_reward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["general", "grid", "compensation"])
+@pytest.mark.parametrize("kind", ["general", "grid"])
 def test_memory_does_not_grow_with_the_steps(kind):
     """A network whose inside is 400 times as wide as a state: 50 steps take at most 1.5 times what 5 take."""
     widths = (2, 800, 800, 2)
