@@ -44,7 +44,7 @@ def check_grids(times: Any, batch: int) -> Array:
 
     Raises ValueError for anything else.
     """
-    if jnp.ndim(times) != 2:
+    if np.ndim(times) != 2:
         return check_grid(times)
     times = jnp.asarray(times, None if hasattr(times, "dtype") else float)
     if times.shape[0] != batch or times.shape[1] < 2:

@@ -161,7 +161,7 @@ MINIMAL = {  # the least that each name needs beside the defaults
         kind="v",
         objective={"name": "gaussian"},
     ),
-    **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun")},
+    **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun", "rk45")},
     **{("sample", "solver", n): config(sample={"solver": n}) for n in CORRECTED},
     **{
         ("sample", "solver", n): config("thinning", kind="deaths", sample={"solver": n})

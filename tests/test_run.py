@@ -149,7 +149,7 @@ def test_wrong_requests_are_named(run):
         run.sample(KEY, 2, guidance=2.0)
     with pytest.raises(ValueError, match="Masked has tokens"):
         run.sample(KEY, 2, parallel=2)
-    with pytest.raises(ValueError, match="leave out callback or parallel"):
+    with pytest.raises(ValueError, match="leave out parallel, or the others"):
         run.sample(KEY, 2, parallel=2, callback=print)
     known = np.zeros((1, 8, 8, 1), np.int32)
     with pytest.raises(ValueError, match="init must be of 2 examples"):
