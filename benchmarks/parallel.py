@@ -1,7 +1,7 @@
 """Steps made at once (`ddjax.sample_parallel`) against one after the other: rounds, evaluations and error.
 
-    python benchmarks/parallel.py            # a mixture in 8 dimensions, exact denoiser
-    python benchmarks/parallel.py RUN        # a trained run of continuous states, without labels
+python benchmarks/parallel.py            # a mixture in 8 dimensions, exact denoiser
+python benchmarks/parallel.py RUN        # a trained run of continuous states, without labels
 """
 
 import sys

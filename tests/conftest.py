@@ -177,7 +177,6 @@ FAST_VARIANTS = {
     "test_scalings_keep_the_log_snr": 1,
     "test_schedules_are_consistent": 1,
     "test_sde_has_the_marginals": 3,
-    "test_sgd_step_is_the_gradient_of_the_mean": 0,
     "test_sites_of_weight_zero_are_shown_clean_and_cost_nothing": 1,
     "test_sites_of_weight_zero_cost_nothing_and_weights_count": 0,
     "test_slope_where_nothing_is_left": 0,
