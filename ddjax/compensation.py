@@ -11,7 +11,6 @@ n. Multiplied out that is one polynomial, linear in its coefficients, and all se
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from ddjax import search
+from ddjax import files, search
 from ddjax.frozen import Frozen
-from ddjax.solvers.learned import described
 
 FORMAT = "ddjax compensation 1"
 GUIDANCE, STEPS = 12.0, 50.0  # the units of guidance and of the number of steps (the authors' code)
@@ -147,16 +145,9 @@ def for_run(
 
 def save(path: str | Path, cascade: Cascade, process: Any, solver: str, /, **about: Any) -> None:
     """Write a cascade, and the process and the solver (of `names.SOLVERS`) that it is for, as JSON."""
-    content = {
-        "format": FORMAT,
-        "process": described(process),
-        "solver": solver,
-        "coefficients": cascade.coefficients.values.tolist(),
-        "steps": list(cascade.steps),
-        "guidance": list(cascade.guidance),
-        "about": about,
-    }
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    own = {"coefficients": cascade.coefficients.values.tolist(), "steps": list(cascade.steps)}
+    own |= {"guidance": list(cascade.guidance), "solver": solver, "about": about}
+    files.write(path, FORMAT, process, **own)
 
 
 def load(path: str | Path, process: Any) -> tuple[Cascade, str] | None:
@@ -164,17 +155,9 @@ def load(path: str | Path, process: Any) -> tuple[Cascade, str] | None:
 
     Raises ValueError for cascades of other processes, and for damaged ones.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    if files.form_of(path) != FORMAT:
         return None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return None
-    if content.get("process") != described(process):
-        raise ValueError(
-            f"{path} has ratios for the process {content.get('process')}, not for {described(process)}: search them "
-            "for this model"
-        )
+    content = files.read(path, FORMAT, process, "a cascade of ratios")
     try:
         return Cascade(Frozen(content["coefficients"]), content["steps"], content["guidance"]), content["solver"]
     except (KeyError, TypeError, ValueError, IndexError) as error:

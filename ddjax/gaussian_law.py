@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from ddjax import files
 from ddjax.frozen import Frozen
 from ddjax.predictions import Prediction, check_kind
 from ddjax.processes import Gaussian
@@ -351,14 +352,5 @@ def _chunks(data: Any, labels: Any, chunk: int) -> tuple[Iterator[tuple[Any, Any
 
 def load(path: str | os.PathLike) -> GaussianLaw:
     """Read what `GaussianLaw.save` wrote. Raises ValueError for other files, FileNotFoundError where there is none."""
-    from safetensors import SafetensorError
-
-    from ddjax.training import load_safetensors
-
-    try:
-        arrays, about = load_safetensors(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error})") from error
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no Gaussian law that `GaussianLaw.save` wrote: fit one and save it")
-    return GaussianLaw(**arrays)
+    what = "Gaussian law that `GaussianLaw.save` wrote: fit one and save it"
+    return GaussianLaw(**files.read_arrays(path, FORMAT, what))

@@ -14,7 +14,6 @@ table of rewards, or asks for those of the arms that it draws (`drawn_rewards`).
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +24,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax import files
 from ddjax.objectives.leave_one_out import leave_one_out
 from ddjax.sampling import sample
 from ddjax.search import Examples
-from ddjax.solvers.learned import described
 from ddjax.types import Denoise, Params, PyTree, Sample, State
 
 FORMAT = "ddjax-policy-1"
@@ -321,31 +320,13 @@ def save(path: str | Path, policy: Policy, process: Any, /, **about: Any) -> Non
     """
     if not all(isinstance(arm, Mapping) for arm in policy.arms):
         raise ValueError("a file holds arms that a run makes, {'solver': ..., 'steps': ...}; these are objects")
-    content = {
-        "format": FORMAT,
-        "process": described(process),
-        "arms": list(policy.arms),
-        "classes": policy.classes,
-        "params": jax.tree.map(lambda a: np.asarray(a, np.float64).tolist(), policy.params),
-        "about": about,
-    }
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64).tolist(), policy.params)
+    files.write(path, FORMAT, process, arms=list(policy.arms), classes=policy.classes, params=params, about=about)
 
 
 def load(path: str | Path, process: Any) -> Policy:
     """Read a policy. Raises ValueError for other files, and for policies of other processes; FileNotFoundError."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = content["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a policy that `ddjax search` wrote ({type(error).__name__})") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} has the format {found!r}; a policy has {FORMAT!r}: learn one with --family policy")
-    if content.get("process") != described(process):
-        raise ValueError(
-            f"{path} is a policy for the process {content.get('process')}, not for {described(process)}: learn one for "
-            "this model"
-        )
+    content = files.read(path, FORMAT, process, "a policy")
     try:
         params = {k: {n: np.asarray(v, np.float32) for n, v in layer.items()} for k, layer in content["params"].items()}
         policy = Policy(params, tuple(content["arms"]), content["classes"])

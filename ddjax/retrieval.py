@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from numpy.typing import ArrayLike
 
-from ddjax import sampling
+from ddjax import files, sampling
 from ddjax.frozen import Frozen
 from ddjax.gaussian_law import labels_in
 from ddjax.solvers.base import Info, Solver
@@ -74,16 +74,8 @@ class Trajectories:
 
 def load(path: str | os.PathLike) -> Trajectories:
     """Read what `save` wrote. Raises ValueError for other files, FileNotFoundError where there is none."""
-    from safetensors import SafetensorError
-
-    from ddjax.training import load_safetensors
-
-    try:
-        arrays, about = load_safetensors(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error})") from error
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no trajectories that `Trajectories.save` wrote: build some and save them")
+    what = "trajectories that `Trajectories.save` wrote: build some and save them"
+    arrays = files.read_arrays(path, FORMAT, what)
     return Trajectories(arrays["early"], arrays["late"], tuple(arrays["times"]), arrays.get("labels"))
 
 

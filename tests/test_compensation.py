@@ -99,7 +99,7 @@ def test_files_give_back_every_bit(tmp_path):
     assert (again, solver) == (cascade, "unipc")
     assert hash(again) == hash(cascade)
     assert again.coefficients.values.tobytes() == cascade.coefficients.values.tobytes()
-    with pytest.raises(ValueError, match=r"has ratios for the process Gaussian\(.*VPCosine.*, not for .*CondOT"):
+    with pytest.raises(ValueError, match=r"ratios of the process Gaussian\(.*VPCosine.*, not of .*CondOT"):
         compensation.load(path, Gaussian(CondOT()))
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"coefficients": [1.0]}))
@@ -152,18 +152,8 @@ def test_between_settings_nearly_as_good_as_a_search():
 @pytest.mark.slow
 def test_from_a_trained_run_to_samples(tmp_path, capsys, monkeypatch):
     """`ddjax search` in four settings, then `ddjax sample` and `run.sample` between them."""
-    from ddjax.training.loop import train
-
     monkeypatch.setattr("ddjax.cli._prepare_jax", lambda: None)
-    config = tiny.config(
-        process={"name": "gaussian", "schedule": "vp_cosine"},
-        data={"tokens": False},
-        denoiser={"kind": "v", "options": tiny.BASE["denoiser"]["options"]},
-        objective={"name": "gaussian"},
-        sample={"solver": "ddim", "steps": 3, "num": 4},
-        train=tiny.BASE["train"] | {"steps": 3, "eval_every": 0, "sample_every": 0},
-    )
-    train(config, tmp_path / "run", show=False)
+    tiny.short_run(tmp_path / "run")
     path, command = tmp_path / "r.json", ["search", "--workdir", str(tmp_path / "run"), "--num", "8"]
     settings = ["--iterations", "2", "--steps", "3", "5", "--guidance", "1", "3", "--out", str(path)]
     assert main([*command, "--family", "compensation", *settings]) == 0

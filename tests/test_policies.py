@@ -164,7 +164,7 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(again.probabilities(np.arange(4)), policy.probabilities(np.arange(4)))
     content = json.loads(path.read_text())
     assert content["about"] == {"cost": 0.1}
-    with pytest.raises(ValueError, match=r"a policy for the process Gaussian.*not for Masked"):
+    with pytest.raises(ValueError, match=r"a policy of the process Gaussian.*not of Masked"):
         policies.load(path, Masked(3))
     for change, message in (
         ({"format": "x"}, "has the format 'x'; a policy has 'ddjax-policy-1'"),
@@ -207,18 +207,8 @@ def test_errors():
 @pytest.mark.slow
 def test_from_a_trained_run_to_samples(tmp_path, capsys, monkeypatch):
     """`ddjax search --family policy`, then its file in `ddjax sample` and `run.sample`: the samples of its arms."""
-    from ddjax.training.loop import train
-
     monkeypatch.setattr("ddjax.cli._prepare_jax", lambda: None)
-    config = tiny.config(
-        process={"name": "gaussian", "schedule": "vp_cosine"},
-        data={"tokens": False},
-        denoiser={"kind": "v", "options": tiny.BASE["denoiser"]["options"]},
-        objective={"name": "gaussian"},
-        sample={"solver": "ddim", "steps": 3, "num": 4},
-        train=tiny.BASE["train"] | {"steps": 3, "eval_every": 0, "sample_every": 0},
-    )
-    train(config, tmp_path / "run", show=False)
+    tiny.short_run(tmp_path / "run")
     workdir, path = ["--workdir", str(tmp_path / "run")], tmp_path / "p.json"
     command = ["search", *workdir, "--family", "policy", "--out", str(path), "--num", "20", "--iterations", "5"]
     assert main([*command, "--steps", "2", "4", "--cost", "0.01"]) == 0

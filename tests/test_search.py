@@ -161,7 +161,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         learned.load(path, Gaussian(CondOT()))
     content = json.loads(path.read_text())
     for change, words in (
-        ({"format": "ddjax sampler 0"}, "reads 'ddjax sampler 1': search again"),
+        ({"format": "ddjax sampler 0"}, "has 'ddjax sampler 1': search again"),
         ({"predictions": [[1.0, 0.0], [0.5, 1.0]]}, "damaged: in each row predictions' coefficients must sum to 1"),
         ({"predictions": [[1.0]]}, "damaged: 3 times need coefficients of shapes"),
         ({"predictions": [[0.5, 0.5], [0.5, 0.5]]}, "damaged: coefficients of predictions and noises to come"),
@@ -344,18 +344,8 @@ def test_memory_does_not_grow_with_the_steps(kind):
 @pytest.mark.slow
 def test_from_a_trained_run_to_samples(tmp_path, capsys, monkeypatch):
     """`ddjax search`, then its file in `ddjax sample` and `run.sample`."""
-    from ddjax.training.loop import train
-
     monkeypatch.setattr("ddjax.cli._prepare_jax", lambda: None)
-    config = tiny.config(
-        process={"name": "gaussian", "schedule": "vp_cosine"},
-        data={"tokens": False},
-        denoiser={"kind": "v", "options": tiny.BASE["denoiser"]["options"]},
-        objective={"name": "gaussian"},
-        sample={"solver": "ddim", "steps": 3, "num": 4},
-        train=tiny.BASE["train"] | {"steps": 3, "eval_every": 0, "sample_every": 0},
-    )
-    train(config, tmp_path / "run", show=False)
+    tiny.short_run(tmp_path / "run")
     path, options = tmp_path / "s.json", ["--num", "8", "--iterations", "3"]
     for more in ([], ["--loss", "kernel"], ["--family", "grid"], ["--family", "compensation"]):
         assert (

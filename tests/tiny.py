@@ -108,3 +108,18 @@ def ddjax(*arguments, **options):
     command = [sys.executable, "-m", "ddjax", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), **pipes | options)
+
+
+def short_run(workdir):
+    """A model of the digits' values, of three steps of training."""
+    from ddjax.training.loop import train
+
+    c = config(
+        process={"name": "gaussian", "schedule": "vp_cosine"},
+        data={"tokens": False},
+        denoiser={"kind": "v", "options": BASE["denoiser"]["options"]},
+        objective={"name": "gaussian"},
+        sample={"solver": "ddim", "steps": 3, "num": 4},
+        train=BASE["train"] | {"steps": 3, "eval_every": 0, "sample_every": 0},
+    )
+    train(c, workdir, show=False)

@@ -19,8 +19,6 @@ the other way round. DDIM, DDPM and all multistep solvers that keep the noise's 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddjax import random
-from ddjax.frozen import Frozen, FrozenTree
+from ddjax import files, random
+from ddjax.frozen import FrozenTree
 from ddjax.grids import check_grid
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian
@@ -201,43 +199,14 @@ def _walk(solver: Any, times: np.ndarray) -> np.ndarray:
 def save(path: str | Path, solver: Learned, /, **about: Any) -> None:
     """Write a sampler with constant coefficients, and what it is for, as JSON. about: whatever is worth knowing."""
     c = solver.coefficients.tree
-    content = {
-        "format": FORMAT,
-        "process": described(solver.process),
-        "steps": len(c.times) - 1,
-        **{name: None if value is None else value.tolist() for name, value in c._asdict().items()},
-        "about": about,
-    }
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    values = {name: None if value is None else value.tolist() for name, value in c._asdict().items()}
+    files.write(path, FORMAT, solver.process, steps=len(c.times) - 1, **values, about=about)
 
 
 def load(path: str | Path, process: Gaussian) -> Learned:
     """Read a sampler. Raises ValueError for other files, and for samplers of other processes; FileNotFoundError."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = content["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a sampler that `ddjax search` wrote ({type(error).__name__})") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} has the format {found!r}; this version of ddjax reads {FORMAT!r}: search again")
-    if content.get("process") != described(process):
-        raise ValueError(
-            f"{path} is a sampler of the process {content.get('process')}, not of {described(process)}: search one for "
-            "this model"
-        )
+    content = files.read(path, FORMAT, process, "a sampler")
     try:
         return frozen(process, *(content[name] for name in Coefficients._fields))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def described(value: Any) -> str:
-    """A process in words that tell it from others: its `repr`, with the contents of constant arrays."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, FrozenTree):
-        fields = (f"{f.name}={described(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"{type(value).__name__}({', '.join(fields)})"
-    if isinstance(value, FrozenTree):
-        return f"{{{', '.join(map(described, value.leaves))}}}"
-    if isinstance(value, Frozen):
-        return f"array {value.values.shape} {hashlib.sha256(value.values.tobytes()).hexdigest()[:12]}"
-    return f"({', '.join(map(described, value))})" if isinstance(value, tuple) else repr(value)
