@@ -86,7 +86,8 @@ def test_every_evaluation_is_counted_and_none_depends_on_neighbours(method):
         assert len(calls) == int(alone[-1].nfe[0])
     together = ddjax.sample(key, Pair(process), process, shape=(3, 2), init=init, **settings)
     np.testing.assert_array_equal(together.nfe, [int(one.nfe[0]) for one in alone])
-    np.testing.assert_array_equal(together.x0, [one.x0[0] for one in alone])
+    # Another program (that one calls back): the compiler may round it differently.
+    np.testing.assert_allclose(together.x0, [one.x0[0] for one in alone], rtol=2e-6)
     assert len(set(map(int, together.nfe))) > 1
 
 
