@@ -63,7 +63,7 @@ def sample(
         the solver values are there to be printed, looked at with a debugger, or branched on. Slow. Operations are
         rounded one by one: what a compiler makes of several (fused multiply-adds, a product with the inverse of a
         constant in the place of a quotient) may differ in the last bits. Without fused multiply-adds
-        (`--xla_cpu_max_isa=AVX`, as in the tests) the samples of most solvers are the same bit for bit.
+        (`--xla_cpu_max_isa=AVX`, as in the tests) the samples of solvers without normals are the same bit for bit.
 
     The same key and row give the same sample whatever the batch. Compiled once for each shape, solver and number of
     steps.

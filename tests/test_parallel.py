@@ -223,7 +223,7 @@ def test_processes_in_a_basis_and_interpolants(x64):
 WIDE = np.random.default_rng(0).normal(size=(3, 37)).astype(np.float32) / 6.0
 
 
-@pytest.mark.parametrize(("batch", "window"), [(1, 16), pytest.param(2, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("batch", "window"), [(1, 16), pytest.param(2, 16, marks=pytest.mark.slow)])
 def test_a_window_over_eight_devices(batch, window):
     """The same samples; each device's part of the network is an eighth of the window, in the program itself."""
     process = Gaussian(CondOT())

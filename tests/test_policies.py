@@ -219,7 +219,7 @@ def test_from_a_trained_run_to_samples(tmp_path, capsys, monkeypatch):
     assert main([*command, "--steps", "2", "4", "--solver", "ancestral"]) == 1
     assert "the solver 'ancestral' draws" in capsys.readouterr().err
     assert main([*command[:-6], "--family", "grid", "--steps", "2", "4", "--out", str(path)]) == 1
-    assert "--steps: one number" in capsys.readouterr().err
+    assert "several --steps or --guidance are for" in capsys.readouterr().err
 
     run = ddjax.load(tmp_path / "run")
     policy = policies.load(path, run.process)
