@@ -93,11 +93,11 @@ def fit(
     Raises ValueError for fewer targets than one, and labels that are not one for each.
     """
     targets = jnp.asarray(targets)
-    if len(targets) < 1 or (labels is not None and jnp.shape(labels) != (len(targets),)):
-        raise ValueError(
-            f"targets are (n, *sites), n >= 1, and labels (n,): got {targets.shape} and {jnp.shape(labels)}"
-        )
-    return _fit(key, targets, None if labels is None else jnp.asarray(labels), iterations, batch, learning_rate)
+    labels = None if labels is None else jnp.asarray(labels)
+    if len(targets) < 1 or (labels is not None and labels.shape != targets.shape[:1]):
+        shown = "none" if labels is None else labels.shape
+        raise ValueError(f"targets are (n, *sites), n >= 1, and labels (n,): got {targets.shape} and {shown}")
+    return _fit(key, targets, labels, iterations, batch, learning_rate)
 
 
 @functools.partial(jax.jit, static_argnames=("iterations", "batch"))
