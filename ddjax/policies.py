@@ -206,7 +206,6 @@ def rewards(
 
     Raises ValueError where the arms' grids do not begin at one time, that of `examples.init`.
     """
-    _check_starts(arms)
     rows = np.arange(len(examples.init))
     ask = drawn_rewards(key, denoise, process, arms, quality, examples, cost=cost)
     return np.stack([ask(rows[None], np.full((1, len(rows)), arm))[0] for arm in range(len(arms))], axis=-1)
