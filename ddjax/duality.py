@@ -87,7 +87,11 @@ def _table(num_symbols: int) -> np.ndarray:
     v = (np.arange(_PANELS)[:, None] + 0.5 * (x + 1.0)) / _PANELS
     values = _exact_remainder((_MIDDLE * v / (1.0 - v)).reshape(-1), num_symbols).reshape(v.shape)
     series = np.polynomial.chebyshev.chebfit(x, values.T, _DEGREE)
-    return np.stack([np.polynomial.chebyshev.cheb2poly(column) for column in series.T])
+    # Row k is T_k in powers of x. One series at a time would not do: numpy drops a last coefficient that is exactly 0.
+    powers = np.zeros((_DEGREE + 1, _DEGREE + 1))
+    for k, unit in enumerate(np.eye(_DEGREE + 1)):
+        powers[k, : k + 1] = np.polynomial.chebyshev.cheb2poly(unit[: k + 1])
+    return series.T @ powers
 
 
 @functools.lru_cache(maxsize=64)
