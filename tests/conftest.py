@@ -1,5 +1,6 @@
 """Eight fake CPU devices, key-reuse checks, a persistent compilation cache, and float64 on request."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -20,6 +21,8 @@ import jax
 import pytest
 
 jax.config.update("jax_debug_key_reuse", True)
+# JAX keeps what it traced, a heap of gigabytes: searching it for garbage took a fifth of the time.
+gc.set_threshold(200_000, 20, 1000)
 _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs, met again and again
@@ -54,7 +57,7 @@ FAST_VARIANTS = {
     "test_a_path_of_normals_gives_its_example_back": 1,
     "test_a_planner_sees_what_was_drawn_and_is_believed": 0,
     "test_a_recording_gives_its_example_back": 1,
-    "test_a_run_stops_and_shows_itself_on_the_way": 1,
+    "test_a_run_stops_and_shows_itself_on_the_way": 0,
     "test_a_sample_is_shown_at_every_step_and_evaluations_are_split_as_asked": 0,
     "test_a_signal_saves_and_the_same_command_ends_as_if_nothing_had_been": 0,
     "test_a_step_is_finite_and_moves": 1,
@@ -95,6 +98,7 @@ FAST_VARIANTS = {
     "test_decreasing_from_noise_to_data": 17,
     "test_default_losses_and_gradients_are_finite": 1,
     "test_degradations": 0,
+    "test_drawn_losses_average_to_the_exact_one": 0,
     "test_draws_agree_with_the_entropy_and_have_finite_gradients": 0,
     "test_draws_follow_the_law": 1,
     "test_draws_have_the_expected_loss": 1,
@@ -105,7 +109,8 @@ FAST_VARIANTS = {
     "test_ema_against_a_loop": 2,
     "test_evaluate_is_the_mean_of_the_bound": 0,
     "test_evaluations_double": 1,
-    "test_every_evaluation_is_counted_and_none_depends_on_neighbours": 1,
+    "test_events_come_at_the_times_of_the_schedule": 0,
+    "test_every_evaluation_is_counted_and_none_depends_on_neighbours": 0,
     "test_every_name_builds": 22,
     "test_every_objective_of_the_bench_builds": 4,
     "test_every_parameter_gets_a_gradient": 2,
@@ -115,7 +120,7 @@ FAST_VARIANTS = {
     "test_expected_loss_is_the_bound_over_the_window": 0,
     "test_expected_loss_is_the_diffusion_term_per_site": 1,
     "test_gaussian_bound_is_minus_log_density": 1,
-    "test_gaussian_data_in_closed_form": 1,
+    "test_gaussian_data_in_closed_form": 0,
     "test_gaussian_formula_at_every_kind": 1,
     "test_gradients_are_finite": 1,
     "test_heun_ends_at_the_state_of_the_data": 3,
@@ -125,6 +130,8 @@ FAST_VARIANTS = {
     "test_inverse_and_derivative": 2,
     "test_it_is_the_bound_with_less_variance": 0,
     "test_it_is_the_denoiser_of_the_other_schedule": 3,
+    "test_it_is_the_density_of_the_law": 0,
+    "test_it_is_the_published_algorithm": 0,
     "test_its_cost_falls_with_the_draws_and_one_draw_is_worse_than_none": 0,
     "test_json_round_trip_and_report": 0,
     "test_kernels_compose": 3,
@@ -190,7 +197,7 @@ FAST_VARIANTS = {
     "test_steps_of_any_length_are_laws": 2,
     "test_survival_keeps_its_precision_at_both_ends": 6,
     "test_text_in_three_blocks": 0,
-    "test_the_best_arm_of_each_condition_is_found": 1,
+    "test_the_best_arm_of_each_condition_is_found": 0,
     "test_the_bound_depends_on_the_ends_alone": 1,
     "test_the_bound_is_finite_at_the_edge_of_float32": 3,
     "test_the_bound_is_the_entropy_and_a_wrong_network_pays_its_kls": 1,
@@ -199,6 +206,7 @@ FAST_VARIANTS = {
     "test_the_bound_of_a_gaussian_is_theory": 0,
     "test_the_bounds_gradient_by_its_parameters": 0,
     "test_the_cavity_is_tempered_whatever_is_predicted": 2,
+    "test_the_chosen_normal_is_the_expected_maximum": 0,
     "test_the_continuity_equation_and_the_score": 1,
     "test_the_corrector_leaves_the_law_as_it_is": 1,
     "test_the_density_is_the_power_law": 1,
@@ -212,6 +220,7 @@ FAST_VARIANTS = {
     "test_the_identity_is_gaussian": 1,
     "test_the_law_converges_at_first_order": 3,
     "test_the_law_is_the_chains_and_windows_apart_have_another": 0,
+    "test_the_law_of_one_site_is_stationary_and_approached": 0,
     "test_the_law_of_the_output_converges_at_first_order": 2,
     "test_the_mean_estimate_is_the_slope_of_the_expected_reward": 0,
     "test_the_mean_over_orders": 1,
@@ -237,9 +246,11 @@ FAST_VARIANTS = {
     "test_uniform_times_have_the_cut_laplace_law": 1,
     "test_v_interpolates_the_papers_log_variances": 1,
     "test_value_and_gradient_are_those_of_the_expected_bound": 0,
+    "test_weak_order_on_normal_data": 0,
     "test_what_the_network_all_but_excludes_keeps_its_price": 0,
     "test_what_was_cut_off_at_a_checkpoint_is_made_up_for": 0,
     "test_what_was_learned_about_the_process_is_in_the_process": 0,
+    "test_whichever_rows_are_drawn_twice_they_stand_for_all": 0,
     "test_with_a_decoder_it_is_the_probability_of_a_level": 1,
     "test_with_fixed_points_the_way_up_is_the_inverse": 1,
     "test_without_tolerance_it_is_the_sequential_sampler": 2,

@@ -37,6 +37,7 @@ def test_categorical_has_the_law():
     assert chi_squared(pairs, np.outer(p, p).ravel()) < 95  # neighbouring sites are independent
 
 
+@pytest.mark.slow
 def test_many_symbols_have_the_law():
     """A part and then a symbol of it: all of 1,000 symbols, some impossible, and those of a part with nothing else."""
     p = np.random.default_rng(0).dirichlet(np.full(1000, 0.5))

@@ -129,6 +129,7 @@ def test_data_that_cannot_be_used(capsys, tmp_path):
         assert not list(workdir.glob("checkpoints/[0-9]*"))
 
 
+@pytest.mark.slow
 def test_configs_that_cannot_be_used(capsys, tmp_path):
     config, workdir = tiny.write(tmp_path / "c.py"), tmp_path / "run"
     base = ["train", "--config", config, "--workdir", workdir]
@@ -205,6 +206,7 @@ def test_sample(capsys, tmp_path, run):
     np.testing.assert_array_equal(np.load(npy), expected)
 
 
+@pytest.mark.slow
 def test_sample_rows_and_an_animation(capsys, tmp_path, run):
     """Single samples again, by their numbers, with the labels they had; and how they came about."""
     npy, gif = tmp_path / "x.npy", tmp_path / "x.gif"
@@ -218,6 +220,7 @@ def test_sample_rows_and_an_animation(capsys, tmp_path, run):
     assert "--rows names 2 samples and --num 3" in fails(capsys, "sample", "--workdir", run, "--rows", 2, 0, "--num", 3)
 
 
+@pytest.mark.slow
 def test_sample_takes_the_shape_of_laws_and_options_of_solvers(capsys, tmp_path, run):
     npy = tmp_path / "x.npy"
     base = ["sample", "--workdir", run, "--out", npy]
@@ -278,6 +281,7 @@ def test_sample_text(tmp_path):
     assert first + second == (tmp_path / "c.txt").read_text()[:16]
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_drawn(capsys, tmp_path, run):
     base = ["sample", "--workdir", run, "--out", tmp_path / "x.png"]
     assert "labels run from 0 to 9 (10 means none), got 11" in fails(capsys, *base, "--label", 11)

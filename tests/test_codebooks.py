@@ -103,6 +103,7 @@ def test_an_entry_is_the_same_however_it_is_asked_for():
         np.testing.assert_array_equal(other.indices, codes[0].indices)
 
 
+@pytest.mark.slow
 def test_choices_are_those_of_brute_force(x64):
     """Each step again in NumPy: all entries, the largest inner product; then every pair at every level."""
     book, sites = Codebook(1, 12, atoms=3, levels=3, chunk=5), 8

@@ -125,6 +125,7 @@ def test_the_table_holds_between_its_points(x64):
         np.testing.assert_allclose(log_odds(r, k), exact, rtol=1e-14, atol=2e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gaussian", [sc.CondOT(), sc.VPCosine(), sc.VPCosine(0.0), sc.VPLinear(), sc.EDM()], ids=repr)
 def test_both_ends_of_the_shadow_in_float32(gaussian):
     """No NaN, and the slope of alpha is its limit; sigma is 0 long before the data, where the log-SNR still counts."""

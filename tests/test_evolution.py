@@ -70,6 +70,7 @@ def peaks(x):
     return -jnp.min(jnp.sum((x[:, None] - CENTRES) ** 2, axis=-1), axis=1)
 
 
+@pytest.mark.slow
 def test_all_optima_are_found():
     """With the hill of a sphere: one optimum, to 0.05; with four: each has its tenth of the population within 0.3."""
     out = evolve(jax.random.key(0), peaks, (256, 2), temperature=0.05, steps=50)

@@ -471,6 +471,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", WRONG)
 def test_what_cannot_be_built_is_named(message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -478,6 +479,7 @@ def test_what_cannot_be_built_is_named(message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_load_data(tmp_path):
     assert load_data(tiny.config(), "test").num_symbols == 17
     assert load_data(tiny.config(data={"tokens": False}), "test").levels is not None

@@ -108,6 +108,7 @@ def test_ode_and_sde_have_the_same_marginals(x64, schedule):
         np.testing.assert_allclose(fokker_planck, change, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_flow_maps_compose(x64):
     """From t to r is from t to s and on to r; back again is the identity; densities follow the Jacobian."""
     process = Gaussian(CondOT())

@@ -57,6 +57,7 @@ def test_draws_follow_the_law():
     assert ((counts - expected) ** 2 / expected).sum() < 25.0  # chi-square of 5 degrees: 1e-4
 
 
+@pytest.mark.slow
 def test_many_bits_are_finite_in_float32():
     """MuLAN's 50 bits with 15 ones; extreme logits and their gradients."""
     rng = np.random.default_rng(0)
@@ -76,6 +77,7 @@ def test_many_bits_are_finite_in_float32():
     np.testing.assert_array_equal(np.sort(np.argsort(logits[2])[-15:]), np.flatnonzero(z[2]))
 
 
+@pytest.mark.slow
 def test_networks_begin_uniform_and_nearly_straight():
     encoder, polynomials = Encoder(6, 8), Polynomials((2, 3), 8)
     x0 = jnp.ones((4, 2, 3))

@@ -67,6 +67,7 @@ def test_the_law_is_the_chains_and_windows_apart_have_another():
     assert pvalue(apart, np.outer(chain(3), chain(3)).ravel()) > 1e-3
 
 
+@pytest.mark.slow
 def test_one_window_is_a_sample():
     settings = {"shape": (7, 3), "solver": ONE_BY_ONE, "times": grids.uniform(3)}
     plain = ddjax.sample(jax.random.key(2), WINDOW, PROCESS, **settings)

@@ -187,6 +187,7 @@ def test_names_stand_for_their_objects():
     assert made["rddm"].schedule.beta(0.5) == 0.75
 
 
+@pytest.mark.slow
 def test_later_names_stand_for_their_objects():
     made = {name: build(*CONFIGS[name]) for name in ("geometric", "bridges", "mulan")}
     process = {name: experiment.process for name, experiment in made.items()}
@@ -447,6 +448,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", WRONG)
 def test_what_makes_no_sense_is_named(message):
     with pytest.raises(ConfigError, match=message) as caught:

@@ -75,6 +75,7 @@ def test_loose_bounds_are_bounds_and_say_so(x64, pair):
     assert nelbo(pair, LAW, 1.0, pair.low) > exact_gap(pair, LAW, 1.0, pair.low) + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", OBJECTIVES, ids=str)
 def test_objectives_that_are_bounds(x64, row):
     """Their expectation, with both ends added, is the entropy, or what a wrong network costs by definition."""
@@ -151,6 +152,7 @@ def given_second(pair, law, monkeypatch):
 KNOWN = ("Masked", "Uniform, t^2", "Hybrid", "StateMasked, powers", "Thinning", "Kernel, ring")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_sites_give_the_conditional_entropy(x64, name, monkeypatch):
     """-log p(x_1 | x_2), with x_2 (a prompt, padding) shown at every time and charged nothing."""

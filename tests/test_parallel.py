@@ -68,6 +68,7 @@ def test_without_tolerance_it_is_the_sequential_sampler(x64, name, schedule):
     assert (np.asarray(found.nfe) >= np.asarray(plain.nfe)).all()
 
 
+@pytest.mark.slow
 def test_a_window_of_one_is_the_sequential_sampler_at_its_cost():
     process = Gaussian(CondOT())
     plain, found = both(process, Heun(process), window=1)
@@ -76,6 +77,7 @@ def test_a_window_of_one_is_the_sequential_sampler_at_its_cost():
     np.testing.assert_array_equal(found.rounds, STEPS)
 
 
+@pytest.mark.slow
 def test_rounds_and_evaluations_by_hand(x64):
     """A field that does not depend on the state: the first iteration of a window is right, the second sees it."""
     process = Gaussian(CondOT())
@@ -175,6 +177,7 @@ def test_errors_fall_with_the_tolerance_and_rounds_grow(x64):
     assert rounds[0] < rounds[1] < rounds[2] < 30, rounds
 
 
+@pytest.mark.slow
 def test_examples_do_not_depend_on_their_neighbours():
     """Bit for bit with 1, 2 and 7 beside each other: samples, rounds, evaluations; some are done long before others."""
     process = Gaussian(VPCosine())

@@ -61,6 +61,7 @@ def test_order_without_replacement_is_uniform():
     np.testing.assert_array_equal(np.sort(draw(keys(2, 50), (2,), 6, 6)), np.broadcast_to(np.arange(6), (50, 2, 6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_mean_of_the_rest(x64, dtype):
     edges, scales = (v.ravel().astype(dtype) for v in np.meshgrid([-2.0, 0.5, 3.0, 4.5], [0.05, 1.0, 6.9, 7.1, 90.0]))
@@ -76,6 +77,7 @@ def test_mean_of_the_rest(x64, dtype):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_symbols", "top"), [(5, None), (5, 1), (5, 3), (5, 5), (2, 1), (50_257, 2)])
 def test_argmax_follows_the_law(num_symbols, top):
     """Chi-square of x_t against one integral; it is the largest soft entry, and no soft entry is lost or doubled."""
@@ -102,6 +104,7 @@ def test_argmax_follows_the_law(num_symbols, top):
         assert (np.diff(np.sort(soft.ids)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [4, 3])
 def test_softmax_is_exact_when_nothing_is_left_out(top):
     """Weights of the clean symbol, another and the largest have the law of brute force; 3 of 4 leave a known one."""

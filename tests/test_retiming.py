@@ -30,6 +30,7 @@ def both(old, new, kind, xt, t):
     return [{k: new.convert(p, k, xt, t).value for k in GAUSSIAN_KINDS} for p in (retimed, native)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GAUSSIAN_KINDS)
 @pairs
 def test_it_is_the_denoiser_of_the_other_schedule(x64, old, new, kind):

@@ -59,6 +59,7 @@ def test_tokens_do_not_depend_on_the_batch_size(run):
     assert np.any(run.sample(jax.random.key(4), 4, cond=labels[:4]) != whole[:4])
 
 
+@pytest.mark.slow
 def test_rows_trajectory_and_solver_options(run):
     labels = np.array([3, 1, 4, 1])
     whole = run.sample(KEY, 4, cond=labels, trajectory=True, batch_size=2)
@@ -189,6 +190,7 @@ def all_is_gaussian(params, xt, t, cond=None, **_):
     return 0.0 * xt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [None, np.linspace(-1, 1, 9, dtype=np.float32)], ids=["values", "levels"])
 def test_the_likelihood_of_the_ode_is_that_of_the_gaussian(levels):
     """With the network of white data the flow only rescales: every term is known, and the estimates have no error."""

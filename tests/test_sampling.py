@@ -140,6 +140,7 @@ def test_the_python_loop_has_values_and_is_the_compiled_one(name):
     np.testing.assert_array_equal(short.x0, eager.x0)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     """Of the compiled program, but for the grid; with every state shown it does."""
     process = Gaussian(CondOT())
@@ -161,6 +162,7 @@ def test_memory_does_not_grow_with_the_steps():
 GRIDS = np.asarray([[1.0, 0.6, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0], [0.8, 0.8, 0.8, 0.8], [0.9, 0.9, 0.2, 0.2]])
 
 
+@pytest.mark.slow
 def test_a_grid_for_each_example(x64):
     """Each is drawn as if it were alone, on its own times only; resting costs nothing and moves nothing."""
     process = Gaussian(VPCosine())

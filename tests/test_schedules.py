@@ -41,6 +41,7 @@ def check(schedule, times=TIMES):
     np.testing.assert_allclose(schedule.time(schedule.log_snr(t)), t, rtol=1e-7)
 
 
+@pytest.mark.slow
 @every
 def test_closed_forms(x64, schedule):
     check(schedule)
@@ -105,6 +106,7 @@ def test_both_ends_in_float32(schedule):
             assert np.isfinite(values["log_snr"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "alpha", "sigma"),
     [

@@ -33,6 +33,7 @@ def measures(heights):
     return np.diff(stats.norm.cdf(np.concatenate([[-np.inf], bounds, [np.inf]])))[RANKS]
 
 
+@pytest.mark.slow
 def test_on_a_line_the_cells_are_quantiles(x64):
     """With the known heights the map is monotone and its cells are fifths; the energy is flat there."""
     brenier = Brenier(jnp.asarray(Y)[:, None], jnp.asarray(quantile_heights()))

@@ -13,6 +13,7 @@ from ddjax.data import builtin, splits
 from ddjax.data.sources import WindowSource, levels
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, json, ddjax.data; "
@@ -143,6 +144,7 @@ def test_levels_run_from_minus_one_to_one(count):
     np.testing.assert_allclose(np.diff(values), 2 / (count - 1), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dataset_displays_only_what_it_is():
     digits, text = data.load("digits", "test"), data.load("stdlib", "valid", length=8)
     with pytest.raises(ValueError, match=r"digits: states of shape \(8, 8, 1\) are not text"):

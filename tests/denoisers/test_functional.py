@@ -100,6 +100,7 @@ def test_apply_compares_by_configuration():
         assert base != functional_init(maker(**change)).apply, change
 
 
+@pytest.mark.slow
 def test_jit_grad_and_vmap(jit, noise):
     init, apply = functional_init(maker(depth=1))
     params = noise(jax.eval_shape(init, jax.random.key(0)))
@@ -121,6 +122,7 @@ def test_jit_grad_and_vmap(jit, noise):
     np.testing.assert_allclose((up - down) / 2e-3, sum(jax.tree.leaves(slopes)), rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_init_in_jit_and_eval_shape(scan, jit):
     init, apply = functional_init(maker(scan=scan))
@@ -177,6 +179,7 @@ def test_dropout_acts_only_in_training_and_by_key(dropping):
     assert largest(a, still) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_does_not_depend_on_the_batch_split(scan, build):
     run, params = build(maker(dropout=0.3, scan=scan))

@@ -51,6 +51,7 @@ def test_scores_are_float32_in_bfloat16(implementation):
     np.testing.assert_allclose(out, 1 / (1 + np.exp(-0.5)), atol=5e-3)
 
 
+@pytest.mark.slow
 def test_block_against_its_formula(noise):
     block = layers.Block(8, 2, mlp="gelu", mlp_width=12, cond_width=4, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(block)

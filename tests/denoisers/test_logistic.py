@@ -16,6 +16,7 @@ def definition(loc, log_scale, count):
     return p / p.sum()
 
 
+@pytest.mark.slow
 def test_it_is_the_definition_and_sums_to_one():
     for loc, log_scale, count in ((0.2, 0.5, 7), (-0.9, -0.5, 256), (1.0, 2.0, 2)):
         ours = truncated_logistic_logits(jnp.float32(loc), jnp.float32(log_scale), count)
@@ -26,6 +27,7 @@ def test_it_is_the_definition_and_sums_to_one():
             np.testing.assert_allclose(np.exp(exact), definition(loc, log_scale, count), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_far_bins_keep_their_digits_and_slopes_in_float32():
     """Where a difference of sigmoids is 0 in float32, and in float64: log p(k) falls by sharpness times the bin."""
     count = 256

@@ -32,6 +32,7 @@ def test_zero_at_initialisation(jit):
     np.testing.assert_array_equal(out, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [{}, {"mlp": "gelu", "embed_width": 4, "time": False}, {"num_classes": 2, "cond_width": 8}]
 )

@@ -25,6 +25,7 @@ def test_scale_one_is_the_denoiser_itself():
     assert classifier_free(denoise, null=3, scale=1) is denoise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "scale"), [("x0", 0.0), ("x0", 3.0), ("noise", 0.5), ("velocity", 3.0)])
 def test_gaussian_formula_at_every_kind(x64, kind, scale):
     """s_u + w (s_c - s_u) on the mixture's own scores, whichever kind the network speaks."""

@@ -70,6 +70,7 @@ def test_independent_states_and_another_start_come_back_too():
     assert abs(kept - (0.25 + 0.75 / 4)) < 0.2  # q at 0.75 keeps a quarter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [MASKED, UNIFORM], ids=["masked", "uniform"])
 def test_residuals_and_edits_by_brute_force(x64, process):
     """z = log one-hot - log p under c; the edit is the argmax under c', every law taken from the fixture's sums."""

@@ -87,6 +87,7 @@ ROUND_TRIPS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_a_path_of_normals_gives_its_example_back(x64, name):
     """Under any network, also from later on; what is between is given back too."""
@@ -167,6 +168,7 @@ def recorded(space):
     return made, matrix, offset, states, matrix @ states @ matrix.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_the_noise_and_its_law_are_the_closed_forms(x64, space):
     made, matrix, offset, of_states, covariance = recorded(space)
@@ -225,6 +227,7 @@ def sampled(times, c):
     return mean, variance
 
 
+@pytest.mark.slow
 def test_an_example_of_the_model_becomes_one_of_another_model_in_law(x64):
     """Its own noise is standard normal, and 0 at the last step: decoded by another model it has that model's law."""
     matrix, offset = affine(Exact(VP), TIMES, 4, 1)
@@ -256,6 +259,7 @@ def test_examples_of_the_data_become_those_of_the_other_law_at_first_order(x64):
         assert 1.8 < coarse / fine < 2.2
 
 
+@pytest.mark.slow
 def test_weights_of_recorded_and_fresh_noise(x64):
     """lambda_1 = 0 and lambda_2 = 1 are ancestral sampling; a linear network shows that both only weigh."""
     made = inversion.record(KEY(4), Exact(VP), VP, data(5, 2), condition(0, 5), times=TIMES)

@@ -76,6 +76,7 @@ def test_one_draw_and_one_site():
     assert float(nothing.total[0]) == 0.0
 
 
+@pytest.mark.slow
 def test_rows_and_refusals():
     x0 = LAW.sample(random.example_keys(jax.random.key(1), 6))
     whole = any_order(jax.random.key(0), wrong, PROCESS, x0)

@@ -75,6 +75,7 @@ def test_rows_and_repeats_are_reproducible():
     np.testing.assert_array_equal(whole.total[4:], half.total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPLinear(), VPCosine(), VE(), EDM(), CondOT()], ids=repr)
 def test_gaussian_bound_is_minus_log_density(x64, schedule):
     """Exact denoiser of a mixture: NELBO + log p = 0 up to the two ends' widths."""
@@ -101,6 +102,7 @@ class Normal:
         return Prediction(alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * xt, "x0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPLinear(), EDM(), CondOT()], ids=repr)
 def test_gaussian_bound_of_a_gaussian_is_closed_form(x64, schedule):
     """x0 ~ N(0, d^2): the diffusion term is 1/2 int mmse(snr) dsnr with mmse = d^2 / (1 + d^2 snr)."""

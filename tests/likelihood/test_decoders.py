@@ -23,6 +23,7 @@ def nats(decoder, mean, levels=LEVELS, low=0.2):
     return decoder(PROCESS, x0, prediction, jnp.zeros_like(x0), jnp.full(len(mean), low))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [None, 0.3])
 def test_it_is_the_integral_of_the_density_over_the_bin(x64, std):
     """By quadrature; its width is sigma / alpha of x_low unless said otherwise."""

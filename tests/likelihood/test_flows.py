@@ -62,6 +62,7 @@ def of_logarithm(xt, t, cond=None):
     return Prediction(sigma * off / (alpha**2 * LOG_STD**2 + sigma**2), "noise")
 
 
+@pytest.mark.slow
 def test_positive_states_have_their_own_density(x64):
     x0 = np.exp(LOG_MEAN + LOG_STD * RNG.normal(size=(4, 2)))
     found = ode(KEY, of_logarithm, POSITIVE, x0, t_range=between(POSITIVE.schedule), num_steps=160)
@@ -103,6 +104,7 @@ def test_in_the_box_also_at_its_walls(x64):
     np.testing.assert_array_equal(found.prior, 0.0)
 
 
+@pytest.mark.slow
 def test_noise_of_a_bin_stays_where_values_may_be(x64):
     """The bins of the outermost of five levels are half as wide in the box; probabilities of all add up to 1."""
     levels = jnp.linspace(0.0, 1.0, 5)

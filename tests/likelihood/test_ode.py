@@ -217,6 +217,7 @@ class Discrete:
         return Prediction(jax.nn.softmax(logits) @ levels, "x0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [binned(LEVELS), discretised(LEVELS)])
 def test_with_a_decoder_it_is_the_probability_of_a_level(x64, decoder):
     """Draw by draw, where the low end's noise is far below the spacing of the levels."""
@@ -242,6 +243,7 @@ def test_adaptive_agrees(x64):
         jax.block_until_ready(ode(KEY, denoise, FLOW, x0, integrator=Adaptive(1e-8, 1e-8, max_steps=2), **options))
 
 
+@pytest.mark.slow
 def test_errors(monkeypatch):
     x0, denoise = draws(LAW, 2), LAW.denoise(FLOW, "x0")
     for options, words in (

@@ -161,6 +161,7 @@ def test_two_draws_have_the_slope_of_the_expected_bound(x64, monkeypatch):
         assert np.abs(a).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_leave_one_out_is_zero_and_unbiased(x64):
     """Three draws of a coin with log odds theta, f(0) = 1, f(1) = 4: slope 3 p (1 - p)."""
     theta, f = jnp.asarray(0.3), jnp.asarray([1.0, 4.0])

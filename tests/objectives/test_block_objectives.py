@@ -57,6 +57,7 @@ def expected_loss(objective, process, params, nodes):
         return jax.jit(lambda u: jax.lax.map(one, u))(nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [(0.0, 1.0), (0.3, 0.8)])
 def test_the_expected_loss_is_the_bound(x64, clip):
     process = Masked(2, Cosine())
@@ -99,6 +100,7 @@ def test_the_network_is_told_each_blocks_time_and_the_clean_sequence():
     assert t.shape == (4,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("total", "num"), [(1, 1), (1, 5), (6, 3), (4, 7)])
 def test_latin_uniforms(total, num):
     u = np.asarray(random.latin(jax.random.key(1), Rows.all(total), num), np.float64)

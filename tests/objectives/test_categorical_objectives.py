@@ -133,6 +133,7 @@ def test_cross_entropies_by_hand(x64, process):
             np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
+@pytest.mark.slow
 @both
 def test_d3pm_hybrid_is_the_chain_plus_cross_entropy(x64, process):
     logits, u = table(process), 0.3

@@ -25,6 +25,7 @@ def conditions_seen(rate, batch, cond, null=10, rows=None, train=True, seed=0):
     return seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_rate(rate):
     labels = np.arange(10_000) % 10
@@ -34,6 +35,7 @@ def test_rate(rate):
     np.testing.assert_array_equal(seen[~dropped], labels[~dropped])
 
 
+@pytest.mark.slow
 def test_only_while_training():
     labels = jnp.arange(20)
     np.testing.assert_array_equal(conditions_seen(1.0, 20, labels, train=False), labels)

@@ -50,6 +50,7 @@ def mean_and_error(objective, params, batch=512, repeats=60):
     return losses.mean(), losses.std() / math.sqrt(repeats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [Masked(3), Masked(3, Cosine()), Uniform(3), Uniform(3, Polynomial(2.0))], ids=repr)
 def test_expected_loss_is_the_diffusion_term_per_site(process):
     params = parameters(process)
@@ -60,6 +61,7 @@ def test_expected_loss_is_the_diffusion_term_per_site(process):
     assert abs(mean - float(exact.diffusion[0]) / 2) < 4 * error
 
 
+@pytest.mark.slow
 def test_any_order_is_the_whole_bound():
     """The same expectation as the bound over all of [0, 1], with less variance."""
     process = Masked(3, Cosine())
@@ -128,6 +130,7 @@ def test_gradients_are_finite(process):
         assert np.abs(np.asarray(gradient)).max() > 0
 
 
+@pytest.mark.slow
 def test_the_network_gets_train_and_keys_only_while_training():
     seen = []
 
@@ -173,6 +176,7 @@ def test_accumulation_with_weights_per_site(x64):
     assert float(jnp.abs(moved(1) - parameters(process)).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_any_order_tells_the_time_of_its_masks_and_asks_nothing_of_the_others():
     process, x0, seen = Masked(3, Cosine()), data(8), []
 

@@ -132,6 +132,7 @@ def test_edm_loss_at_initialisation():
     assert abs(float(objective(jax.random.key(1), zero, {}, x0)[0]) - 1.0) < 0.02
 
 
+@pytest.mark.slow
 def test_weightings_and_densities(x64):
     snr = jnp.log(jnp.asarray([0.1, 5.0, 50.0]))
     np.testing.assert_allclose(unit(snr), 1.0)

@@ -139,6 +139,7 @@ def test_the_gradient_is_unbiased(x64, enumerated, kind, known, every):
         assert np.abs(naive["process"] - expected_gradient["process"]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_the_value_is_the_bounds_diffusion_term(x64, enumerated):
     """Integrated over u, it is that of the exact bound with the learned powers; the ends are the whole bound's."""
     params = parameters()

@@ -116,6 +116,7 @@ def exact_table(process, k, kind="cavity"):
     return LAW.denoise(process, kind)(jnp.asarray(STATES), jnp.full(9, t)).value
 
 
+@pytest.mark.slow
 @every_process
 def test_loss_is_the_papers_and_its_excess_the_kl_of_the_classifiers(x64, process):
     """A coin or a token is drawn and classified; the excess over the exact cavity's loss is the binary KL."""

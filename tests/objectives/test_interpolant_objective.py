@@ -20,6 +20,7 @@ def batch():
     return x0, {"x1": x1, "cond": jnp.arange(ROWS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "kind", "error"),
     [
@@ -53,6 +54,7 @@ def test_the_exact_network_is_the_optimum(process, kind, error):
     assert (np.abs(grads["slope"]) < 1.5 * scale).all(), (grads, scale)
 
 
+@pytest.mark.slow
 def test_an_independent_gaussian_end_is_flow_matching():
     """The same expected loss as `gaussian` under CondOT, whatever the network says."""
 

@@ -83,6 +83,7 @@ def close(values, expected, name):
     assert (error < 0.1 * np.abs(expected).max() + 1e-9).all(), (name, error, expected)  # it could have failed
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_bound(x64):
     (loss, metrics), _ = draws()
     diffusion, _, prior, decoder = exact(parameters())

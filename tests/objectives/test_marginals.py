@@ -339,6 +339,7 @@ def test_one_example_of_one_site():
         np.testing.assert_allclose(said, [answer], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_refusals():
     x0, key = jnp.zeros((2, 3), int), jax.random.key(0)
     for make in (objectives.marginals, functools.partial(objectives.energy_marginals, log_density=log_f)):

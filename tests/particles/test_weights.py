@@ -15,6 +15,7 @@ def keys_of(num, seed=0):
     return random.example_keys(jax.random.key(seed), num)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 2, 5])
 def test_copies_are_in_proportion(x64, num):
     """Each draw is within one of N W, and the mean over draws is N W."""
@@ -46,6 +47,7 @@ def test_effective_sample_size_and_evidence(x64):
     np.testing.assert_allclose(effective_sample_size(jnp.log(jnp.asarray([[1.0, 1.0], [1.0, 0.0]]))), [2.0, 1.0])
 
 
+@pytest.mark.slow
 def test_weights_beyond_any_exponential():
     """Trap 14: exp(lambda r) overflows at 89 in float32; a cut at 1e10 would make these two equal."""
     log_weights = jnp.asarray([[2e6, 2e6 - 1.0, -2e6]], jnp.float32)
@@ -57,6 +59,7 @@ def test_weights_beyond_any_exponential():
     assert not (ancestors == 2).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_a_tilted_chain_has_its_law_and_evidence(x64, threshold):
     """Trap 14: weights dropped between resamplings would give another law. Three steps of a chain, by enumeration."""

@@ -51,6 +51,7 @@ def cubature():
     return np.moveaxis(M[None] + np.einsum("kij,bkj->bki", FACTORS, z), 1, -1)
 
 
+@pytest.mark.slow
 def test_a_path_stays_on_the_simplex_and_has_its_slope(x64):
     t = jnp.linspace(0.0, 1.0, 9)
     for path in (PATH, Edge(3, 2, 0), Sines.initial(4)):

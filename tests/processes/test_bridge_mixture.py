@@ -152,6 +152,7 @@ def test_steps_and_paths_cost_their_kl(x64):
     np.testing.assert_allclose(short, PROCESS.path_kl(x0, said, xt, t), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_bound_is_valid_and_loose_by_what_is_not_markov(x64):
     """On Gaussian data: that of `Gaussian` is tight; this one adds the integral of the excess weight times Var."""
     law, low = GaussianLaw(np.zeros(1), np.array([[0.64]])), 0.02

@@ -33,6 +33,7 @@ def entropy_of(p):
     return -np.sum(p * np.log(p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", CHAINS.values(), ids=CHAINS.keys())
 def test_transitions_bridge_and_reverse_are_products(x64, process):
     n = process.num_states
@@ -66,6 +67,7 @@ def test_transitions_bridge_and_reverse_are_products(x64, process):
         np.testing.assert_allclose(kl[possible], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", CHAINS.values(), ids=CHAINS.keys())
 def test_one_site_has_its_entropy_exactly_at_every_number_of_steps(x64, process):
     """The exact reverse step is the true one; what is left is the KL of the chain's end from the prior."""
@@ -78,6 +80,7 @@ def test_one_site_has_its_entropy_exactly_at_every_number_of_steps(x64, process)
     np.testing.assert_allclose(float(bound.total[0]), entropy_of(p) + gap, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "mixture"),
     [(chain.absorbing(3, 6, Cosine()), Masked(3, Cosine())), (chain.uniform(3, 6, Cosine()), Uniform(3, Cosine()))],

@@ -56,6 +56,7 @@ def convert_to_all(process, prediction, xt, t):
     return {end: process.convert(prediction, end, xt, t) for end in GAUSSIAN_KINDS}
 
 
+@pytest.mark.slow
 @every_schedule
 def test_all_conversions_agree_with_the_definitions(x64, schedule):
     """From (x0, noise) by the definitions of continuous.md 1.2, into each kind and back: 36 pairs."""

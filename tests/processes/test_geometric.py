@@ -51,6 +51,7 @@ def test_moments_are_those_of_geometric_brownian_motion(x64):
         np.testing.assert_allclose([weights.sum(), weights @ x, weights @ x**2], [1, first, second], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_marginal_bridge_and_reverse_are_scipys(x64):
     x0, xt, at = states(0), states(1), states(2)
     sigma, shift = lambda t: SIGMA * t, lambda t: (GROWTH - 0.5) * (SIGMA * t) ** 2
@@ -71,6 +72,7 @@ def test_marginal_bridge_and_reverse_are_scipys(x64):
         np.testing.assert_allclose(law.log_prob(at), truth, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_scores_and_conversions(x64):
     """The score of log x and the Hyvarinen score are gradients of the two log-densities."""
     x0, xt, t = states(0), states(1), jnp.full(3, 0.6)
@@ -118,6 +120,7 @@ def expected(process, law, t_range):
     return expected_bound(OnLogarithms(), law, at, noisy, len(law.mean), t_range), at
 
 
+@pytest.mark.slow
 def test_nelbo_is_the_entropy_of_a_log_normal_law(x64):
     """Where the prior is the marginal, the bound is tight; growth moves no nats."""
     law = GaussianLaw(np.zeros(2), 0.64 * np.eye(2))
@@ -158,6 +161,7 @@ def test_steps_cost_their_kl(x64):
     np.testing.assert_allclose(PROCESS.step_kl(x0, guess, xt, s, t), total, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_samples_are_positive_and_the_log_view_is_the_same_model():
     point = jnp.asarray([3.0, 0.01])
     denoise = lambda xt, t, cond: Prediction(jnp.broadcast_to(point, xt.shape), "x0")

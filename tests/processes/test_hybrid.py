@@ -44,6 +44,7 @@ def full(t, batch):
     return jnp.full(batch, t)
 
 
+@pytest.mark.slow
 def test_marginal_and_bridge(x64):
     x0, xt = pairs()
     a, b = np.asarray(x0)[:, 0], np.asarray(xt)[:, 0]
@@ -81,6 +82,7 @@ def test_the_schedule_is_its_own_inverse_and_derivative(x64):
     assert float(schedule.time_of_sigma(jnp.asarray(0.0))) == 0.0 == float(schedule.alpha(jnp.asarray(1.0)))
 
 
+@pytest.mark.slow
 def test_path_kl_is_the_published_loss(x64):
     """w (KL(q || p) + r - log r - 1) with q = q_t(. | x), p = q_t(. | x_theta), r = q(z) / p(z), w = rate / q(z)."""
     x0, xt = pairs()

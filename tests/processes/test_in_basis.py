@@ -132,6 +132,7 @@ def test_nelbo_is_the_theory_on_gaussian_data(x64, schedule):
     np.testing.assert_allclose(shifted[1] - ours[1], gap, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPCosine(), VE()], ids=repr)
 def test_equal_schedules_are_the_process_itself(x64, schedule):
     plain = Gaussian(schedule, 0.7)
@@ -180,6 +181,7 @@ def test_conversions_are_their_definitions(x64, schedule):
     np.testing.assert_allclose(process.network_inputs(xt, t, "edm")[0], (xt @ U / norm) @ U.T, atol=1e-10)
 
 
+@pytest.mark.slow
 @both
 def test_schedules_are_consistent(x64, schedule):
     for t in (0.03, 0.4, 0.95):
@@ -207,6 +209,7 @@ def test_heat_is_a_gaussian_blur(x64):
         np.testing.assert_allclose(ours[1], np.full(SITES, VPCosine().sigma(jnp.asarray(t))), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_shortest_path_is_the_geodesic_of_variances(x64):
     """S^(1-g) at every g: constant speed |log S| in the Fisher metric, and as short as any path between its ends."""
     schedule, t = ShortestPath(POWER), jnp.linspace(0.0, 1.0, 2001)[:, None]
@@ -300,6 +303,7 @@ def test_sample_runs_and_ends_at_the_data():
         np.testing.assert_allclose(out.x0, np.tile(point, (2, 1)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_errors():
     with pytest.raises(ValueError, match="Gaussian process"):
         InBasis(Masked(3), DCT((1,)))

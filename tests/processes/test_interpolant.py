@@ -51,6 +51,7 @@ def log_density(law, path, x, t):
     return jax.nn.logsumexp(log_w + jax.vmap(functools.partial(jax.scipy.stats.multivariate_normal.logpdf, x))(mean, c))
 
 
+@pytest.mark.slow
 @every_path
 @pytest.mark.parametrize("dims", [1, 2])
 def test_the_continuity_equation_and_the_score(x64, path, dims):
@@ -184,6 +185,7 @@ def vanishing(t):
     return 2.0 * t * (1.0 - t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "correlation", "dims"),
     [
@@ -309,6 +311,7 @@ def test_a_gaussian_end_without_noise_is_cond_ot(x64):
         np.testing.assert_allclose(ours, other(gaussian).step(keys, (), xt, t, s, denoise)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_path
 def test_the_ends_are_finite_in_float32(path):
     process = Interpolant(path)

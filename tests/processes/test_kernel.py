@@ -111,6 +111,7 @@ def test_bridge_is_bayes_rule(x64, process):
         np.testing.assert_allclose(bridge[possible, 0], expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @every_process
 def test_reverse_is_exact_whatever_is_predicted(x64, process):
     law, xt = Categorical(2, 3), all_states(2, process.num_states)
@@ -153,6 +154,7 @@ def test_prior_kl_is_brute_force(x64, process):
     assert (kl.max() > 1e-9) == (process.generator is CYCLE)  # alpha_1 > 0 is not free
 
 
+@pytest.mark.slow
 @every_process
 def test_path_kl_is_the_limit_of_the_step_kl(x64, process):
     """(1 / dt) KL(bridge || reverse) as dt -> 0, extrapolated, with a wrong cavity; both laws in NumPy."""
@@ -260,6 +262,7 @@ def test_monte_carlo_and_objective_agree_with_the_exact_bound(times):
 # -- float32 ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_small_probabilities_are_exact_in_float32():
     """tauLDR's eigendecomposition has errors of 1e-7 here, and sets what is below 1e-8 to 0: ratios are then 0 / 0."""
     process = Kernel(40, generators.birth_death(40))
@@ -327,6 +330,7 @@ def test_gradients_are_finite():
             assert np.isfinite(np.asarray(gradient)).all()
 
 
+@pytest.mark.slow
 @every_process
 def test_times_integrate_and_stay_inside(x64, process):
     nodes, weights = np.polynomial.legendre.leggauss(100)

@@ -75,6 +75,7 @@ def everything(process, x0, guess, xt, s, t):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPLinear(), CondOT(), VE()], ids=repr)
 def test_the_identity_is_gaussian(x64, schedule):
     """Without a transform, and with one whose outputs are 0 (the bridge's quadrature included)."""
@@ -150,6 +151,7 @@ def test_path_kl_is_the_limit_of_the_step_kl(x64):
     np.testing.assert_allclose(step, path, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_diffenc_formula(x64):
     """The loss of the authors' code, in v and with its counter-term sigma^2 x0_hat, for x_phi = x + sigma^2 (y - x).
 

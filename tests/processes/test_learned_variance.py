@@ -22,6 +22,7 @@ def two_heads(x0, v):
     return Prediction(jnp.concatenate([x0, v], axis=-1), "x0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPCosine(), VPLinear()], ids=repr)
 def test_v_interpolates_the_papers_log_variances(x64, schedule):
     """beta_t = 1 - alpha_t^2 / alpha_s^2 and beta_t sigma_s^2 / sigma_t^2 (Nichol & Dhariwal 2021, eq. 9, 15)."""
@@ -37,6 +38,7 @@ def test_v_interpolates_the_papers_log_variances(x64, schedule):
         np.testing.assert_allclose(process.reverse(prediction, XT, S, T).std, plain.std, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPCosine(), CondOT(), EDM(10.0)], ids=repr)
 def test_the_upper_variance_is_exact_for_a_gaussian_of_the_datas_width(x64, schedule):
     """Data N(0, d^2), exact denoiser, v = 1: p(x_s | x_t) by conditioning the joint normal, and the whole chain."""

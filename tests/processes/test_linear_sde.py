@@ -93,6 +93,7 @@ def states(process, seed, groups=2, batch=3):
     return (jnp.asarray(rng.normal(size=(batch, n))) for n in (data, data, entries))
 
 
+@pytest.mark.slow
 @every
 def test_moments_bridge_and_bound_are_linear_algebra(x64, process):
     """Moments against the integrated equations to 1e-8, the rest against matrices made of those."""
@@ -166,6 +167,7 @@ def test_noise_alone_is_the_variance_preserving_process(x64):
     np.testing.assert_allclose(process.time_at(jnp.asarray([0.0, 1.0]), (0.2, 0.8))[0], [0.2, 0.8], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_critically_damped_is_the_papers_sde(x64):
     """Dockhorn et al. 2022, eq. 5-6, with their beta = 4 and M = 1/4: a constant rate, the same at all times."""
     mass, beta = 0.25, 4.0
@@ -231,6 +233,7 @@ def test_nelbo_is_the_theory_on_gaussian_data(x64, process):
     np.testing.assert_allclose(shifted[1] - ours[1], 0.5 * shift @ (information[0] - information[1]) @ shift, rtol=1e-7)
 
 
+@pytest.mark.slow
 @every
 def test_conversions_are_their_definitions(x64, process):
     x0, _, z = states(process, 3, groups=1)

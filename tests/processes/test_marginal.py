@@ -68,6 +68,7 @@ def test_bad_probabilities_are_refused(bad):
         Marginal(3, probabilities=bad)
 
 
+@pytest.mark.slow
 def test_noised_states_follow_the_marginal():
     process, x0 = Marginal(3, probabilities=PROBABILITIES), jnp.ones((30_000, 1), jnp.int32)
     xt = process.marginal(x0, jnp.full(30_000, 0.7)).sample(random.example_keys(jax.random.key(0), 30_000))

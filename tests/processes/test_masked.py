@@ -18,6 +18,7 @@ def states(batch, sites=6):
     return jnp.asarray(np.random.default_rng(0).integers(0, 5, (batch, sites)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s", [0.3, 0.0])
 def test_carry_over(s):
     """Revealed sites never change, whatever the network says; masks turn into symbols or stay."""
@@ -38,6 +39,7 @@ def test_carry_over(s):
         assert abs((masked == PROCESS.mask).mean() - stay) < 4 * error
 
 
+@pytest.mark.slow
 def test_a_revealed_site_has_no_other_posterior():
     xt = states(20)
     t = jnp.full(20, 0.5)

@@ -141,6 +141,7 @@ def test_a_mislabelled_prediction_gives_a_wrong_step(x64, true, label):
         assert low <= distance <= high
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("start", ["posterior", "cavity", "ratio"])
 @pytest.mark.parametrize("end", ["posterior", "cavity", "ratio"])
@@ -284,6 +285,7 @@ def test_times_integrate(x64, process):
     np.testing.assert_allclose(0.5 * weights @ (np.exp(t) * dt), np.exp(0.9) - np.exp(0.1), rtol=1e-9)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_the_bound_is_finite_at_the_edge_of_float32(kind, schedule):

@@ -116,6 +116,7 @@ def some_prediction(rng, kind="x0"):
     return Prediction(jnp.asarray(rng.normal(size=(1, 2, 6))), kind)
 
 
+@pytest.mark.slow
 def test_a_steps_density_is_the_mixtures_and_its_draws_and_mean_follow(x64):
     """Two sites, three components: the joint density against SciPy, its integral, its mean; draws by their moments."""
     process, rng = MixtureOutput(CondOT(), components=3), np.random.default_rng(0)
@@ -180,6 +181,7 @@ def test_losses_and_gradients_are_finite_in_float32():
         assert np.abs(slope).max() > 0
 
 
+@pytest.mark.slow
 def test_errors_say_what_is_wrong():
     process, x0 = MixtureOutput(VPCosine(), components=3), jnp.zeros((5, 2))
     assert dataclasses.replace(process, components=2) != process

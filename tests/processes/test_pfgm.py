@@ -25,6 +25,7 @@ def kernel(distance2, sigma, D, dims):
     return (distance2 + r2) ** (-(dims + D) / 2) / mass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1.0, 41.0, 7.5])
 def test_the_density_is_the_power_law(x64, D):
     process, t = PFGM(EDM(8.0), D=D), jnp.asarray([0.1])

@@ -283,6 +283,7 @@ def test_conversions():
     np.testing.assert_allclose(process.network_inputs(xt, t, "score")[0], [[-0.6, 0.4]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_both_ends_are_finite_in_float32():
     """And the score keeps its digits at every width."""
     process, x0, xt = Reflected(EDM(5.0)), jnp.asarray([[0.0, 0.2, 1.0]]), jnp.asarray([[0.5, 0.2, 1.0]])

@@ -60,6 +60,7 @@ def test_a_mislabelled_prediction_gives_wrong_rates(x64):
 BAND = Kernel(3, generators.birth_death(3), Cosine(), absorb=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [Masked(3), Uniform(3, Cosine()), Hybrid(3), BAND], ids=repr)
 def test_both_ends_in_float32(process):
     """Forward rates are infinite at t = 1; the reverse ones that lead somewhere are not, or are so large as to mix."""

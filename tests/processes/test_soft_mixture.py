@@ -38,6 +38,7 @@ def posterior_mean(params, xt, t, cond, **_):
     return 1.0 - 2.0 * low_share(xt, t[:, None])
 
 
+@pytest.mark.slow
 def test_the_mixture_over_the_latent_is_the_true_step(x64):
     """Draws at the normal's quantiles: the density is that of the two bridges, by their shares, to half a draw."""
     draws, xt, xs = 2000, jnp.asarray([[0.4]]), jnp.asarray([[0.1]])

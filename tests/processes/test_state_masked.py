@@ -72,6 +72,7 @@ step_kl = jax.jit(lambda process, *arguments: process.step_kl(*arguments), stati
 # -- schedules ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every
 def test_schedules(x64, process):
     """Values against numpy, derivatives by autodiff, the two ends, ratios, and an order that never turns."""
@@ -163,6 +164,7 @@ def exact_reverse(process, xt, s, t):
     return np.asarray(out)
 
 
+@pytest.mark.slow
 @both
 def test_reverse_is_exact_whatever_is_predicted(x64, process):
     xt = jnp.asarray(all_states(2, 4))
@@ -184,6 +186,7 @@ def test_a_mislabelled_prediction_gives_a_wrong_step(x64, true, label):
         assert low <= 0.5 * np.abs(reverse - expected).sum(-1).max() <= high
 
 
+@pytest.mark.slow
 @both
 def test_exact_predictions_convert_into_each_other(x64, process):
     xt, t = jnp.asarray(all_states(2, 4)), jnp.full(16, 0.45)

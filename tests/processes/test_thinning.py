@@ -134,6 +134,7 @@ def test_reverse_from_a_number_of_deaths(x64):
     np.testing.assert_allclose(p, table(process, "bridge", xt, xt + whole, xt, s, t), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_conversions_are_bayes_rule(x64):
     schedule, t = Polynomial(2.0), 0.45
     process, states = Thinning(3, schedule), all_states(2, 3)
@@ -265,6 +266,7 @@ def test_ancestral_samples_converge_at_first_order(x64, kind):
     np.testing.assert_allclose(np.log2(np.array(distance[:-1]) / distance[1:]), 1.0, atol=0.03)
 
 
+@pytest.mark.slow
 @first_fast([LogLinear(1e-2), Cosine()])
 def test_prior_is_brute_force(x64, schedule):
     process, x0 = Thinning(K, schedule), jnp.arange(K)[:, None]

@@ -14,6 +14,7 @@ from ddjax.processes import Masked, Uniform
 from ddjax.schedules import Cosine, Polynomial
 
 
+@pytest.mark.slow
 @both
 def test_the_velocity_carries_the_marginals_back(x64, process):
     """-dp_t/dt = sum_z p_t(z) u(z -> .), with the exact posterior's velocity, against a difference quotient."""

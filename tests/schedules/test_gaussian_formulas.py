@@ -14,6 +14,7 @@ def near(values, expected, rtol=1e-9):
     np.testing.assert_allclose(np.asarray(values), expected, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_ddpm_tables_are_the_products_of_their_betas(x64, steps):
     """At step i of the chain, i = 0 ... steps - 1: DDPM's and improved DDPM's loops."""

@@ -91,6 +91,7 @@ def test_gaussian_data_only_change_their_width(x64, std):
     np.testing.assert_allclose(schedule.energy, (1 - std) ** 2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_process_takes_it(x64):
     low, high = Gaussian(optimal(), 1.5).t_range
     assert 0 < low < 0.05 < 0.9 < high < 1

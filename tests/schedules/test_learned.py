@@ -69,6 +69,7 @@ def gaussian_bound(parameters, std):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [ENDS, (7.0, -5.0)], ids=repr)
 def test_the_bound_depends_on_the_ends_alone(x64, ends):
     """H + log(1 + s^2 / d^2) / 2, s = exp(-ends[0] / 2): what the decoder does not know of the data's width."""

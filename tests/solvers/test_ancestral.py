@@ -50,6 +50,7 @@ def clean(process):
     return p.reshape(-1)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("prediction", ["posterior", "cavity", "ratio"])
 def test_the_law_converges_at_first_order(x64, kind, prediction):
@@ -186,6 +187,7 @@ def test_a_plain_function_is_a_denoiser():
     assert np.asarray(out.x0).max() < 3
 
 
+@pytest.mark.slow
 def test_the_reverse_step_is_drawn_with_the_keys_of_the_rows():
     """A step's draw for a row is the same alone as among others."""
     process = Uniform(3)

@@ -296,6 +296,7 @@ def row_key():
 # Stop tokens: symbol 1, and behind it padding, symbol 2.
 
 
+@pytest.mark.slow
 def test_all_behind_a_stop_token_is_padding_and_costs_nothing():
     plain = draw(Ancestral(PROCESS), 7, trajectory=True)
     stopped = draw(Stopping(Cached(Ancestral(PROCESS)), 1, 2), 7, trajectory=True)
@@ -355,6 +356,7 @@ def test_bad_stop_tokens_are_refused():
         draw(Stopping(Ancestral(PROCESS), 0), 1, look_up, shape=(1, 2, 1))
 
 
+@pytest.mark.slow
 def test_a_stream_ends_as_the_sample():
     """Every k steps, the trajectory's own states; one program whatever k."""
     traces = []

@@ -53,6 +53,7 @@ def test_each_step_is_its_published_law(x64):
         np.testing.assert_allclose(site_tables(PoissonBridge(process), y, xt, *time), poisson, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_binomial_bridge_is_the_bridge_where_the_count_is_known(x64):
     """And the Poisson step, which is not, has its mean and a variance larger by 1 / (1 - r)."""
     process = Thinning(12, Cosine())
@@ -91,6 +92,7 @@ def error(solver, kind, steps):
     return 0.5 * np.abs(output_law(solver, kind, steps) - np.exp(np.asarray(LAW.log_p))).sum()
 
 
+@pytest.mark.slow
 def test_what_the_mean_in_place_of_the_law_costs(x64):
     """Total variation of the output. A law, a number rounded at random and Poisson births converge at first order.
 

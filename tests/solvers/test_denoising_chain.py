@@ -83,6 +83,7 @@ def test_two_sites_drawn_apart_are_off_and_more_steps_mend_it(x64):
     assert errors[2] / errors[3] == pytest.approx(2, rel=0.25)
 
 
+@pytest.mark.slow
 def test_rounds_are_drawn_from_the_matrix():
     """Two rounds from all masks written at once: the share of each state, against the matrix's powers."""
     process, batch = Masked(3, Cosine()), 5000

@@ -261,6 +261,7 @@ def test_rows_do_not_depend_on_each_other(solver, denoise):
         np.testing.assert_array_equal(whole.nfe, 3 if solver.denoiser is None else 6)
 
 
+@pytest.mark.slow
 def test_planned_steps_choose_by_the_odds_and_keep_the_planners_time():
     """One step from a fixed state, against the softmax; then the time told is that of the planner's mean."""
     batch, process = 20_000, Uniform(3)

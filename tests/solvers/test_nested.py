@@ -71,6 +71,7 @@ def bridge_by_conditioning(schedule, s, t):
     return gain, a_s - gain * a_t, c_s**2 - gain * covariance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [VPCosine(), CondOT()], ids=repr)
 def test_a_step_with_an_exact_inner_draw_keeps_the_law(x64, schedule):
     """Mean and variance of the marginal at s from those at t, however long the step."""
@@ -109,6 +110,7 @@ def test_a_step_of_inner_ddim_is_linear_algebra(x64, grid):
     np.testing.assert_allclose(offset, of_0 * push + np.sqrt(variance) * z, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_inner_step_is_the_plain_sampler(x64):
     """Bit for bit but for the last: the same keys draw the outer step. The authors' outer DDIM is DDIM."""
     process = Gaussian(CondOT())

@@ -184,6 +184,7 @@ def test_moments_of_the_exponential(x64):
         np.testing.assert_allclose(found, exact, rtol=1e-10)
 
 
+@pytest.mark.slow
 @every_solver
 def test_no_nan_from_noise_to_data_for_one_example(name):
     """One and two steps over the whole of [0, 1] in float32: alpha = 0 at one end, sigma = 0 at the other."""

@@ -125,6 +125,7 @@ def test_from_noise_to_data_it_converges(x64, name):
         assert abs(errors[0] - exact) < (0.02 if solver.process is BAND else 1e-10) or kind == "deaths"
 
 
+@pytest.mark.slow
 @every
 def test_steps_of_any_length_are_laws(x64, name):
     solver, kind, _ = CASES[name]
@@ -368,6 +369,7 @@ def test_one_site_and_times_per_example():
         np.testing.assert_allclose(whole[own], alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bad_arguments_say_what_was_wrong():
     for make, match in (
         (lambda: RateEuler(glauber(3, (2,))), "rates of jumps"),

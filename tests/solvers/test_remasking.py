@@ -88,6 +88,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_each_site_keeps_its_law(x64, name):
     """From q_t to q_s at every site, exactly, in one step of any length; both sites together, not."""

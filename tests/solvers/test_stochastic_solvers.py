@@ -439,6 +439,7 @@ def test_a_path_has_no_nan_from_noise_to_data():
         assert np.isfinite(out.x0).all()
 
 
+@pytest.mark.slow
 @every_solver
 def test_samples_do_not_depend_on_the_batch(name):
     def make(process):

@@ -32,6 +32,7 @@ def drawn(solver, times, denoise=curved, batch=3, **options):
     return ddjax.sample(KEY, denoise, options.pop("process"), **options)
 
 
+@pytest.mark.slow
 def test_it_is_one_solver_and_then_the_other(x64):
     """As two calls of sample in a row: memories begin anew, and evaluations add up."""
     first, second, times = dpm_solver_pp(PROCESS, 2), adams_bashforth(PROCESS, 3), grids.uniform(7)

@@ -356,6 +356,7 @@ def ask(solver, denoise):
     )
 
 
+@pytest.mark.slow
 def test_what_another_has_written_is_not_counted_as_work_done():
     """`Stopping` pads half of what is left: the other half is still written in equal parts, not all at the end."""
     solver, xt = Unmask(Masked(3)), jnp.full((1, 16), 3)

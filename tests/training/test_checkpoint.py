@@ -320,6 +320,7 @@ def run_python(code, *arguments, **options):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_importing_training_does_not_import_orbax():
     child = run_python("import sys, ddjax.training; print(any(m.startswith('orbax') for m in sys.modules))")
     assert child.communicate(timeout=60)[0].strip() == "False"

@@ -98,6 +98,7 @@ def test_what_was_cut_off_at_a_checkpoint_is_made_up_for(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "samples" / "step_0000005.png").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     run = tiny.copy(tmp_path / "run")
     seen = at_batch(monkeypatch, 1, kill)

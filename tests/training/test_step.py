@@ -79,6 +79,7 @@ def test_a_microbatch_without_weight_has_no_say(x64):
         assert not run(accumulate, batch)[1]["finite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_bad_loss_is_reported(accumulate):
     batch = toy.batch(8)
@@ -142,6 +143,7 @@ def test_learning_rate_against_numpy():
         learning_rate_schedule(0.3, 100, warmup=101)
 
 
+@pytest.mark.slow
 def test_adamw_decays_matrices_only_and_clips():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(())}
     assert decays(params) == {"kernel": True, "bias": False, "scale": False}
