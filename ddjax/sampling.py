@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from ddjax import random
@@ -146,7 +147,7 @@ def checked(solver, shape, times, cond, init, observed, rows):
             raise ValueError(
                 f"cond has a leaf of shape {jnp.shape(leaf)}; its first axis must be the batch, {shape[0]}"
             )
-    rows = jnp.arange(shape[0]) if rows is None else jnp.asarray(rows)
+    rows = np.arange(shape[0]) if rows is None else jnp.asarray(rows)  # of NumPy: no program for a constant
     if rows.shape != shape[:1]:
         raise ValueError(f"rows has shape {rows.shape}; give one row number for each of the {shape[0]} examples")
     return times, rows, shape
