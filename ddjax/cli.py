@@ -235,18 +235,17 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         nargs="?",
-        choices=("train", "sample", "objectives", "samplers"),
+        choices=("train", "sample", "objectives"),
         default="train",
         help="what to measure (default: train); objectives: a training step of each process and objective, against the "
-        "masked bound; samplers: the speed of each solver on masked sequences, what caching saves, and what they take "
-        "beside the network (no --config)",
+        "masked bound",
     )
     _add_config(bench, required=False)
     bench.add_argument(
         "--steps",
         type=int,
-        help="train, objectives, samplers: steps or rounds to time (default: 20, 10, 3); sample: solver steps "
-        "(default: the config's; with --vs: 50)",
+        help="train, objectives, sample --vs solvers: steps or rounds to time (default: 20, 10, 3); sample: solver "
+        "steps (default: the config's; with --vs diffusers: 50)",
     )
     bench.add_argument(
         "--vocabulary", type=int, help="objectives: this many symbols with Zipf's frequencies, not the config's data"
@@ -256,12 +255,14 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="objectives, samplers, sample --vs: one of them (may be repeated)",
+        help="objectives, sample --vs: one of them (may be repeated)",
     )
     bench.add_argument(
         "--vs",
-        choices=("diffusers",),
-        help="sample: whole samplers with a tiny network beside that library's (no --config; needs ddjax[parity])",
+        choices=("solvers", "diffusers"),
+        help="sample (no --config): solvers: tokens/s and NFE of each solver of masked sequences, what caching saves, and "
+        "what they take beside the network; diffusers: whole samplers with a tiny network beside that library's (needs "
+        "ddjax[parity])",
     )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 

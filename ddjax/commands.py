@@ -230,8 +230,8 @@ def benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError("overrides need a --config to override")
     if arguments.vs is not None and arguments.what != "sample":
         raise ValueError("--vs is for ddjax bench sample")
-    if arguments.what == "samplers" or arguments.vs is not None:
-        return _bench_own(arguments)
+    if arguments.vs is not None:
+        return _bench_samples(arguments)
     config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
     if arguments.what == "objectives":
         rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
@@ -239,9 +239,7 @@ def benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(bench.format_objectives(result))
     else:
         if arguments.only or arguments.vocabulary is not None:
-            raise ValueError(
-                "--only is for ddjax bench objectives, samplers and sample --vs, --vocabulary for objectives"
-            )
+            raise ValueError("--only is for ddjax bench objectives and sample --vs, --vocabulary for objectives")
         measure = bench.bench_train if arguments.what == "train" else bench.bench_sample
         result = measure(config, **({} if arguments.steps is None else {"steps": arguments.steps}))
         print(bench.format_report(result))
@@ -250,21 +248,21 @@ def benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _bench_own(arguments: argparse.Namespace) -> int:
-    """The benches with networks of their own."""
+def _bench_samples(arguments: argparse.Namespace) -> int:
+    """The benches of samplers, with networks of their own."""
     from ddjax import bench, bench_peers, bench_samplers
 
-    what = f"sample --vs {arguments.vs}" if arguments.vs else arguments.what
     if arguments.config is not None or arguments.vocabulary is not None:
-        raise ValueError(f"ddjax bench {what} has a network of its own: no --config, no --vocabulary")
+        raise ValueError(
+            f"ddjax bench sample --vs {arguments.vs} has a network of its own: no --config, no --vocabulary"
+        )
+    measure, show, number = {
+        "solvers": (bench_samplers.bench_samplers, bench_samplers.format_samplers, "rounds"),
+        "diffusers": (bench_peers.bench_diffusers, bench_peers.format_diffusers, "steps"),
+    }[arguments.vs]
     chosen = {"solvers": arguments.only} if arguments.only else {}
-    count = {} if arguments.steps is None else {"steps" if arguments.vs else "rounds": arguments.steps}
-    if arguments.vs:
-        result = bench_peers.bench_diffusers(**chosen, **count)
-        print(bench_peers.format_diffusers(result))
-    else:
-        result = bench_samplers.bench_samplers(**chosen, **count)
-        print(bench_samplers.format_samplers(result))
+    result = measure(**chosen, **({} if arguments.steps is None else {number: arguments.steps}))
+    print(show(result))
     if arguments.out is not None:
         bench.write(result, arguments.out)
     return 0
