@@ -261,8 +261,8 @@ def parser() -> argparse.ArgumentParser:
         "--vs",
         choices=("solvers", "diffusers"),
         help="sample (no --config): solvers: tokens/s and NFE of each solver of masked sequences, what caching saves "
-        "and what they take beside the network; diffusers: whole samplers with a tiny network beside that library's (needs "
-        "ddjax[parity])",
+        "and what they take beside the network; diffusers: whole samplers with a tiny network beside that library's "
+        "(needs ddjax[parity])",
     )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 
