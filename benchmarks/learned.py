@@ -2,6 +2,7 @@
 
     python benchmarks/learned.py mixture --out learned.json
     python benchmarks/learned.py mnist --run RUN --out learned.json --seeds 1 --num 64 --batch 16 --iterations 150
+    python benchmarks/learned.py mnist --run RUN --loss joint --out joint.json --seeds 0 --num 256 --batch 64 --fine 100
     python benchmarks/learned.py table --out learned.json
 
 For each seed three sets of noises: one is searched on; on the second, all is chosen (the best solver and its best grid
@@ -12,6 +13,11 @@ looked at by nothing. At equal NFE: solvers of several evaluations a step take f
     fixed grid      the best solver of one evaluation a step, on its best grid
     learned grid    the same solver: `search.Grid` from there
     learned         `search.General` from there, or from the learned grid
+
+By `--loss fine` all of this is by the distance to a fine solution from the same noise. By `--loss joint` (pictures) it
+is by the kernel distance of samples and their own labels, together, to training pictures and theirs; nothing but
+`search.General` is searched then, from the fixed grid. What is reported is the same: the kernel distance of pictures
+alone to held-out ones, and the classifier's labels.
 """
 
 from __future__ import annotations
@@ -75,20 +81,45 @@ def fixed_grids(schedule: Any, start: float, last: float, sigma_max: float) -> d
     return {name: from_start(make) for name, make in made.items()}
 
 
-class Case:
-    """A problem, and the noises of one seed."""
+LABEL = 8.0  # of a 16 x 16 picture's kernel (x.y / dims + 1), the same label adds 8^2 / 266, about a quarter
 
-    def __init__(self, problem: nfe.Problem, fixed: dict[str, Any], start: float, seed: int, fine: int, rates: Any):
-        self.problem, self.fixed, self.rates = problem, fixed, rates
-        grid = grids.uniform(fine, start=start)
+
+def joint(x0: Any, examples: search.Examples) -> Any:
+    """The kernel distance of pictures with their labels to `examples.target`, pictures of the same labels."""
+    labels = LABEL * jax.nn.one_hot(examples.cond, 10)
+    vectors = [jnp.concatenate([x.reshape(len(x), -1), labels], 1) for x in (x0, examples.target)]
+    return search.squared_mmd(*vectors)
+
+
+def of_labels(labels: Any, seed: int) -> Any:
+    """For each label a training picture of it, all different ones."""
+    pictures, own = nfe.mnist_images(20_000)
+    order = np.random.default_rng(seed).permutation(len(own))
+    places = {label: iter(order[own[order] == label]) for label in range(10)}
+    return jnp.asarray(pictures[[next(places[label]) for label in np.asarray(labels)]])
+
+
+class Case:
+    """A problem, and the noises of one seed. by: the loss, with its data where it is `joint`."""
+
+    def __init__(
+        self, problem: nfe.Problem, fixed: dict[str, Any], start: float, seed: int, fine: int, rates: Any, by: Any
+    ):
+        self.problem, self.fixed, self.rates, self.by = problem, fixed, rates, by
+        steps = (fine, fine, fine) if by is search.to_fine else (1, 1, fine)  # what is not compared with is not solved
         sets = [
             search.fine_examples(
                 jax.random.fold_in(jax.random.key(seed), which), problem.denoise, problem.process, shape=problem.shape,
-                times=grid, fine=grid, solver=solvers.dpm_solver_pp(problem.process), cond=problem.cond,
+                times=[start, 0.0], fine=grids.uniform(steps[which], start=start),
+                solver=solvers.dpm_solver_pp(problem.process), cond=problem.cond,
             )
             for which in range(3)
         ]  # fmt: skip
         self.searched, self.choosing, self.reported = sets
+        if by is joint:
+            self.searched, self.choosing = (
+                one._replace(target=of_labels(problem.cond, 2 * seed + i)) for i, one in enumerate(sets[:2])
+            )
 
     def end(self, solver: Any, times: Any, examples: search.Examples) -> Any:
         """Samples."""
@@ -103,14 +134,14 @@ class Case:
 
     def loss(self, solver: Any, times: Any) -> float:
         """By which all is chosen."""
-        return float(search.to_fine(self.end(solver, times, self.choosing), self.choosing))
+        return float(self.by(self.end(solver, times, self.choosing), self.choosing))
 
     def learn(self, family: Any, rates: Any, **options: Any) -> tuple[float, search.Found, float]:
         """The best of all learning rates: its loss, what was found, the rate."""
         found = []
         for rate in rates:
             one = search.search(
-                jax.random.key(1), self.problem.denoise, family, search.to_fine, self.searched, choose=self.choosing,
+                jax.random.key(1), self.problem.denoise, family, self.by, self.searched, choose=self.choosing,
                 learning_rate=rate, **options,
             )  # fmt: skip
             found.append((self.loss(one.solver, one.times), one, rate))
@@ -144,9 +175,12 @@ def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any
     }
     if case.problem.label:
         rows["fine"]["label"] = case.problem.label(case.reported.target)
-    _, grid, rate = case.learn(search.Grid(solver, times), case.rates[0], **options)
-    rows["learned grid"] = {"what": f"rate {rate}, iteration {grid.iteration}"} | case.report(grid.solver, grid.times)
-    starts = {"fixed": times, "learned": grid.times}
+    starts = {"fixed": times}
+    if case.by is search.to_fine:
+        _, grid, rate = case.learn(search.Grid(solver, times), case.rates[0], **options)
+        rows["learned grid"] = {"what": f"rate {rate}, iteration {grid.iteration}"}
+        rows["learned grid"] |= case.report(grid.solver, grid.times)
+        starts["learned"] = grid.times
     found = {
         name: case.learn(search.General(written_out(solver, t)), case.rates[1], **options) for name, t in starts.items()
     }
@@ -174,7 +208,7 @@ def table(found: dict[str, Any]) -> None:
         print(f"| NFE | sampler | {' | '.join(measures)} | chosen (each seed) |\n|---|---|{'---|' * len(measures)}---|")
         for n in steps:
             some = [rows[n] for rows in by_seed.values() if n in rows]
-            for row in ("hand-made", "fixed grid", "learned grid", "learned", "fine"):
+            for row in (r for r in ("hand-made", "fixed grid", "learned grid", "learned", "fine") if r in some[0]):
                 cells = []
                 for m in measures:
                     values = [one[row].get(m, np.nan) for one in some]
@@ -196,6 +230,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--fine", type=int, default=1000, help="steps of the fine solution")
+    parser.add_argument("--loss", choices=("fine", "joint"), default="fine", help="what all is learned and chosen by")
     parser.add_argument("--only", nargs="+", metavar="SOLVER", default=list(nfe.DETERMINISTIC), help="hand-made ones")
     arguments = parser.parse_args()
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -209,7 +244,8 @@ def main() -> None:
         problem, start = nfe.mnist(arguments.run, arguments.num), 1.0
         fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))
     for seed in arguments.seeds:
-        case = Case(problem, fixed, start, seed, arguments.fine, rates)
+        by = {"fine": search.to_fine, "joint": joint}[arguments.loss]
+        case = Case(problem, fixed, start, seed, arguments.fine, rates, by)
         for steps in arguments.steps:
             began = time.time()
             options = {"batch": arguments.batch, "iterations": arguments.iterations}
