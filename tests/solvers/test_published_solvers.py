@@ -300,6 +300,19 @@ def test_momentum_in_a_corrector_is_off_at_one_and_of_first_order_else(x64, pred
 
 
 @pytest.mark.slow
+def test_steps_that_momentum_does_not_remember(x64):
+    """One from alpha = 0 is the solver's own and forgotten; one of no length changes nothing."""
+    process, x = Gaussian(CondOT()), jnp.asarray([[1.2, -0.4, 0.3]])
+    for solver in (Momentum(solvers.unipc(process), 0.6, "x0"), Momentum(solvers.DDIM(process), 0.6)):
+        whole, _ = walk(solver, Pair(process), [1.0, 0.8, 0.5, 0.2], x)
+        first, _ = walk(solver.solver, Pair(process), [1.0, 0.8], x)
+        rest, _ = walk(solver, Pair(process), [0.8, 0.5, 0.2], first[-1])
+        np.testing.assert_allclose(np.stack(whole[1:]), np.stack(rest), rtol=1e-12)
+    resting, _ = walk(solver, Pair(process), [0.8, 0.5, 0.5, 0.2], first[-1])
+    np.testing.assert_allclose(resting[-1], rest[-1], rtol=1e-12)
+
+
+@pytest.mark.slow
 def test_momentum_in_a_corrector_has_a_row_of_its_own():
     check_rows_are_their_own(lambda process: Momentum(solvers.unipc(process), 0.7, "x0"))
 
