@@ -48,12 +48,12 @@ def test_gradients_pass_straight_through(x64):
 
 
 def test_the_published_temperature_stays_finite():
-    """4 z / 0.01 in float32, where all but a few sigmoids are 0 or 1; a number of exactly 0 is -1."""
-    quantiser, z = LookupFree(8), jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32).at[0].set(0.0)
+    """4 z / 0.01 in float32: most codes have no probability at all. A number of exactly 0 is -1."""
+    quantiser, z = LookupFree(8), jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)
     value, slope = jax.value_and_grad(lambda z: quantiser(z).loss)(z)
     assert np.isfinite(value)
     assert np.isfinite(slope).all()
-    np.testing.assert_array_equal(quantiser(z).value[0], -1.0)
+    np.testing.assert_array_equal(quantiser(0.0 * z).value, -1.0)
 
 
 def test_bits_are_tokens_and_tokens_are_bits():
