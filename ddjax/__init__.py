@@ -45,6 +45,7 @@ __version__ = "0.1.0"
 # Imported on first use: Flax, Orbax, Grain and the command line cost seconds that the mathematics does not need.
 _LAZY = {
     "animation": "ddjax.animation",
+    "autoencoders": "ddjax.autoencoders",
     "data": "ddjax.data",
     "denoisers": "ddjax.denoisers",
     "training": "ddjax.training",
@@ -69,6 +70,7 @@ __all__ = [
     "Run",
     "Sample",
     "animation",
+    "autoencoders",
     "bind",
     "codebook_files",
     "codebooks",

@@ -24,10 +24,12 @@ def momentum(
     beta: float = 0.8,
     form: str = "x0",
     nesterov: bool = False,
+    predictor: bool = True,
+    rescaled: bool = False,
     **options: Any,
 ) -> solvers.Momentum:
     """`Momentum` around another solver by name; the options are that one's own."""
-    return solvers.Momentum(_solver(solver, process, **options), beta, form, nesterov)
+    return solvers.Momentum(_solver(solver, process, **options), beta, form, nesterov, predictor, rescaled)
 
 
 def nested(

@@ -159,9 +159,9 @@ class SampleConfig:
     # gradient_estimation, ghvb, flow_turbo (blocks of H and P); random ones sde_dpm_solver_pp, sa_solver,
     # dpm_solver_pp_2s_ancestral, edm_stochastic, edm_restart, euler_maruyama, predictor_corrector; with another solver
     # inside, and its options, teleport (at, law: a file, left out for that of the training data), redi (base: a file,
-    # neighbours), levenberg_marquardt (damping, memory, form), momentum (beta, form, nesterov); preconditioned_langevin
-    # (law, size, steps, damping); folded_heun (reflected); given_latent (adaptive_gaussian), with the option solver;
-    # fresh_latent (soft_mixture)
+    # neighbours), levenberg_marquardt (damping, memory, form), momentum (beta, form, nesterov, predictor, rescaled);
+    # preconditioned_langevin (law, size, steps, damping); folded_heun (reflected); given_latent (adaptive_gaussian),
+    # with the option solver; fresh_latent (soft_mixture)
     # of any states nested (a whole sample at every step): solver and its options, inner_steps (a number, or one for
     # each step), inner_grid, outer; denoising_chain: back (times) and rounds
     # of tokens euler, tweedie, tau_leaping, flow_euler, campbell, gibbs, psi; masks: unmask, with the options order

@@ -64,6 +64,11 @@ def read_arrays(path: str | os.PathLike, form: str, what: str) -> dict[str, np.n
 
     Raises ValueError for other files, FileNotFoundError.
     """
+    return read_safetensors(path, form, what)[0]
+
+
+def read_safetensors(path: str | os.PathLike, form: str, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `read_arrays`, where names have a "/" nested dicts, with the strings of the file's header."""
     from safetensors import SafetensorError
 
     from ddjax.training import load_safetensors  # here: the mathematics needs no training
@@ -74,4 +79,4 @@ def read_arrays(path: str | os.PathLike, form: str, what: str) -> dict[str, np.n
         raise ValueError(f"{path} is not a safetensors file ({error})") from error
     if about.get("format") != form:
         raise ValueError(f"{path} holds no {what}")
-    return arrays
+    return arrays, about

@@ -60,27 +60,27 @@ def sample(
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
     rows: row numbers that seed the examples, default 0 ... batch - 1; drawing rows 0-63 and then 64-127 gives the
         same samples as drawing 128 at once.
-    python_loop: for debugging. A plain Python loop, nothing in it compiled (`jax.disable_jit`): in the network and in
-        the solver values are there to be printed, looked at with a debugger, or branched on. Slow. Operations are
-        rounded one by one: what a compiler makes of several (fused multiply-adds, a product with the inverse of a
-        constant in the place of a quotient) may differ in the last bits. Without fused multiply-adds
-        (`--xla_cpu_max_isa=AVX`, as in the tests) the samples of solvers without normals are the same bit for bit.
+    python_loop: for debugging: a plain Python loop calls the steps one by one, so that a debugger can stop between
+        them. Each is compiled, the same program as in the loop that is compiled: samples are the same bit for bit.
+        Inside `with jax.disable_jit():` nothing is compiled, with or without `python_loop`: values are there to be
+        printed and branched on in the network and in the solver. Operations are then rounded one by one, where a
+        compiler fuses several: the last bits differ.
 
     The same key and row give the same sample whatever the batch. Compiled once for each shape, solver and number of
     steps.
     Raises ValueError for shapes that do not fit.
     """
     times, rows, shape = checked(solver, shape, times, cond, init, observed, rows)
+    arguments = (key, as_pytree(denoise), times, cond, init, observed, rows)
     if python_loop:
-        with jax.disable_jit():
-            loop = Loop.of(key, denoise, times, cond, init, observed, rows, process, shape, solver)
-            states = [loop.begin()]
-            for i in range(times.shape[-1] - 1):
-                state = loop.step(states[-1], i)
-                states = [*states, state] if trajectory else [state]
-            x0, _, nfe = states[-1]
-            return Sample(x0, nfe, jnp.stack([state[0] for state in states]) if trajectory else None)
-    return _sample(key, as_pytree(denoise), times, cond, init, observed, rows, process, shape, solver, trajectory)
+        static = {"process": process, "shape": shape, "solver": solver}
+        states = [_begin(*arguments, **static)]
+        for i in range(times.shape[-1] - 1):
+            state = _advance(states[-1], i, i + 1, *arguments, **static)
+            states = [*states, state] if trajectory else [state]
+        x0, _, nfe = states[-1]
+        return Sample(x0, nfe, jnp.stack([state[0] for state in states]) if trajectory else None)
+    return _sample(*arguments, process, shape, solver, trajectory)
 
 
 class Partial(NamedTuple):

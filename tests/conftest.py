@@ -228,7 +228,7 @@ FAST_VARIANTS = {
     "test_the_ode_is_the_field_of_the_augmented_space": 0,
     "test_the_parts_of_a_state": 3,
     "test_the_poisson_decoder_is_tight_to_second_order": 0,
-    "test_the_python_loop_has_values_and_is_the_compiled_one": 1,
+    "test_the_python_loop_is_the_compiled_one": 1,
     "test_the_range_moves_nats_between_terms_alone": 0,
     "test_the_residual_of_a_scaled_gaussian_score": 0,
     "test_the_rest_of_a_state_is_drawn_as_its_data_tell_it": 0,

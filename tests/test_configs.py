@@ -29,6 +29,8 @@ def small_data(name: str, folder: pathlib.Path) -> data.Dataset:
     if name == "cifar10":
         np.save(folder / "images.npy", rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8))
         return arrays.npy(folder / "images.npy", "train", tokens=True)
+    if name == "digits_maskbit":
+        return arrays.from_arrays(rng.integers(0, 16, (50, 4, 4, 2)), np.arange(50) % 10, num_symbols=16)
     if name == "mnist":
         np.savez(folder / "images.npz", x=rng.integers(0, 256, (50, 28, 28), dtype=np.uint8), y=np.arange(50) % 10)
         return arrays.npz(folder / "images.npz", "train", tokens=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from ode_laws import KEYS, Pair, pair, reference, walk
+from ode_laws import KEYS, Pair, check_rows_are_their_own, pair, reference, walk
 
 from ddjax import solvers
 from ddjax.predictions import Prediction
@@ -212,11 +212,119 @@ def test_momentum_is_off_at_one_and_of_first_order_else(x64):
     assert np.isfinite(whole[-1]).all()
 
 
+def unipc_with_momentum(times, x, beta, predictor, rescaled, order=2, nesterov=False):
+    """The authors' UniPC with HB (bh2, predictions of x0) in NumPy, for CondOT: all states.
+
+    As diffusers has it: the model sees predicted states, the next step starts from the corrected one.
+    """
+    levels, models, velocities, state, last = [], [], {}, np.asarray(x), None
+    states = [state]
+
+    def moved(start, t, s, levels, models, name, end=None):
+        """A step along the mean prediction of UniP ("p") or UniC ("c"), or that one's velocity."""
+        h = np.log((1 - s) / s) - levels[0] if s else np.inf
+        mean = unified(levels, models, h, min(len(models), order) if s else 1, end)
+        unit = s if rescaled else 1.0
+        if (predictor or name == "c") and unit:
+            y, v = mean / unit, velocities.get(name)
+            velocities[name] = v = y if v is None else (1 - beta) * v + beta * y
+            mean = unit * ((1 - beta) * v + beta * y if nesterov else v)
+        return s / t * start - (1 - s) * np.expm1(-h) * mean
+
+    for t, s in itertools.pairwise(times):
+        model = pair(np, state, 1 - t, t)
+        if last is not None:
+            state = moved(*last, "c", model)
+        models, levels = [model, *models], [np.log((1 - t) / t), *levels]
+        last = (state, t, s, levels, models)
+        state = moved(*last, "p")
+        states.append(state)
+    return np.stack(states)
+
+
+def unified(levels, models, h, order, end=None):
+    """The mean prediction of UniP, and with the prediction at the step's end that of UniC: B(h) = e^-h - 1."""
+    nodes = [(levels[k] - levels[0]) / h for k in range(1, order)]
+    falls = [(models[k] - models[0]) / r for k, r in zip(range(1, order), nodes, strict=True)]
+    if end is not None:
+        nodes, falls = [*nodes, 1.0], [*falls, end - models[0]]
+    if len(nodes) < 2:
+        rho = [0.5] * len(nodes)
+    else:
+        phi, factorial, right = np.expm1(-h) / -h - 1, 1.0, []
+        for k in range(1, len(nodes) + 1):
+            right.append(phi * factorial / np.expm1(-h))
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        rho = np.linalg.solve([[r**k for r in nodes] for k in range(len(nodes))], right)
+    return models[0] + sum((w * fall for w, fall in zip(rho, falls, strict=True)), np.zeros_like(models[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("predictor", "rescaled"), [(False, True), (True, False), (False, False), (True, True)])
+def test_heavy_ball_in_unipcs_corrector(x64, order, predictor, rescaled):
+    """The authors' recurrence by hand (what they released first), for any number of steps, into sigma = 0 too."""
+    process, x = Gaussian(CondOT()), np.array([[1.2, -0.4, 0.3]])
+    nesterov = order == 3
+    solver = Momentum(solvers.unipc(process, order), 0.7, "x0", nesterov, predictor, rescaled)
+    whole = [0.95, 0.9, 0.7, 0.6, 0.4, 0.15, 0.1]
+    for times in ([0.9, 0.2], [0.9, 0.0], [0.9, 0.5, 0.0], whole, [*whole, 0.0]):
+        states, info = walk(solver, Pair(process), times, jnp.asarray(x))
+        expected = unipc_with_momentum(times, x, 0.7, predictor, rescaled, order, nesterov)
+        np.testing.assert_allclose(np.stack(states), expected, rtol=1e-9)
+        np.testing.assert_array_equal(info.nfe, 1)
+    own = np.array([whole, np.linspace(0.97, 0.12, 7)])  # and times of their own, site by site the same
+    states, _ = walk(solver, Pair(process), own.T, jnp.asarray(np.repeat(x, 2, axis=0)))
+    for row, times in enumerate(own):
+        expected = unipc_with_momentum(times, x, 0.7, predictor, rescaled, order, nesterov)
+        np.testing.assert_allclose(np.stack(states)[:, row], expected[:, 0], rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("predictor", "rescaled"), [(False, True), (True, False)])
+def test_momentum_in_a_corrector_is_off_at_one_and_of_first_order_else(x64, predictor, rescaled):
+    process = Gaussian(CondOT())
+    x, solution = reference(CondOT(), 0.9, 0.3)
+    plain, errors = solvers.unipc(process), []
+    make = lambda beta: Momentum(plain, beta, "x0", predictor=predictor, rescaled=rescaled)
+    for n in (100, 200):
+        times = np.linspace(0.9, 0.3, n + 1)
+        states, _ = walk(make(0.6), Pair(process), times, jnp.asarray(x)[None])
+        errors.append(np.abs(np.asarray(states[-1])[0] - solution).max())
+    np.testing.assert_allclose(np.log2(errors[0] / errors[1]), 1.0, atol=0.1)
+    times = np.linspace(1.0, 0.0, 6)  # from alpha = 0 into sigma = 0
+    states, expected = (walk(v, Pair(process), times, jnp.asarray(x)[None])[0] for v in (make(1.0), plain))
+    np.testing.assert_allclose(np.stack(states), np.stack(expected), rtol=1e-9)
+    assert np.isfinite(np.stack(walk(make(0.6), Pair(process), times, jnp.asarray(x)[None])[0])).all()
+
+
+@pytest.mark.slow
+def test_steps_that_momentum_does_not_remember(x64):
+    """One from alpha = 0 is the solver's own and forgotten; one of no length changes nothing."""
+    process, x = Gaussian(CondOT()), jnp.asarray([[1.2, -0.4, 0.3]])
+    for solver in (Momentum(solvers.unipc(process), 0.6, "x0"), Momentum(solvers.DDIM(process), 0.6)):
+        whole, _ = walk(solver, Pair(process), [1.0, 0.8, 0.5, 0.2], x)
+        first, _ = walk(solver.solver, Pair(process), [1.0, 0.8], x)
+        rest, _ = walk(solver, Pair(process), [0.8, 0.5, 0.2], first[-1])
+        np.testing.assert_allclose(np.stack(whole[1:]), np.stack(rest), rtol=1e-12)
+    resting, _ = walk(solver, Pair(process), [0.8, 0.5, 0.5, 0.2], first[-1])
+    np.testing.assert_allclose(resting[-1], rest[-1], rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_momentum_in_a_corrector_has_a_row_of_its_own():
+    check_rows_are_their_own(lambda process: Momentum(solvers.unipc(process), 0.7, "x0"))
+
+
 def test_what_momentum_is_not_for():
     process = Gaussian(CondOT())
     for message, make in {
-        "without a corrector": lambda: Momentum(solvers.unipc(process)),
+        "own form, 'x0'": lambda: Momentum(solvers.unipc(process)),
+        "neither a start": lambda: Momentum(solvers.unipc(process, lower_order_start=False), form="x0"),
+        "predictor=False": lambda: Momentum(solvers.DDIM(process), predictor=False),
         "deterministic": lambda: Momentum(solvers.DDIM(process, 0.5)),
+        "deterministic steps": lambda: Momentum(solvers.sa_solver(process), form="x0"),
         "beta lies in": lambda: Momentum(solvers.DDIM(process), 0.0),
         "pndm has order 4": lambda: solvers.pndm(process, 3),
     }.items():
