@@ -55,8 +55,7 @@ def labels(batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-@pytest.mark.parametrize("shape", [TEXT, SMALL, PATCHED])
+@pytest.mark.parametrize(("shape", "scale"), [(TEXT, 1.0), (SMALL, 1.0), (PATCHED, 2.5)])
 def test_reuse_of_nothing_is_the_solver(x64, shape, scale):
     """A full pass in every step, or cheap ones at all sites; then on, and it is another sampler, of each example's."""
     denoise, of = guided(network(shape), scale), {"shape": shape, "cond": labels(6)}
@@ -68,9 +67,8 @@ def test_reuse_of_nothing_is_the_solver(x64, shape, scale):
     np.testing.assert_array_equal(second.trajectory, plain.trajectory)
     np.testing.assert_array_equal(other.nfe, 12 if scale == 1.0 else 24)
     assert (np.asarray(other.x0) < 3).all()
-    for batch in (1, 2):
-        few = draw(Reuse(Ancestral(PLAIN), 1, 4), batch, denoise, shape, cond=labels(batch))
-        np.testing.assert_array_equal(few.x0, other.x0[:batch])
+    few = draw(Reuse(Ancestral(PLAIN), 1, 4), 1, denoise, shape, cond=labels(1))
+    np.testing.assert_array_equal(few.x0, other.x0[:1])
 
 
 @pytest.mark.slow
@@ -88,8 +86,10 @@ def test_where_nothing_changed_some_sites_are_the_full_pass(x64, shape):
         sites = jnp.asarray(order, jnp.int32).at[0, 2].set(place.count)
         ran = place.spread((np.asarray(sites)[:, :, None] == np.arange(place.count)).any(1))
         view = {"past": keys_values(denoise, x, t, cond), "sites": sites, "cond": cond}
-        part = denoise(jnp.where(ran, x, (x + 1) % 4), t, view).value
-        np.testing.assert_allclose(part[ran], denoise(x, t, cond).value[ran], atol=1e-10)
+        part, whole = jax.jit(lambda *states, d=denoise, t=t: [d(x, t, c).value for x, c in states])(
+            (jnp.where(ran, x, (x + 1) % 4), view), (x, cond)
+        )
+        np.testing.assert_allclose(part[ran], whole[ran], atol=1e-10)
         assert (np.ptp(np.asarray(part[~ran]), axis=-1) == 0).all()  # nothing is said elsewhere
 
 
