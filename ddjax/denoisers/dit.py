@@ -171,8 +171,7 @@ class DiT(nnx.Module):
         if layout is not None:
             position = jnp.take(position, layout.positions, axis=0, mode="clip")
         h = tap("embed", self.embed(x.reshape(*x.shape[:2], -1)) + position)
-        beside = c if view.clean is None else self.condition.beside_clean(c, view.cond, label_keys)
-        h = self.stack(h, beside, keys, layout)
+        h = self.stack(h, c, keys, layout)
         h = h if view.clean is None else h[:, :length]
         return self._images(view.everywhere(self.final(h, c), length))
 

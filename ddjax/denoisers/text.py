@@ -148,7 +148,7 @@ class TextTransformer(nnx.Module):
         t = t if t is None or jnp.ndim(t) < 2 else view.at(t)
         c = own = tap("condition", self.condition(batch, t, view.cond, sites=some))
         if view.clean is not None:
-            c = self.condition.beside_clean(own, view.cond)
+            c = self._with_clean(own, view.cond)
         h = self.stack(self._embedded(view.seen(xt, view.clean)), c, keys, layout)
         return view.everywhere(self.final(h[:, :some], own), length)
 
@@ -156,3 +156,11 @@ class TextTransformer(nnx.Module):
         one_channel = jax.tree.map(lambda v: jnp.expand_dims(v, 2), seen)
         h = self.tokens(one_channel)[:, :, 0].astype(self.dtype)
         return tap("embed", h if self.embed is None else self.embed(h))
+
+    def _with_clean(self, c: Array, cond: Array | None) -> Array:
+        """The conditioning vectors of the noisy sequence and of the clean one, which is at t = 0."""
+        if not self.condition.time:
+            return c  # one vector serves both
+        clean = self.condition(c.shape[0], jnp.zeros(()), cond)[:, None]
+        c = c[:, None] if c.ndim == 2 else c
+        return jnp.concatenate([c, jnp.broadcast_to(clean, c.shape)], axis=1)

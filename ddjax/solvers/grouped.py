@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -48,8 +49,8 @@ class Grouped:
         `LeftToRight`. It sees the network's sites.
     keep: the keys and values of what is written: a step then runs the network only at the sites that the last step
         wrote, now clean, and at those of its own group. The same up to the rounding of the network's sums. The network
-        is compiled for every power of two of sites; the largest group of the batch says which one runs. False: it runs
-        on all sites.
+        is compiled for 8, 16, 32, ... and all sites; the largest group of the batch says which one runs. False: it runs
+        on all sites, and is compiled once.
     Raises ValueError for other processes and orders; with keep as `KeyValues` does.
     """
 
@@ -128,6 +129,6 @@ class Grouped:
 
             return branch
 
-        sizes = [min(2**i, count) for i in range((count - 1).bit_length() + 1)]
+        sizes = [*itertools.takewhile(lambda size: size < count, (8 * 2**i for i in itertools.count())), count]
         which = jnp.searchsorted(jnp.asarray(sizes), run.sum(axis=1).max())
         return jax.lax.switch(which, [at(size) for size in sizes])

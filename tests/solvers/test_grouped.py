@@ -85,7 +85,7 @@ def test_the_law_is_that_of_the_groups(order, steps, expected):
     np.testing.assert_array_equal(drawn.nfe, steps)
 
 
-TEXT, PATCHED = (6,), (4, 4, 2)
+TEXT, PATCHED = (12,), (4, 4, 2)
 
 
 @functools.cache

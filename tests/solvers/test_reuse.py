@@ -18,6 +18,9 @@ from ddjax.solvers.key_values import keys_values
 PLAIN, KEY = processes.Masked(3), jax.random.key(5)
 TEXT, SMALL, PATCHED = (5,), (2, 3, 1), (4, 4, 2)  # states; the last one's patches are of 2 x 2
 NULL = 3
+# These programs run once: compiling them is all they cost.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @functools.cache
@@ -85,10 +88,13 @@ def test_where_nothing_changed_some_sites_are_the_full_pass(x64, shape):
         order = np.random.default_rng(2).permuted(np.tile(np.arange(place.count), (6, 1)), axis=1)[:, :3]
         sites = jnp.asarray(order, jnp.int32).at[0, 2].set(place.count)
         ran = place.spread((np.asarray(sites)[:, :, None] == np.arange(place.count)).any(1))
-        view = {"past": keys_values(denoise, x, t, cond), "sites": sites, "cond": cond}
-        part, whole = jax.jit(lambda *states, d=denoise, t=t: [d(x, t, c).value for x, c in states])(
-            (jnp.where(ran, x, (x + 1) % 4), view), (x, cond)
-        )
+
+        @jit
+        def both(x, other, denoise=denoise, t=t, cond=cond, sites=sites):
+            view = {"past": keys_values(denoise, x, t, cond), "sites": sites, "cond": cond}
+            return denoise(other, t, view).value, denoise(x, t, cond).value
+
+        part, whole = both(x, jnp.where(ran, x, (x + 1) % 4))
         np.testing.assert_allclose(part[ran], whole[ran], atol=1e-10)
         assert (np.ptp(np.asarray(part[~ran]), axis=-1) == 0).all()  # nothing is said elsewhere
 
@@ -123,24 +129,30 @@ def test_a_cheap_pass_is_the_network_with_the_old_keys_of_the_rest(x64, shape, s
     masked = tuple(np.argwhere(sites == 2)[-1])
     first[masked] = then[masked] = 3
     first, then = jnp.asarray(first, jnp.int32), jnp.asarray(then, jnp.int32)
-    keys = random.example_keys(KEY, 1)
-    step = jax.jit(lambda i, carry, x: solver.step(random.fold_in(keys, i), carry, x, 0.5, 0.4, denoise, cond)[1])
-    carry = step(0, solver.begin(first, cond, denoise), first)
-    np.testing.assert_allclose(carry.prediction.value, denoise(first, t, cond).value, atol=1e-12)
-    after = step(1, carry, then)
-
     ran = np.isin(np.arange(place.count), (0, 2))
     here = place.spread(ran[None])
-    value = cheap_by_override(plain, first, then, ran, cond)
+
+    @jit
+    def both(first, then):
+        keys = random.example_keys(KEY, 1)
+        carry = solver.begin(first, cond, denoise)
+        carries = []
+        for i, x in enumerate((first, then)):
+            carries.append(carry := solver.step(random.fold_in(keys, i), carry, x, 0.5, 0.4, denoise, cond)[1])
+        view = {"past": keys_values(denoise, first, t, cond), "sites": jnp.asarray([[0, 2]]), "cond": cond}
+        overridden = [cheap_by_override(plain, first, then, ran, c) for c in (cond, jnp.full(1, NULL))]
+        wholes = [denoise(x, t, cond).value for x in (first, then)]
+        return carries, wholes, overridden, keys_values(denoise, then, t, view)
+
+    (carry, after), (before, whole), (value, without), renewed = both(first, then)
+    np.testing.assert_allclose(carry.prediction.value, before, atol=1e-12)
     if scale != 1.0:
-        without = cheap_by_override(plain, first, then, ran, jnp.full(1, NULL))
         with_, without = jax.nn.log_softmax(value), jax.nn.log_softmax(without)
         value = without + scale * (with_ - without)
-    assert np.abs(np.asarray(value - denoise(then, t, cond).value)[here]).max() > 1e-3  # the context's are old
+    assert np.abs(np.asarray(value - whole)[here]).max() > 1e-3  # the context's are old
     np.testing.assert_allclose(after.prediction.value[here], value[here], atol=1e-10)
     np.testing.assert_array_equal(after.prediction.value[~here], carry.prediction.value[~here])
-    view = {"past": keys_values(denoise, first, t, cond), "sites": jnp.asarray([[0, 2]]), "cond": cond}
-    for a, b, c in zip(after.past, keys_values(denoise, then, t, view), carry.past, strict=True):
+    for a, b, c in zip(after.past, renewed, carry.past, strict=True):
         np.testing.assert_allclose(a[:, :, ran], b, atol=1e-12)
         np.testing.assert_array_equal(a[:, :, ~ran], c[:, :, ~ran])
     np.testing.assert_array_equal(after.seen, then)

@@ -165,14 +165,6 @@ class Conditioner(nnx.Module):
             total = total + (self.latent(z)[:, None] if total.ndim == 3 else self.latent(z))
         return jax.nn.silu(total)
 
-    def beside_clean(self, c: Float[Array, "batch *sites width"], cond: Any, keys: Keys | None = None) -> Array:
-        """The vectors `c` of a noisy sequence, and those of the clean one beside it, which is at t = 0."""
-        if not self.time:
-            return c  # one vector serves both
-        clean = self(c.shape[0], jnp.zeros(()), cond, keys=keys)[:, None]
-        c = c[:, None] if c.ndim == 2 else c
-        return jnp.concatenate([c, jnp.broadcast_to(clean, c.shape)], axis=1)
-
 
 def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
