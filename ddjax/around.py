@@ -1,4 +1,4 @@
-"""Solvers that are made around another, by name: what `ddjax.names` says of them."""
+"""Solvers that are made of others, or of orders, by name: what `ddjax.names` says of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,34 @@ def _solver(name: str, process: Any, **options: Any) -> Any:
     from ddjax.names import SOLVERS  # here: names imports this
 
     return make(SOLVERS, name, "config.sample.solver_options.solver", process, **options)
+
+
+def reuse(process: Any, sites: int, every: int = 2, solver: str = "ancestral", **options: Any) -> solvers.Reuse:
+    """`Reuse` of another solver by name; the options are that one's own."""
+    return solvers.Reuse(_solver(solver, process, **options), sites, every)
+
+
+ORDERS = {
+    "random": solvers.RandomOrder,
+    "left_to_right": solvers.LeftToRight,
+    "confidence": solvers.Confidence,
+    "local": solvers.Local,
+    "planner": solvers.Planner,
+}
+
+
+def _order(name: str, **options: Any) -> Any:
+    return make(ORDERS, name, "config.sample.solver_options.order", **options)
+
+
+def unmask(process: Any, order: str = "random", count: str = "expected", **options: Any) -> solvers.Unmask:
+    """`Unmask` in one of `ORDERS`; the options are its own."""
+    return solvers.Unmask(process, _order(order, **options), count)
+
+
+def grouped(process: Any, order: str = "local", keep: bool = True, **options: Any) -> solvers.Grouped:
+    """`Grouped` in one of `ORDERS`; the options are its own."""
+    return solvers.Grouped(process, _order(order, **options), keep)
 
 
 def momentum(

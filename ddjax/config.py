@@ -99,15 +99,16 @@ class ObjectiveConfig:
     """What is minimised."""
 
     # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
-    # block_elbo, diffusion_forcing, marginals; of values elbo, gaussian, learned_uncertainty, adaptive, fokker_planck,
-    # contrastive_flow_matching, ddpm_hybrid, ambient, interpolant, multimarginal, mixture_steps, soft_mixture; with the
-    # process's parameters learned_elbo, learned_process, adaptive_noise (adaptive_gaussian's)
+    # block_elbo, grouped, diffusion_forcing, marginals; of values elbo, gaussian, learned_uncertainty, adaptive,
+    # fokker_planck, contrastive_flow_matching, ddpm_hybrid, ambient, interpolant, multimarginal, mixture_steps,
+    # soft_mixture; with the process's parameters learned_elbo, learned_process, adaptive_noise (adaptive_gaussian's)
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # elbo: t_range, or steps and end (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
     # genmd4: every; marginals: weight; d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top;
-    # diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty: error, weighting, density and their
-    # arguments; fokker_planck: these and weight; learned_process: t_range, curvature; adaptive_noise: draws, t_range;
+    # grouped: numbers (of steps); diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty: error,
+    # weighting, density and their arguments; fokker_planck: these and weight; learned_process: t_range, curvature;
+    # adaptive_noise: draws, t_range;
     # elbo, gaussian: uniforms (stratified, antithetic, independent: how times are spread over a batch);
     # mixture_steps, soft_mixture: steps, end; multimarginal: concentration; interpolant: error, density, coupling
     # (independent; transported and group; and with x1 from the data paired, coarse and factor, blurred and width, holes
@@ -168,7 +169,8 @@ class SampleConfig:
     # (random, confidence, left_to_right, local, planner) and its own; path_planning, first_hitting, remasking; masks
     # and uniform noise: gillespie, planned_steps; noise among symbols: self_correction; glauber (glauber); counts
     # (thinning): binomial_bridge, poisson_bridge
-    # reuse (masked texts): sites, every, solver and its options
+    # reuse (masks): sites (the network's, run in a cheap pass), every, solver and its options; grouped (masks, trained
+    # so): order (local, random, left_to_right) and its own, keep
     solver: str = "ancestral"
     solver_options: dict = dataclasses.field(default_factory=dict)
     # spare network calls that change nothing: of a network without time where an example has not changed, of one in

@@ -242,10 +242,10 @@ class Experiment:
                 "config.sample.cache keeps predictions while nothing changes, but this network is told the time: set "
                 "config.denoiser.options.time=False (kind posterior or cavity), or config.sample.cache=False"
             )
-        if isinstance(solver, solvers.Reuse):
+        if isinstance(solver, solvers.Reuse | solvers.Grouped):
             raise ConfigError(
-                "config.sample.cache keeps predictions, and the solver 'reuse' runs the network for features beside "
-                "them: set config.sample.cache=False"
+                f"config.sample.cache keeps predictions, and {type(solver).__name__} runs the network for features "
+                "beside them: set config.sample.cache=False"
             )
         if self.block is not None and options.get("scan"):
             raise ConfigError("config.sample.cache taps keys and values: it needs config.denoiser.options.scan=False")

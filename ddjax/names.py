@@ -16,6 +16,7 @@ from ddjax import (
     around,
     denoisers,
     grids,
+    likelihood,
     objectives,
     paths,
     processes,
@@ -31,6 +32,7 @@ from ddjax.naming import make, pick
 from ddjax.objectives.base import Objective
 from ddjax.objectives.interpolant import Coupling
 from ddjax.processes import interpolant
+from ddjax.types import Bound
 
 
 def _shifted(schedule: str, factor: float, scaling: str = "vp", **options: Any) -> schedules.Shifted:
@@ -343,6 +345,8 @@ class Named:
     learns_process: whether the process's parameters train with the network's.
     parameters: where the objective's own parameters begin; they are dropped when training is done.
     heads: outputs beside the network's own. planner: whether they are a planner's, which solvers ask.
+    bound: what evaluates such networks in the place of `likelihood.nelbo`, with steps, those of the sampler, and
+        num_draws.
     """
 
     make: Callable[..., Objective]
@@ -351,6 +355,7 @@ class Named:
     parameters: Callable[[], Any] | None = None
     heads: int = 0
     planner: bool = False
+    bound: Callable[..., Bound] | None = None
 
 
 # How times are spread over a batch.
@@ -365,6 +370,7 @@ OBJECTIVES = {
     "any_order": Named(objectives.any_order),
     "block_elbo": Named(objectives.block_elbo),
     "cross_entropy": Named(objectives.cross_entropy),
+    "grouped": Named(objectives.grouped, bound=likelihood.grouped),
     "ddpd": Named(objectives.ddpd, heads=1, planner=True),
     "marginals": Named(objectives.marginals, heads=1),  # log p of any subset
     "genmd4": Named(objectives.genmd4, learns_process=True),
@@ -398,29 +404,9 @@ def _euler(process: Any, **options: Any) -> Any:
     return (solvers.RateEuler if process.state == "categorical" else solvers.euler)(process, **options)
 
 
-def _reuse(process: Any, sites: int, every: int = 2, solver: str = "ancestral", **options: Any) -> solvers.Reuse:
-    """`Reuse` of another of `SOLVERS`; the options are that one's own."""
-    inner = make(SOLVERS, solver, "config.sample.solver_options.solver", process, **options)
-    return solvers.Reuse(inner, sites, every)
-
-
 def _given_latent(process: processes.AdaptiveGaussian, solver: str = "ancestral") -> solvers.GivenLatent:
     """`GivenLatent` with another of `SOLVERS`, with its defaults."""
     return solvers.GivenLatent(process, pick(SOLVERS, solver, "config.sample.solver_options.solver"))
-
-
-ORDERS = {
-    "random": solvers.RandomOrder,
-    "left_to_right": solvers.LeftToRight,
-    "confidence": solvers.Confidence,
-    "local": solvers.Local,
-    "planner": solvers.Planner,
-}
-
-
-def _unmask(process: Any, order: str = "random", count: str = "expected", **options: Any) -> solvers.Unmask:
-    """`Unmask` in one of `ORDERS`; the options are its own."""
-    return solvers.Unmask(process, make(ORDERS, order, "config.sample.solver_options.order", **options), count)
 
 
 # Of the arguments, the process comes first and law (the Gaussian law of the training data, or of a file that the option
@@ -429,7 +415,7 @@ SOLVERS = {
     "ancestral": solvers.Ancestral,
     "ddim": solvers.DDIM,
     "heun": solvers.Heun,
-    "unmask": _unmask,
+    "unmask": around.unmask,
     "path_planning": solvers.PathPlanning,
     "first_hitting": solvers.FirstHitting,
     "gillespie": solvers.Gillespie,
@@ -449,7 +435,8 @@ SOLVERS = {
     "tau_leaping": solvers.TauLeaping,
     "flow_euler": solvers.FlowEuler,
     "campbell": solvers.Campbell,
-    "reuse": _reuse,
+    "reuse": around.reuse,
+    "grouped": around.grouped,
     "nested": around.nested,
     "euler": _euler,
     "heun_in_noise": solvers.heun_in_noise,

@@ -321,19 +321,26 @@ class Run:
     ) -> Bound:
         """The bound on -log p(x0) of each example, nats: prior, diffusion and reconstruction (`likelihood.nelbo`).
 
+        Of a network trained with the objective `grouped` that of as many steps as its sampler makes.
+
         x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound.
         `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
         """
         check_bound(self.process)
+        number = self.config.eval.num_times if num_times is None else num_times
+        bound = self.experiment.named.bound
 
         def score(x0: State, cond: Any, rows: Rows) -> Bound:
+            if bound is not None:
+                steps = {"steps": self.config.sample.steps, "num_draws": number, "rows": rows}
+                return bound(key, self.denoise, self.process, x0, cond, **steps)
             return likelihood.nelbo(
                 key,
                 self.denoise,
                 self.process,
                 x0,
                 self.experiment.shown(x0, cond),
-                num_times=self.config.eval.num_times if num_times is None else num_times,
+                num_times=number,
                 t_range=self.experiment.t_range,
                 reconstruction=self.experiment.reconstruction(),
                 rows=rows,

@@ -141,6 +141,9 @@ def test_a_network_is_told_the_coherence_and_guidance_goes_between_two():
     np.testing.assert_array_equal(denoisers.Coherent(told, 3, 2)(None, x, 0, cond), [0, 5, 3, 6])
     np.testing.assert_array_equal(denoisers.Coherent(told, 3, 2)(None, x, 0, labels), [1, 5, 3, 6])
     np.testing.assert_array_equal(denoisers.Coherent(told, 3, 2)(None, x, 0, None), [6] * 4)
+    view = denoisers.Coherent(told, 3, 2)(None, x, 0, {"past": 7, "cond": cond})
+    assert view["past"] == 7
+    np.testing.assert_array_equal(view["cond"], [0, 5, 3, 6])
     seen = denoisers.Coherent(told, 3)(None, x, 0, cond)
     np.testing.assert_allclose(seen["z"], [[0.0], [0.6], [1.0], [0.0]])
     np.testing.assert_array_equal(seen["cond"], labels)

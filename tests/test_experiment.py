@@ -97,6 +97,14 @@ TRAINABLE = {
         blocks(objective={"name": "block_elbo", "options": {"clip": [0.1, 0.9]}}, sample={"steps": 6}),
         TEXT,
     ),
+    "grouped": (
+        config(
+            denoiser={"options": SIZES | {"time": False, "patch": 2}},
+            objective={"name": "grouped", "options": {"numbers": [2, 4]}},
+            sample={"solver": "grouped", "steps": 3},
+        ),
+        IMAGES,
+    ),
     "edm": (gaussian("edm", "edm", objective={"name": "gaussian", "options": EDM}), FLOATS),
     "velocity": (gaussian("velocity", "cond_ot"), FLOATS),
     "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),
@@ -167,6 +175,7 @@ MINIMAL = {  # the least that each name needs beside the defaults
         ("sample", "solver", n): config("thinning", kind="deaths", sample={"solver": n})
         for n in ("binomial_bridge", "poisson_bridge")
     },
+    ("sample", "solver", "grouped"): TRAINABLE["grouped"][0],
     ("sample", "solver", "glauber"): config("glauber", kind="cavity", sample={"solver": "glauber"}),
     ("sample", "solver", "self_correction"): config("uniform", kind="cavity", sample={"solver": "self_correction"}),
     **{("sample", "solver", n): config(sample={"solver": n}) for n in BY_RATES},
@@ -348,6 +357,9 @@ def test_the_planner_comes_with_the_denoiser():
         ("masked", "first_hitting", {}),
         ("masked", "unmask", {"order": "confidence", "score": "margin"}),
         ("masked", "path_planning", {"eta": 1.5}),
+        ("masked", "reuse", {"sites": 2, "every": 2, "solver": "unmask", "order": "confidence"}),
+        ("grouped", "grouped", {"order": "local", "repulsion": 0}),
+        ("grouped", "grouped", {"order": "random", "keep": False}),
         ("uniform cavity", "gillespie", {}),
     ],
 )
@@ -363,6 +375,15 @@ def test_solvers_that_choose_where_sample_from_a_run(name, solver, options):
         np.testing.assert_array_equal(run.sample(jax.random.key(1), 3, cond=cond, guidance=guidance, batch_size=2), x)
 
 
+@pytest.mark.slow
+def test_a_run_in_groups_is_scored_by_its_own_bound():
+    """In as many steps as it samples with: a network that knows nothing pays log 5 a site, one pass for each draw."""
+    experiment = build(*TRAINABLE["grouped"])
+    zeros = jax.tree.map(jnp.zeros_like, experiment.init(jax.random.key(0)))
+    bound = Run(*experiment.trained(zeros), 0).nelbo(jax.random.key(1), IMAGES[:3]["x0"], cond=np.array([0, 1, 2]))
+    np.testing.assert_allclose(bound.total, 16 * np.log(5.0), rtol=1e-5)
+
+
 def test_orders_by_name():
     experiment = build(*TRAINABLE["masked"])
     made = experiment.solver("unmask", order="confidence", score="entropy", temperature=1.5, count="binomial")
@@ -376,6 +397,15 @@ def test_orders_by_name():
             experiment.solver("unmask", **options)
     with pytest.raises(ConfigError, match="Unmask writes masks"):
         build(*TRAINABLE["uniform cavity"]).solver("unmask")
+    grouped = build(*TRAINABLE["grouped"])
+    assert grouped.solver() == solvers.Grouped(grouped.process)
+    made = grouped.solver("grouped", order="local", proximity=2.0, keep=False)
+    assert made == solvers.Grouped(grouped.process, solvers.Local(2.0), keep=False)
+    with pytest.raises(ConfigError, match="Confidence looks at what it says"):
+        grouped.solver("grouped", order="confidence")
+    cached = dataclasses.replace(grouped.config.sample, cache=True)
+    with pytest.raises(ConfigError, match="keeps predictions, and Grouped runs"):
+        build(dataclasses.replace(grouped.config, sample=cached), IMAGES)
 
 
 WRONG = {

@@ -216,7 +216,7 @@ def test_reuse_by_name_holds_another_solver_by_name():
     with pytest.raises(ConfigError, match=r"solver_options.solver='x' is unknown"):
         experiment.solver("reuse", sites=3, solver="x")
     network = dataclasses.replace(c.denoiser, options=c.denoiser.options | {"time": False})
-    with pytest.raises(ConfigError, match="keeps predictions, and the solver 'reuse'"):
+    with pytest.raises(ConfigError, match="keeps predictions, and Reuse runs"):
         build(dataclasses.replace(c, denoiser=network, sample=dataclasses.replace(c.sample, cache=True)), data)
 
 

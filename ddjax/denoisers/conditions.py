@@ -29,15 +29,19 @@ class Coherent:
 
     def __call__(self, params: Params, xt: Array, t: Array, cond: Any = None, **options: Any) -> Array:
         """Run the network."""
+        return self.apply(params, xt, t, self._coded(xt.shape[:1], cond), **options)
+
+    def _coded(self, shape: tuple[int, ...], cond: Any) -> Any:
+        """The network's own condition."""
+        if isinstance(cond, dict) and "coherence" not in cond:  # how it runs (`views.View`), and the rest
+            return {**cond, "cond": self._coded(shape, cond.get("cond"))}
         labels = cond["cond"] if isinstance(cond, dict) else cond
-        labels = jnp.full(xt.shape[:1], self.classes) if labels is None else jnp.asarray(labels)
+        labels = jnp.full(shape, self.classes) if labels is None else jnp.asarray(labels)
         given = cond["coherence"] if isinstance(cond, dict) else jnp.ones(labels.shape)
         none = labels == self.classes
         if self.levels:
-            coded = jnp.where(none, self.classes * self.levels, coherent_labels(labels, given, self.levels))
-        else:
-            coded = {"z": jnp.where(none, 0.0, given)[:, None], "cond": labels}
-        return self.apply(params, xt, t, coded, **options)
+            return jnp.where(none, self.classes * self.levels, coherent_labels(labels, given, self.levels))
+        return {"z": jnp.where(none, 0.0, given)[:, None], "cond": labels}
 
 
 @dataclasses.dataclass(frozen=True)

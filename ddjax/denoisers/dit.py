@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -16,6 +17,7 @@ from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenBits, TokenEmbed, sincos_2d
 from ddjax.denoisers.taps import tap
+from ddjax.denoisers.views import View
 from ddjax.types import SoftTokens
 
 LABELS = 2**20  # a stream of random numbers apart from the layers'
@@ -136,30 +138,49 @@ class DiT(nnx.Module):
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label. With `latent` `{"z": ..., "cond": labels}`.
+            cond: labels in `[0, num_classes]`; None is the null label. With `latent` `{"z": ..., "cond": labels}`. Or
+                a dict of "groups" and "clean", or of "past" and "sites", patch by patch, and the rest as "cond"
+                (`views.View`).
             rng: one key, or one per example, for dropout and label_noise; needed when train=True and one is not 0.
             train: whether dropout acts.
 
         Returns:
-            float32, `(batch, H, W, out_channels)`, or logits `(batch, H, W, C, symbols_out)`.
+            float32, `(batch, H, W, out_channels)`, or logits `(batch, H, W, C, symbols_out)`; 0 where it did not run.
 
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
         state = hard_state(xt, 4, self.symbols_in)
         check_state(state, (("height", "width", "channels"), self.shape), self.symbols_in)
-        batch = state.shape[0]
+        batch, length = state.shape[0], self.position[...].shape[0]
+        view = View.of(cond)
+        view.check(xt, 4, self.stack.depth, length, self.condition.time)
+        if self.relations and view.groups is not None:
+            raise ValueError("relations say who sees whom, and so do groups: build the network without relations")
+        layout = view.layout(length, view.groups, among_related(self.relations, self.heads) if self.relations else None)
         keys = dropout_keys(self.dropout, batch, rng, train)
         label_keys = dropout_keys(self.condition.label_noise, batch, rng, train)
         label_keys = None if label_keys is None else random.fold_in(label_keys, LABELS)
-        c = tap("condition", self.condition(batch, t, cond, keys=label_keys))
-        x = jax.tree.map(lambda v: _patches(v, self.patch), xt)  # (batch, rows, columns, patch, patch, channels, ...)
+        c = tap("condition", self.condition(batch, t, view.cond, keys=label_keys))
+        tap("sites", self._places())
+        patches = [jax.tree.map(lambda v: _patches(v, self.patch), v) for v in (xt, view.clean)]
+        x = view.seen(*patches)  # (batch, patches, patch, patch, channels, ...)
         if self.tokens is not None:
             x = self.tokens(x)
-        x = x.reshape(batch, x.shape[1] * x.shape[2], -1)
-        h = tap("embed", self.embed(x) + self.position[...].astype(self.dtype))
-        layout = among_related(self.relations, self.heads) if self.relations else None
-        return self._images(self.final(self.stack(h, c, keys, layout), c))
+        position = self.position[...].astype(self.dtype)
+        if layout is not None:
+            position = jnp.take(position, layout.positions, axis=0, mode="clip")
+        h = tap("embed", self.embed(x.reshape(*x.shape[:2], -1)) + position)
+        h = self.stack(h, c, keys, layout)
+        h = h if view.clean is None else h[:, :length]
+        return self._images(view.everywhere(self.final(h, c), length))
+
+    def _places(self) -> np.ndarray:
+        """The number of the patch that each site of a state is in."""
+        height, wide, channels = self.shape
+        rows, columns = (np.arange(side, dtype=np.int32) // self.patch for side in (height, wide))
+        place = rows[:, None] * (wide // self.patch) + columns
+        return np.broadcast_to(place[..., None], (height, wide, channels))
 
     def _images(self, y: Float[Array, "batch patches features"]) -> Array:
         height, wide, channels = self.shape
@@ -221,7 +242,8 @@ def check_state(xt: Array, expected: tuple[tuple[str, ...], tuple[int, ...]], sy
 
 def _patches(x: Array, p: int) -> Array:
     batch, height, width, *rest = x.shape
-    return jnp.swapaxes(x.reshape(batch, height // p, p, width // p, p, *rest), 2, 3)
+    x = jnp.swapaxes(x.reshape(batch, height // p, p, width // p, p, *rest), 2, 3)
+    return x.reshape(batch, -1, p, p, *rest)
 
 
 def _check_config(

@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax.denoisers.dit import check_state, hard_state
-from ddjax.denoisers.layers.attention import Layout, Past, block_causal, block_teacher_forced
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
 from ddjax.denoisers.taps import tap
+from ddjax.denoisers.views import View
 from ddjax.types import SoftTokens
 
 
@@ -34,9 +35,11 @@ class TextTransformer(nnx.Module):
     `likelihood.nelbo` with this `cond`). A timed network is then told that x0 is at t = 0, so on xt alone it needs
     a time for each site, 0 for clean ones.
 
-    With `cond={"past": (keys, values), "sites": sites}` it runs at these sites only and takes the keys and values of
-    the others from the past, each `(batch, depth, length, heads, width / heads)`, as an earlier pass had them at the
-    taps `block/i/keys` and `/values` (`solvers.KeyValues`).
+    With `cond={"groups": (batch, length)}` it goes by these groups of sites in the place of blocks, also beside
+    "clean" (`objectives.grouped`), without time. With `cond={"past": (keys, values), "sites": sites}` it runs at these
+    sites only and takes the keys and values of the others from the past, each `(batch, depth, length, heads, width /
+    heads)`, as an earlier pass had them at the taps `block/i/keys` and `/values` (`solvers.KeyValues`). See
+    `views.View`.
 
     Args:
         length: the longest sequence; shorter ones are accepted.
@@ -118,10 +121,9 @@ class TextTransformer(nnx.Module):
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1], of each example or of each site.
-            cond: labels in `[0, num_classes]`; None is the null label. With `block` also
-                `{"clean": x0, "cond": labels}` (without "cond" for None), x0 being the clean sequence. Or
-                `{"past": (keys, values), "sites": (batch, some), "cond": labels}`: where to run; a site beyond the
-                sequence counts for nothing.
+            cond: labels in `[0, num_classes]`; None is the null label. Or a dict of "clean" (with `block` or groups:
+                the clean sequence), "groups", "past" and "sites" (where to run; a site beyond the sequence counts for
+                nothing), and labels as "cond".
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
@@ -131,54 +133,29 @@ class TextTransformer(nnx.Module):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        if isinstance(cond, Mapping) and "past" in cond:
-            return self._at_sites(xt, t, **cond)
+        view = View.of(cond)
         state = hard_state(xt, 2, self.symbols_in)
         length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
         check_state(state, (("length",), (length,)), self.symbols_in)
-        batch, clean = state.shape[0], None
-        if isinstance(cond, Mapping) and "clean" in cond:
-            clean, cond = cond["clean"], cond.get("cond")
-            self._check_clean(clean, xt)
+        view.check(xt, 2, self.stack.depth, length, self.condition.time)
+        groups = view.groups
+        if groups is None and self.block is not None:
+            groups = jnp.arange(length) // self.block
+        layout = view.layout(length, groups)
+        batch, some = state.shape[0], length if view.sites is None else view.sites.shape[1]
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = own = tap("condition", self.condition(batch, t, cond, sites=length))
-        if clean is not None:
-            layout, seen = block_teacher_forced(length, self.block), jnp.concatenate([xt, clean], axis=1)
-            c = self._with_clean(own, cond)
-        else:
-            layout, seen = None if self.block is None else block_causal(length, self.block), xt
-        return self.final(self.stack(self._embedded(seen), c, keys, layout)[:, :length], own)
+        tap("sites", np.arange(length, dtype=np.int32))
+        t = t if t is None or jnp.ndim(t) < 2 else view.at(t)
+        c = own = tap("condition", self.condition(batch, t, view.cond, sites=some))
+        if view.clean is not None:
+            c = self._with_clean(own, view.cond)
+        h = self.stack(self._embedded(view.seen(xt, view.clean)), c, keys, layout)
+        return view.everywhere(self.final(h[:, :some], own), length)
 
     def _embedded(self, seen: Any) -> Float[Array, "batch sites width"]:
         one_channel = jax.tree.map(lambda v: jnp.expand_dims(v, 2), seen)
         h = self.tokens(one_channel)[:, :, 0].astype(self.dtype)
         return tap("embed", h if self.embed is None else self.embed(h))
-
-    def _at_sites(self, xt: Any, t: Any, past: Past, sites: Int[Array, "batch some"], cond: Any = None) -> Array:
-        """Logits at some sites, the keys and values of the others being given."""
-        if isinstance(xt, SoftTokens) or xt.ndim != 2:
-            raise ValueError("soft tokens cannot be run at some sites only: give hard ones, or no past")
-        check_state(xt, (("length",), (min(xt.shape[1], self.length),)), self.symbols_in)
-        batch, length = xt.shape
-        expected = (batch, self.stack.depth, length)
-        if any(v.shape[:3] != expected for v in past) or sites.shape[:1] != (batch,):
-            raise ValueError(
-                f'cond["past"] has keys of shape {past[0].shape} and cond["sites"] has shape {sites.shape}; expected '
-                f"{expected} and two axes more, and ({batch}, some)"
-            )
-        at = partial(jnp.take_along_axis, indices=sites, axis=1, mode="clip")
-        c = tap("condition", self.condition(batch, at(t) if jnp.ndim(t) > 1 else t, cond, sites=sites.shape[1]))
-        everywhere, queries = jnp.arange(length), sites[:, :, None]
-        own = queries == everywhere  # where each site is, `(batch, some, length)`
-        inside = (sites < length)[:, None]
-        # A site that is run again shows its new keys, not those of the past.
-        keys = jnp.concatenate([jnp.broadcast_to(everywhere, xt.shape), sites], axis=1)
-        mask = jnp.concatenate([~own.any(axis=1)[:, None], inside], axis=2)
-        mask = mask if self.block is None else mask & (queries // self.block >= keys[:, None] // self.block)
-        layout = Layout(sites, jnp.broadcast_to(mask, (*sites.shape, length + sites.shape[1])), past)
-        out = self.final(self.stack(self._embedded(at(xt)), c, None, layout), c)
-        out = jnp.take_along_axis(out, own.argmax(axis=1)[..., None], axis=1)
-        return jnp.where(own.any(axis=1)[..., None], out, 0.0)
 
     def _with_clean(self, c: Array, cond: Array | None) -> Array:
         """The conditioning vectors of the noisy sequence and of the clean one, which is at t = 0."""
@@ -187,13 +164,3 @@ class TextTransformer(nnx.Module):
         clean = self.condition(c.shape[0], jnp.zeros(()), cond)[:, None]
         c = c[:, None] if c.ndim == 2 else c
         return jnp.concatenate([c, jnp.broadcast_to(clean, c.shape)], axis=1)
-
-    def _check_clean(self, clean: Array, xt: Array) -> None:
-        if self.block is None:
-            raise ValueError('cond has a "clean" sequence but the network sees all of xt: build it with block=...')
-        if isinstance(xt, SoftTokens) or xt.ndim != 2:
-            raise ValueError("soft tokens have no teacher-forced pass: give hard ones, or no clean sequence")
-        if clean.shape != xt.shape or not jnp.issubdtype(clean.dtype, jnp.integer):
-            raise ValueError(
-                f'cond["clean"] has shape {clean.shape}, {clean.dtype}; expected the clean tokens of xt, {xt.shape}'
-            )

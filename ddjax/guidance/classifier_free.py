@@ -31,11 +31,7 @@ class ClassifierFree:
 
     def __call__(self, xt, t, cond=None):
         """Extrapolate from the unconditional prediction through the conditional one."""
-        if cond is None:
-            raise ValueError(
-                "classifier-free guidance needs a condition; for unconditional samples use the denoiser without it"
-            )
-        return _extrapolated(self.denoise, xt, t, cond, _without(cond, self.null), self.scale)
+        return _extrapolated(self.denoise, xt, t, cond, lambda cond: _without(cond, self.null), self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -54,12 +50,14 @@ class Contrasted:
 
     def __call__(self, xt, t, cond=None):
         """Extrapolate from the prediction under the weaker condition through that under the condition itself."""
-        return _extrapolated(self.denoise, xt, t, cond, self.weaker(cond), self.scale)
+        return _extrapolated(self.denoise, xt, t, cond, self.weaker, self.scale)
 
 
-def _extrapolated(denoise: Denoise, xt: State, t: Time, cond: Any, weaker: Any, scale: jax.Array) -> Prediction:
+def _extrapolated(
+    denoise: Denoise, xt: State, t: Time, cond: Any, weaker: Callable[[Any], Any], scale: jax.Array
+) -> Prediction:
     """Weaker + scale * (given cond - weaker), as one doubled batch."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, weaker)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *_sides(cond, weaker, cost(denoise)))
     out = denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), both)
     value = jax.nn.log_softmax(out.value) if out.kind in LOGIT_KINDS else out.value
     with_cond, without = jnp.split(value, 2)
@@ -69,7 +67,28 @@ def _extrapolated(denoise: Denoise, xt: State, t: Time, cond: Any, weaker: Any, 
     return Prediction(jnp.where(impossible, with_cond, without + scale * change), out.kind)
 
 
+def _sides(cond: Any, weaker: Callable[[Any], Any], calls: int) -> tuple[Any, Any]:
+    """The condition and the weaker one.
+
+    Of how the network is to run (`denoisers.views.View`) both have their own past: it is the first or the second half
+    of what `solvers.key_values` puts side by side in the place of one network's layers. calls: evaluations of a half.
+    """
+    if not isinstance(cond, dict) or not cond.keys() & {"past", "groups"}:
+        return cond, weaker(cond)
+
+    def half(v: jax.Array, i: int) -> jax.Array:
+        return v.reshape(v.shape[0], calls, 2, -1, *v.shape[2:])[:, :, i].reshape(v.shape[0], -1, *v.shape[2:])
+
+    sides = _sides(cond.get("cond"), weaker, calls)
+    pasts = [jax.tree.map(lambda v, i=i: half(v, i), cond.get("past")) for i in (0, 1)]
+    return tuple({**cond, "past": past, "cond": side} for past, side in zip(pasts, sides, strict=True))
+
+
 def _without(cond: Any, null: Any) -> Any:
+    if cond is None:
+        raise ValueError(
+            "classifier-free guidance needs a condition; for unconditional samples use the denoiser without it"
+        )
     if isinstance(cond, dict) and "cond" in cond:
         return {**cond, "cond": _without(cond["cond"], null)}
     return jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null, cond)

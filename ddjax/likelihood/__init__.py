@@ -4,6 +4,7 @@ from ddjax.likelihood.any_order import any_order
 from ddjax.likelihood.bound import Reconstruction, nelbo
 from ddjax.likelihood.decoders import binned, discretised
 from ddjax.likelihood.dequantise import Dequantise, UniformNoise
+from ddjax.likelihood.grouped import grouped
 from ddjax.likelihood.information import Information, information_rate, mutual_information, pointwise_information
 from ddjax.likelihood.integrators import Adaptive, Integrator, heun, rk4
 from ddjax.likelihood.marginals import chain_rule, marginals
@@ -21,6 +22,7 @@ __all__ = [
     "binned",
     "chain_rule",
     "discretised",
+    "grouped",
     "heun",
     "information_rate",
     "marginals",

@@ -22,6 +22,7 @@ from ddjax.objectives.fokker_planck import fokker_planck_residual, with_fokker_p
 from ddjax.objectives.gaussian import gaussian
 from ddjax.objectives.genmd4 import genmd4
 from ddjax.objectives.glauber import glauber
+from ddjax.objectives.grouped import grouped
 from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
@@ -65,6 +66,7 @@ __all__ = [
     "generalised_kl",
     "genmd4",
     "glauber",
+    "grouped",
     "independent",
     "interpolant",
     "learned_elbo",

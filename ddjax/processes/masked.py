@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from ddjax import random
 from ddjax.categorical import bernoulli, categorical_where, log_or_floor
@@ -46,6 +47,11 @@ class Reveal:
         symbol = gather(jax.nn.log_softmax(self.logits), jnp.minimum(x, self.mask - 1))
         at_mask = jnp.where(x == self.mask, log_or_floor(1.0 - self.p), log_or_floor(self.p) + symbol)
         return jnp.where(self.xt == self.mask, at_mask, jnp.where(x == self.xt, 0.0, -1e30))
+
+
+def left_over(expected: Array) -> Array:
+    """An expected number of masks as a whole number; halves go down, and so does what rounding made of them."""
+    return jnp.ceil(expected - 0.501).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

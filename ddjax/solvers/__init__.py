@@ -13,6 +13,7 @@ from ddjax.solvers.events import FirstHitting, Gillespie, PlannedSteps
 from ddjax.solvers.flow_turbo import FlowTurbo, refined
 from ddjax.solvers.gaussian import DDIM, Heun
 from ddjax.solvers.given import FreshLatent, GivenLatent
+from ddjax.solvers.grouped import Grouped
 from ddjax.solvers.key_values import KeyValues
 from ddjax.solvers.langevin import EulerMaruyama, Langevin, PredictorCorrector, predictor_corrector
 from ddjax.solvers.learned import Learned
@@ -91,6 +92,7 @@ __all__ = [
     "Given",
     "GivenLatent",
     "Glauber",
+    "Grouped",
     "Heun",
     "Info",
     "Interval",

@@ -38,8 +38,7 @@ class KeyValues:
     solver: over `processes.in_blocks`, with blocks as long as the network's (`TextTransformer(block=...)`), on a grid
         with no step into two of them (`grids.in_turn`). Its carry begins anew with every block; `Cached` goes inside.
     Raises ValueError for another process, a network whose keys and values cannot be tapped (none of
-    `TextTransformer`'s, or with scan=True), guidance (a second network, with a past of its own), or times for each
-    example.
+    `TextTransformer`'s, or with scan=True), or times for each example.
     """
 
     solver: Any
@@ -68,8 +67,6 @@ class KeyValues:
 
     def begin(self, xt: State, cond: Any, denoise: Denoise, known: Any = None) -> Written:
         """Nothing written yet."""
-        if evaluations(denoise) != 1:
-            raise ValueError("KeyValues holds the past of one network, and guidance asks two: use the solver by itself")
         t = jnp.ones(xt.shape[:1], jnp.result_type(float))
         shapes = jax.eval_shape(lambda x: keys_values(denoise, x, t, cond), xt)
         past = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
@@ -118,17 +115,31 @@ class KeyValues:
 def keys_values(denoise: Denoise, xt: State, t: Time, cond: Any = None) -> Past:
     """Keys and values of every layer where the network ran, `(batch, depth, sites, heads, head)` each.
 
+    Under guidance, which evaluates the network for several conditions in one batch, the layers of all of these, one
+    after the other: so guidance takes them in `cond["past"]` and hands each evaluation its own.
     Raises ValueError for a network that names none.
     """
     with taps.record() as seen:
         denoise(xt, t, cond)
-    return tapped(seen)
+    return tapped(seen, denoise, xt)
 
 
-def tapped(seen: Mapping[str, Array]) -> Past:
-    """Keys and values of every layer in what `taps.record` saw. Raises ValueError where there are none."""
+def tapped(seen: Mapping[str, Array], denoise: Denoise, xt: State) -> Past:
+    """Keys and values in what `taps.record` saw of a call. Raises ValueError where there are none."""
     depth = sum(name.endswith("/keys") for name in seen)
     if not depth:
         raise ValueError("this network's keys and values cannot be tapped: it must be one like TextTransformer")
+    batch, calls = xt.shape[0], evaluations(denoise)
     layers = [[seen[f"block/{i}/{what}"] for i in range(depth)] for what in ("keys", "values")]
-    return tuple(jnp.stack(each, axis=1) for each in layers)
+    if layers[0][0].shape[0] != calls * batch:
+        raise ValueError(
+            f"this network is evaluated {calls} times, not in one batch, so that the keys and values of all cannot be "
+            "tapped: use the solver by itself"
+        )
+
+    def together(each: list[Array]) -> Array:
+        v = jnp.stack(each, axis=1)
+        v = jnp.swapaxes(v.reshape(calls, batch, *v.shape[1:]), 0, 1)
+        return v.reshape(batch, calls * depth, *v.shape[3:])
+
+    return tuple(map(together, layers))

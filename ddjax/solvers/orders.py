@@ -32,7 +32,9 @@ class Choice(NamedTuple):
     cond: Any
 
 
-Order = Callable[[Keys, Choice], PerSite]  # frozen dataclasses; an attribute `calls` counts their network calls
+# Frozen dataclasses; an attribute `calls` counts their network calls, and `looks` says whether they look at what the
+# network says.
+Order = Callable[[Keys, Choice], PerSite]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Confidence:
     score: str = "probability"
     temperature: float = 0.0
 
+    looks = True
+
     def __post_init__(self):
         if self.score not in ("probability", "margin", "entropy"):
             raise ValueError(f"score must be 'probability', 'margin' or 'entropy', got {self.score!r}")
@@ -102,7 +106,7 @@ class Planner:
     The planner sees all masks filled with what was drawn, at the time that the step leads to.
     """
 
-    calls = 1
+    calls, looks = 1, True
 
     def __call__(self, keys: Keys, choice: Choice) -> PerSite:
         """Minus the planner's log odds. Raises ValueError for a denoiser without a planner."""

@@ -11,8 +11,9 @@ from jaxtyping import Array, Int
 
 from ddjax import random
 from ddjax.denoisers import taps
-from ddjax.denoisers.layers.attention import Past
-from ddjax.predictions import Prediction, evaluations
+from ddjax.denoisers.layers.attention import Past, put
+from ddjax.denoisers.sites import Sites
+from ddjax.predictions import Prediction
 from ddjax.processes import Masked
 from ddjax.solvers.base import Info, batched, first_carry
 from ddjax.solvers.cached import Asked
@@ -41,7 +42,7 @@ class Reuse:
     are, it is `solver`. `Info.nfe` counts both kinds of pass as one call.
 
     solver: over `Masked`, asking the network about the state a step begins with. The network is one like
-        `TextTransformer`, without blocks.
+        `TextTransformer`, without blocks, or `DiT`, whose sites are patches: one is new where one of its tokens is.
     Raises ValueError for another process, numbers below 1, and as `KeyValues` does.
     """
 
@@ -62,8 +63,6 @@ class Reuse:
 
     def begin(self, xt: State, cond: Any, denoise: Denoise, known: Any = None) -> Reused:
         """Nothing known yet."""
-        if evaluations(denoise) != 1:
-            raise ValueError("Reuse holds the features of one network, and guidance asks two: use the solver by itself")
         t = jnp.ones(xt.shape[:1], jnp.result_type(float))
         shapes = jax.eval_shape(lambda x: (denoise(x, t, cond), keys_values(denoise, x, t, cond)), xt)
         prediction, past = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
@@ -76,26 +75,24 @@ class Reuse:
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """The solver's step, after a full or a cheap pass."""
-        times, some = batched(t, xt), min(self.sites, xt.shape[1])
+        times = batched(t, xt)
+        patches = Sites.of(denoise, xt, times, cond)  # the network's sites
 
         def full() -> tuple[Prediction, Past, State]:
             with taps.record() as seen:
                 prediction = denoise(xt, times, cond)
-            return prediction, tapped(seen), xt
+            return prediction, tapped(seen, denoise, xt), xt
 
         def cheap() -> tuple[Prediction, Past, State]:
             # New tokens before masks before what is as it was.
-            chance = random.uniform(random.fold_in(keys, 1), xt.shape[1:])
-            first = jnp.where(xt != carry.seen, 2.0, jnp.where(xt == self.process.mask, 1.0, 0.0)) + chance
-            sites = jnp.argsort(-first, axis=1)[:, :some]
+            rank = jnp.where(xt != carry.seen, 2.0, jnp.where(xt == self.process.mask, 1.0, 0.0))
+            first = patches.gathered(rank).max(axis=-1) + random.uniform(random.fold_in(keys, 1), (patches.count,))
+            sites = jnp.argsort(-first, axis=1)[:, : self.sites]
             with taps.record() as seen:
                 new = denoise(xt, times, {"past": carry.past, "sites": sites, "cond": cond})
-            own = sites[:, :, None] == jnp.arange(xt.shape[1])
-            ran, where = own.any(axis=1), own.argmax(axis=1)[:, None, :, None, None]
-            past = tuple(
-                jnp.where(ran[:, None, :, None, None], jnp.take_along_axis(a, where, axis=2), b)
-                for a, b in zip(tapped(seen), carry.past, strict=True)
-            )
+            fresh = zip(tapped(seen, denoise, xt), carry.past, strict=True)
+            past = tuple(put(a, sites, b, axis=2) for a, b in fresh)
+            ran = patches.spread(put(jnp.ones(sites.shape, bool), sites, jnp.zeros(first.shape, bool)))
             value = jnp.where(ran[..., None], new.value, carry.prediction.value)
             return Prediction(value, new.kind), past, jnp.where(ran, xt, carry.seen)
 

@@ -14,6 +14,7 @@ from ddjax.categorical import bernoulli, categorical_where
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked
 from ddjax.processes.categorical import PerSite, PerState, Tokens, gather
+from ddjax.processes.masked import left_over
 from ddjax.processes.staggered import Moved, common
 from ddjax.solvers.base import Info, batched
 from ddjax.solvers.orders import Choice, Order, RandomOrder, planner_of
@@ -154,7 +155,7 @@ def revealing(process: Any, prediction: Prediction, xt: Tokens, s: Time, t: Time
 
 def rounded(expected: PerSite) -> Int[Array, " batch"]:
     """The number of masks left, from each one's chance; halves go down, and so does what rounding made of them."""
-    return jnp.ceil(per_example(expected) - 0.501).astype(jnp.int32)
+    return left_over(per_example(expected))
 
 
 def highest(

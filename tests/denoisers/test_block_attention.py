@@ -82,11 +82,11 @@ def test_one_block_is_the_plain_transformer(x64, build):
 @pytest.mark.parametrize("block", [1, 2, 4, 6, 7])
 def test_layouts_are_what_they_say(block):
     b = lambda site: site // block
-    causal = layers.block_causal(LENGTH, block)
+    causal = layers.group_causal(jnp.arange(LENGTH) // block)
     expected = [[b(k) <= b(q) for k in range(LENGTH)] for q in range(LENGTH)]
     np.testing.assert_array_equal(causal.mask, expected)
     np.testing.assert_array_equal(causal.positions, np.arange(LENGTH))
-    both, sites = layers.block_teacher_forced(LENGTH, block), range(LENGTH)
+    both, sites = layers.group_teacher_forced(jnp.arange(LENGTH) // block), range(LENGTH)
     rows = [[b(q) == b(k) for k in sites] + [b(k) < b(q) for k in sites] for q in sites]
     rows += [[False] * LENGTH + [b(k) <= b(q) for k in sites] for q in sites]
     np.testing.assert_array_equal(both.mask, rows)
@@ -96,7 +96,7 @@ def test_layouts_are_what_they_say(block):
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_masked_attention_against_numpy(implementation):
     q, k, v = (np.random.default_rng(i).normal(size=(2, 6, 3, 8)).astype(np.float32) for i in range(3))
-    mask = np.array(layers.block_causal(6, 4).mask)
+    mask = np.array(layers.group_causal(jnp.arange(6) // 4).mask)
     scores = np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / np.sqrt(8)
     weights = np.exp(scores) * mask
     expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)

@@ -12,7 +12,7 @@ CONFIG = {"length": 4, "symbols_in": 3, "symbols_out": 3, "width": 8, "depth": 2
 XT = jnp.array([[0, 1, 2, 1], [2, 2, 0, 1]])
 T = jnp.array([0.2, 0.7])
 BLOCKS = {f"block/{i}{part}" for i in range(2) for part in ("", "/attention", "/mlp", "/keys", "/values")}
-POINTS = {"condition", "embed", "final"} | BLOCKS
+POINTS = {"condition", "embed", "final", "sites"} | BLOCKS
 
 
 def network(noise, **config):

@@ -1,6 +1,5 @@
 """Predictions kept, keys and values kept, sequences that end: the samples are the same, the calls are fewer."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,7 +13,7 @@ from ddjax.denoisers import TextTransformer, functional_init
 from ddjax.fixtures import Categorical
 from ddjax.predictions import Prediction, bind
 from ddjax.processes import Masked
-from ddjax.solvers import Ancestral, Cached, KeyValues, Reuse, Stopping
+from ddjax.solvers import Ancestral, Cached, KeyValues, Stopping
 
 LAW, PROCESS, STEPS = Categorical(2, 3, seed=1), Masked(3), 12
 KEY = jax.random.key(5)
@@ -233,64 +232,22 @@ def test_what_has_no_keys_and_values_is_refused():
     plain = lambda xt, t, cond: Prediction(jnp.zeros((*xt.shape, 3)), "posterior")
     with pytest.raises(ValueError, match="cannot be tapped"):
         in_blocks(KeyValues(Ancestral(BLOCKS)), plain)
-    guided = guidance.classifier_free(plain, null=0, scale=2.0)
-    with pytest.raises(ValueError, match="guidance asks two"):
-        in_blocks(KeyValues(Ancestral(BLOCKS)), guided, cond=jnp.zeros(6, int))
-
-
-PLAIN = processes.Masked(3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("sites", "every"), [(2, 1), (5, 3)])
-def test_reuse_of_nothing_is_the_solver(x64, sites, every):
-    """A full pass in every step, or cheap ones at all sites; then on, and it is another sampler."""
-    denoise = dataclasses.replace(network(block=None, time=False), process=PLAIN)
-    settings = {"process": PLAIN, "shape": (6, 5), "trajectory": True}
-    plain, same, other = (
-        draw(s, 6, denoise, **settings)
-        for s in (Ancestral(PLAIN), Reuse(Ancestral(PLAIN), sites, every), Reuse(Ancestral(PLAIN), 1, 4))
-    )
-    np.testing.assert_array_equal(same.trajectory, plain.trajectory)
-    assert (np.asarray(other.x0) < 3).all()
-    few = draw(Reuse(Ancestral(PLAIN), 1, 4), 2, denoise, **(settings | {"shape": (2, 5)}))
-    np.testing.assert_array_equal(few.x0, other.x0[:2])
+    twice = lambda xt, t, cond: denoise(xt, t, denoise(xt, t, cond) and cond)
+    twice.evaluations, denoise = 2, network()
+    with pytest.raises(ValueError, match="evaluated 2 times, not in one batch"):
+        in_blocks(KeyValues(Ancestral(BLOCKS)), twice)
 
 
 @pytest.mark.slow
-def test_a_cheap_pass_renews_new_tokens_and_masks_and_keeps_the_rest(x64):
-    """Two steps by hand: the full pass's features, then the network at the new token and at masks as room allows."""
-    denoise = dataclasses.replace(network(block=None, time=False), process=PLAIN)
-    solver, t = Reuse(Ancestral(PLAIN), 2, 2), jnp.full(1, 0.5)
-    first, then = jnp.asarray([[0, 3, 1, 2, 3]]), jnp.asarray([[0, 2, 1, 2, 3]])
-    step = jax.jit(lambda i, carry, x: solver.step(random.fold_in(row_key(), i), carry, x, 0.5, 0.4, denoise)[1])
-    carry = step(0, solver.begin(first, None, denoise), first)
-    np.testing.assert_allclose(carry.prediction.value, denoise(first, t).value, atol=1e-12)
-    after = step(1, carry, then)
-    past = solvers.key_values.keys_values(denoise, first, t)
-    view = {"past": past, "sites": jnp.asarray([[1, 4]]), "cond": None}
-    new, ran = denoise(then, t, view).value, np.asarray([0, 1, 0, 0, 1], bool)
-    assert np.abs(np.asarray(new - denoise(then, t).value)[:, ran]).max() > 1e-3  # the context's features are old
-    np.testing.assert_allclose(after.prediction.value[:, ran], new[:, ran], atol=1e-12)
-    np.testing.assert_array_equal(after.prediction.value[:, ~ran], carry.prediction.value[:, ~ran])
-    written = solvers.key_values.keys_values(denoise, then, t, view)
-    for a, b, c in zip(after.past, written, carry.past, strict=True):
-        np.testing.assert_allclose(a[:, :, ran], b, atol=1e-12)
-        np.testing.assert_array_equal(a[:, :, ~ran], c[:, :, ~ran])
-    np.testing.assert_array_equal(after.seen, then)
-
-
-def test_bad_reuse_is_refused():
-    with pytest.raises(ValueError, match=r"for processes.Masked, got Uniform"):
-        Reuse(Ancestral(processes.Uniform(3)), 2)
-    with pytest.raises(ValueError, match="at least 1"):
-        Reuse(Ancestral(PROCESS), 0)
-    with pytest.raises(ValueError, match="cannot be tapped"):
-        draw(Reuse(Ancestral(PROCESS), 1), 1)
-
-
-def row_key():
-    return random.example_keys(KEY, 1)
+def test_under_guidance_each_evaluation_has_its_own_keys_and_values(x64):
+    """As the whole sequence, token by token; also with what is cached in the block."""
+    guided = guidance.classifier_free(network(num_classes=3), null=3, scale=2.5)
+    cond = jnp.arange(6) % 3
+    plain = in_blocks(Ancestral(BLOCKS), guided, cond=cond, trajectory=True)
+    for solver in (KeyValues(Ancestral(BLOCKS)), KeyValues(Cached(Ancestral(BLOCKS)))):
+        kept = in_blocks(solver, guided, cond=cond, trajectory=True)
+        np.testing.assert_array_equal(kept.trajectory, plain.trajectory)
+        assert (np.asarray(kept.nfe) <= 2 * (9 + 2)).all()
 
 
 # Stop tokens: symbol 1, and behind it padding, symbol 2.

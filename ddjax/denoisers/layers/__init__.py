@@ -3,9 +3,9 @@
 from ddjax.denoisers.layers.attention import (
     Attention,
     Layout,
-    block_causal,
-    block_teacher_forced,
     dot_product_attention,
+    group_causal,
+    group_teacher_forced,
     rope,
 )
 from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
@@ -31,10 +31,10 @@ __all__ = [
     "Stack",
     "TokenBits",
     "TokenEmbed",
-    "block_causal",
-    "block_teacher_forced",
     "dot_product_attention",
     "dropout",
+    "group_causal",
+    "group_teacher_forced",
     "layer_norm",
     "lookup",
     "modulate",

@@ -22,31 +22,59 @@ class Layout(NamedTuple):
     """Where the sites that a network sees stand, and which of them each attends to."""
 
     positions: Int[Array, "*batch sites"]
-    mask: Bool[Array, "*batch sites keys"]  # (queries, keys), or (1, heads, queries, keys); every query needs a key
+    mask: Bool[Array, "*batch sites keys"]  # (queries, keys), or (batch or 1, heads, queries, keys); none without a key
     past: Past | None = None  # keys and values of sites that the network does not see now: keys before its own
 
     def layer(self, i: int | Array) -> Layout:
         """With the past of one layer, `(batch, length, heads, head)` each."""
         return self if self.past is None else self._replace(past=tuple(v[:, i] for v in self.past))
 
+    def at(self, sites: Int[Array, "batch some"], past: Past) -> Layout:
+        """At some sites only, which attend to whom they did; the others have the keys and values of the past.
 
-def block_causal(length: int, block: int) -> Layout:
-    """Sites attend to their own block of `block` sites (the last may be shorter) and to those before it."""
-    site = jnp.arange(length)
-    return Layout(site, site[:, None] // block >= site // block)
+        A site that is run again shows its new keys, not those of the past; one beyond the sequence shows none.
+        """
+        length, mask = self.mask.shape[-1], self.mask
+        mask = mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
+        shared = mask.ndim == 2 or self.mask.shape[0] == 1  # by all examples: nothing is copied for each
+        rows = jax.vmap(lambda m, s: jnp.take(m, s, axis=-2, mode="clip"), (None if shared else 0, 0))(mask, sites)
+        new = jax.vmap(lambda r, s: jnp.take(r, s, axis=-1, mode="clip") & (s < length))(rows, sites)
+        again = (sites[:, :, None] == jnp.arange(length)).any(axis=1)
+        rows = rows & ~again.reshape(-1, *(1,) * (rows.ndim - 2), length)
+        both = jnp.concatenate([rows, new], axis=-1)
+        return Layout(sites, both if both.ndim == 4 else both[:, None], past)
 
 
-def block_teacher_forced(length: int, block: int) -> Layout:
-    """A noisy sequence and then the clean one, so that every block is seen at once behind a clean past.
+def put(new: Array, sites: Int[Array, "batch some"], old: Array, axis: int = 1) -> Array:
+    """`old`, with `new` in its place at some sites of the axis; those beyond it count for nothing."""
+    own = sites[:, :, None] == jnp.arange(old.shape[axis])
+    shape = [old.shape[i] if i in (0, axis) else 1 for i in range(old.ndim)]
+    ran, where = (v.reshape(shape) for v in (own.any(axis=1), own.argmax(axis=1)))
+    return jnp.where(ran, jnp.take_along_axis(new, where, axis=axis), old)
 
-    (Arriola et al. 2025, section 3.2.) A noisy site attends to its own block of the noisy sequence and to the blocks
-    before it of the clean one; a clean site to its own block of the clean one and those before it.
+
+def everywhere(length: int) -> Layout:
+    """Sites attend to all sites."""
+    return Layout(jnp.arange(length), jnp.ones((length, length), bool))
+
+
+def group_causal(groups: Int[Array, "*batch length"]) -> Layout:
+    """Sites attend to those of their own group and of groups with lower numbers."""
+    return Layout(jnp.arange(groups.shape[-1]), groups[..., :, None] >= groups[..., None, :])
+
+
+def group_teacher_forced(groups: Int[Array, "*batch length"]) -> Layout:
+    """A noisy sequence and then the clean one, so that every group is seen at once behind a clean past.
+
+    (Arriola et al. 2025, section 3.2, for blocks; Zhang et al. 2025, "Locality-aware parallel decoding", for any
+    groups.) A noisy site attends to its own group of the noisy sequence and to the groups before it of the clean one; a
+    clean site to its own group of the clean one and those before it.
     """
-    site = jnp.concatenate([jnp.arange(length)] * 2)
-    own, noisy = site // block, jnp.arange(2 * length) < length
-    same, before = own[:, None] == own, own[:, None] > own
+    length = groups.shape[-1]
+    own, noisy = jnp.concatenate([groups, groups], axis=-1), jnp.arange(2 * length) < length
+    same, before = own[..., :, None] == own[..., None, :], own[..., :, None] > own[..., None, :]
     mask = jnp.where(noisy, noisy[:, None] & same, before | (~noisy[:, None] & same))
-    return Layout(site, mask)
+    return Layout(jnp.arange(2 * length) % length, mask)
 
 
 def among_related(relations: Sequence[Sequence[int]], heads: int) -> Layout:

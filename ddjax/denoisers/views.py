@@ -1,0 +1,108 @@
+"""What a network is shown beside the state, or of it: clean sites, groups of sites, some sites only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ddjax.denoisers.layers.attention import Layout, Past, everywhere, group_causal, group_teacher_forced, put
+from ddjax.types import SoftTokens, State
+
+
+class View(NamedTuple):
+    """The parts of a condition that say how a network runs; a network's sites are tokens, or patches of an image.
+
+    groups: a number of each site: it sees its own group and those of lower numbers, in the place of the network's own
+        rule. clean: the clean state: one pass gives the output of every group as if those before it were clean.
+    past, sites: the network runs at these sites only and takes the keys and values of the others from the past, as an
+        earlier pass had them at the taps `block/i/keys` and `/values`. A site beyond the last counts for nothing.
+    """
+
+    cond: Any = None  # the rest: labels, ...
+    clean: State | None = None
+    groups: Int[Array, "batch length"] | None = None
+    past: Past | None = None  # `(batch, depth, length, heads, head)` each
+    sites: Int[Array, "batch some"] | None = None
+
+    @classmethod
+    def of(cls, cond: Any) -> View:
+        """Raises ValueError for entries that do not go together."""
+        if not isinstance(cond, Mapping) or not cond.keys() & {"clean", "groups", "past", "sites"}:
+            return cls(cond)
+        if unknown := sorted(cond.keys() - set(cls._fields)):
+            raise ValueError(f"cond has entries {', '.join(unknown)}; beside {', '.join(cls._fields)} there are none")
+        view = cls(**cond)
+        if (view.past is None) != (view.sites is None) or (view.past is not None and view.clean is not None):
+            raise ValueError('cond["past"] and cond["sites"] go together, and without cond["clean"]')
+        return view
+
+    def check(self, xt: State | SoftTokens, axes: int, depth: int, length: int, timed: bool) -> None:
+        """Raise ValueError where it does not fit a network of `length` sites, for states with so many axes."""
+        hard = not isinstance(xt, SoftTokens) and xt.ndim == axes
+        if not hard and self.past is not None:
+            raise ValueError("soft tokens cannot be run at some sites only: give hard ones, or no past")
+        if not hard and self.clean is not None:
+            raise ValueError("soft tokens have no teacher-forced pass: give hard ones, or no clean sequence")
+        if self.clean is not None and (self.clean.shape != xt.shape or _whole(self.clean) != _whole(xt)):
+            raise ValueError(
+                f'cond["clean"] has shape {self.clean.shape}, {self.clean.dtype}; expected the clean tokens of xt, '
+                f"{xt.shape}"
+            )
+        batch = xt.ids.shape[0] if isinstance(xt, SoftTokens) else xt.shape[0]
+        if self.groups is not None and (self.groups.shape != (batch, length) or not _whole(self.groups)):
+            raise ValueError(
+                f'cond["groups"] has shape {self.groups.shape}, {self.groups.dtype}; expected an int for each of the '
+                f"network's sites, {(batch, length)}"
+            )
+        if self.groups is not None and timed:
+            raise ValueError("groups are for networks without time: sites of several groups stand side by side")
+        if self.past is None:
+            return
+        expected = (batch, depth, length)
+        if any(v.shape[:3] != expected for v in self.past) or self.sites.shape[:1] != (batch,):
+            raise ValueError(
+                f'cond["past"] has keys of shape {self.past[0].shape} and cond["sites"] has shape {self.sites.shape}; '
+                f"expected {expected} and two axes more, and ({batch}, some)"
+            )
+
+    def layout(
+        self, length: int, groups: Int[Array, "*batch length"] | None, own: Layout | None = None
+    ) -> Layout | None:
+        """Who sees whom: by groups where there are any, else as the network itself says (None: all)."""
+        if groups is not None:
+            own = (group_causal if self.clean is None else group_teacher_forced)(groups)
+        elif self.clean is not None:
+            raise ValueError(
+                'cond has a "clean" sequence but the network sees all of xt: build it with block=..., or give '
+                'cond["groups"]'
+            )
+        if self.past is None:
+            return own
+        return (everywhere(length) if own is None else own).at(self.sites, self.past)
+
+    def seen(self, x: Any, clean: Any = None) -> Any:
+        """What the network embeds, from the state and the clean one, sites on the second axis."""
+        if clean is not None:
+            return jnp.concatenate([x, clean], axis=1)
+        return x if self.sites is None else jax.tree.map(self.at, x)
+
+    def at(self, x: Array) -> Array:
+        """What stands at the sites, of a pass at some of them; else x itself."""
+        if self.sites is None:
+            return x
+        where = self.sites.reshape(*self.sites.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, where, axis=1, mode="clip")
+
+    def everywhere(self, y: Array, length: int) -> Array:
+        """Outputs at all sites: 0 where the network did not run."""
+        if self.sites is None:
+            return y
+        return put(y, self.sites, jnp.zeros((y.shape[0], length, *y.shape[2:]), y.dtype))
+
+
+def _whole(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
