@@ -82,6 +82,14 @@ class Dataset:
             index = np.arange(*index.indices(len(self)))
         return self.source[np.asarray(index)]
 
+    def first(self, count: int) -> np.ndarray:
+        """The numbers of the first items, or of all; of a mixture, the first of each set by its weight."""
+        rows, start = [], 0
+        for size, weight in self.mixture or ((len(self), 1.0),):
+            rows.append(start + np.arange(min(size, max(1, round(count * weight)))))
+            start += size
+        return np.concatenate(rows)
+
     @property
     def is_image(self) -> bool:
         """Whether one x0 is an image `(height, width, 1 or 3)`."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax.denoisers.dit import check_state, hard_state
-from ddjax.denoisers.layers.attention import Layout, Past, block_causal, block_teacher_forced
+from ddjax.denoisers.layers.attention import Layout, Past, block_causal, block_teacher_forced, within
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
@@ -33,6 +33,10 @@ class TextTransformer(nnx.Module):
     all blocks before it were clean and it alone were noisy (training: `objectives.teacher_forced`; the bound:
     `likelihood.nelbo` with this `cond`). A timed network is then told that x0 is at t = 0, so on xt alone it needs
     a time for each site, 0 for clean ones.
+
+    With `cond={"segments": segments, "cond": labels}` a window holds several documents (`data.packing`): integers
+    `(batch, length)`, the same at the sites of one document. It says of each what it says of it alone. With `block`
+    every document must begin where a block does.
 
     With `cond={"past": (keys, values), "sites": sites}` it runs at these sites only and takes the keys and values of
     the others from the past, each `(batch, depth, length, heads, width / heads)`, as an earlier pass had them at the
@@ -119,7 +123,8 @@ class TextTransformer(nnx.Module):
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1], of each example or of each site.
             cond: labels in `[0, num_classes]`; None is the null label. With `block` also
-                `{"clean": x0, "cond": labels}` (without "cond" for None), x0 being the clean sequence. Or
+                `{"clean": x0, "cond": labels}` (without "cond" for None), x0 being the clean sequence. In the place of
+                labels `{"segments": segments, "cond": labels}`. Or
                 `{"past": (keys, values), "sites": (batch, some), "cond": labels}`: where to run; a site beyond the
                 sequence counts for nothing.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
@@ -136,10 +141,17 @@ class TextTransformer(nnx.Module):
         state = hard_state(xt, 2, self.symbols_in)
         length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
         check_state(state, (("length",), (length,)), self.symbols_in)
-        batch, clean = state.shape[0], None
+        batch, clean, segments = state.shape[0], None, None
         if isinstance(cond, Mapping) and "clean" in cond:
             clean, cond = cond["clean"], cond.get("cond")
             self._check_clean(clean, xt)
+        if isinstance(cond, Mapping) and "segments" in cond:
+            segments, cond = cond["segments"], cond.get("cond")
+            if segments.shape != (batch, length) or not jnp.issubdtype(segments.dtype, jnp.integer):
+                raise ValueError(
+                    f'cond["segments"] has shape {segments.shape}, {segments.dtype}; expected an integer for each site '
+                    f"of xt, {(batch, length)}"
+                )
         keys = dropout_keys(self.dropout, batch, rng, train)
         c = own = tap("condition", self.condition(batch, t, cond, sites=length))
         if clean is not None:
@@ -147,6 +159,7 @@ class TextTransformer(nnx.Module):
             c = self._with_clean(own, cond)
         else:
             layout, seen = None if self.block is None else block_causal(length, self.block), xt
+        layout = layout if segments is None else within(segments, layout)
         return self.final(self.stack(self._embedded(seen), c, keys, layout)[:, :length], own)
 
     def _embedded(self, seen: Any) -> Float[Array, "batch sites width"]:
