@@ -241,11 +241,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         nargs="?",
-        choices=("train", "sample", "objectives", "samplers"),
+        choices=("train", "sample", "objectives", "samplers", "data"),
         default="train",
         help="what to measure (default: train); objectives: a training step of each process and objective, against the "
-        "masked bound; samplers: the speed of each solver on masked sequences, what caching saves, and what they take "
-        "beside the network (no --config)",
+        "masked bound; data: what a step waits for its data; samplers: the speed of each solver on masked sequences, "
+        "what caching saves, and what they take beside the network (no --config)",
     )
     _add_config(bench, required=False)
     bench.add_argument(
@@ -268,6 +268,13 @@ def parser() -> argparse.ArgumentParser:
         "--vs",
         choices=("diffusers",),
         help="sample: whole samplers with a tiny network beside that library's (no --config; needs ddjax[parity])",
+    )
+    bench.add_argument(
+        "--device", metavar="NAME",
+        help="data: a step is a pause of the time that this device (H100, A100, TPU v5p, ...) needs for its FLOPs",
+    )  # fmt: skip
+    bench.add_argument(
+        "--mfu", type=float, default=0.4, help="data: share of its peak that the device reaches (default: 0.4)"
     )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 

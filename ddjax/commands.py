@@ -233,7 +233,15 @@ def benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.what == "samplers" or arguments.vs is not None:
         return _bench_own(arguments)
     config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
-    if arguments.what == "objectives":
+    if arguments.device is not None and arguments.what != "data":
+        raise ValueError("--device is for ddjax bench data")
+    if arguments.what == "data":
+        from ddjax import bench_data
+
+        steps = {} if arguments.steps is None else {"steps": arguments.steps}
+        result = bench_data.bench_data(config, device=arguments.device, mfu=arguments.mfu, **steps)
+        print(bench_data.format_data(result))
+    elif arguments.what == "objectives":
         rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
         result = bench.bench_objectives(config, names=arguments.only, vocabulary=arguments.vocabulary, **rounds)
         print(bench.format_objectives(result))

@@ -23,11 +23,20 @@ from ddjax.data import documents
 from ddjax.data.dataset import Dataset, require
 from ddjax.data.describe import describe_vocabulary, described_vocabulary
 from ddjax.data.images import find
-from ddjax.data.shards import MANIFEST, Folder, Manifest, Shard, is_prepared, problems, read_manifest, sync_folder
+from ddjax.data.shards import (
+    JOURNAL,
+    MANIFEST,
+    Folder,
+    Manifest,
+    Shard,
+    is_prepared,
+    problems,
+    read_manifest,
+    sync_folder,
+)
 from ddjax.data.streams import COLUMN, STORAGES
 from ddjax.data.vocabulary import Characters, Subwords, resolve
 
-JOURNAL = "unfinished.json"  # the manifest of an unfinished folder
 SHARD_BYTES = 64 << 20
 _TEMPORARY = ".tmp"
 _TOGETHER = 256  # documents encoded, or items read, together
@@ -201,7 +210,7 @@ def _prepare(
         raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {command['storage']!r}")
     if shard_bytes < 1:
         raise ValueError(f"a shard must have at least one byte, got {shard_bytes}")
-    if "://" in str(out):
+    if ":/" in str(out):  # a Path has lost a slash
         raise ValueError(f"{out}: shards are written to a local folder: prepare them there and copy it")
     with _alone(out):
         for left in out.glob(f"*{_TEMPORARY}"):  # of a command that was killed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddjax.data import arrays, builtin, images, prepared, splits, tables, text
 from ddjax.data.dataset import Dataset
-from ddjax.data.shards import Folder, is_prepared
+from ddjax.data.shards import Folder, is_begun
 
 BUILTIN: dict[str, Callable[..., Dataset]] = {"digits": builtin.digits, "stdlib": builtin.stdlib}
 FILES: dict[str, Callable[..., Dataset]] = {
@@ -95,7 +95,7 @@ def _loader(name_or_path: str | Path) -> tuple[Callable[..., Dataset], tuple[Pat
 
 
 def _prepared(place: Path | str) -> bool:
-    return any(map(is_prepared, (Folder(str(place)), *(Folder(f"{place}/{name}") for name in splits.SPLITS))))
+    return any(map(is_begun, (Folder(str(place)), *(Folder(f"{place}/{name}") for name in splits.SPLITS))))
 
 
 def _folder(url: str) -> Callable[..., Dataset]:

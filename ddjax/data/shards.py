@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+JOURNAL = "unfinished.json"  # the manifest of an unfinished folder
 FORMAT = "ddjax shards 1"
 CHECKS = ("sizes", "sha256")
 MEND = "restore it from a copy, or run the same `ddjax data prepare` again, which writes what is missing"
@@ -174,6 +175,11 @@ class Manifest:
 def is_prepared(folder: Folder) -> bool:
     """Whether a folder has a manifest."""
     return folder.size(MANIFEST) is not None
+
+
+def is_begun(folder: Folder) -> bool:
+    """Whether `ddjax data prepare` has begun to write a folder, or has finished it."""
+    return is_prepared(folder) or folder.size(JOURNAL) is not None
 
 
 def read_manifest(folder: Folder) -> Manifest:

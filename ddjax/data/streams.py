@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ddjax.data.dataset import require
-from ddjax.data.shards import Folder, Manifest, Shard, ShardError, still_there, unreadable
+from ddjax.data.shards import Folder, Manifest, Shard, ShardError, problem, still_there, unreadable
 
 STORAGES = ("bin", "array_record", "parquet")
 COLUMN = "x0"  # of Parquet shards
@@ -112,8 +112,10 @@ class BinStream(_Lazy):
         names = [self.shards[k].name for k, _, _ in parts]
         try:
             found = self.folder.ranges(names, [a * size for _, a, _ in parts], [b * size for _, _, b in parts])
-        except OSError as error:
-            raise unreadable(self.folder, self.shards[parts[0][0]], error) from error
+        except OSError as error:  # it does not say of which
+            touched = [self.shards[k] for k, _, _ in parts]
+            bad = [s for s in touched if problem(self.folder, s.name, s.files[s.name][0])]
+            raise unreadable(self.folder, (bad or touched)[0], error) from error
         for (k, start, stop), content in zip(parts, found, strict=True):
             if len(content) != (stop - start) * size:
                 raise unreadable(self.folder, self.shards[k], EOFError(f"{len(content)} bytes where more should be"))
