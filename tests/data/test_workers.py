@@ -14,7 +14,7 @@ from ddjax.data.prepare import prepare_text
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
     (folder / "a.txt").write_text("".join(f"line {i} of the text\\n" for i in range(900)))
-    for storage in ("bin", "array_record"):
+    for storage in sys.argv[2:]:
         out = folder / storage
         prepare_text([folder / "a.txt"], out, storage=storage, document="line", shard_bytes=3000)
         train = data.load(out, "train", length=32, pack=storage == "bin")
@@ -28,7 +28,7 @@ if __name__ == "__main__":
         assert all(same(next(batches), plain[step]) for step in range(11))
         state = json.loads(json.dumps(batches.get_state()))
         assert state["next_index"] == 11
-        for workers in (0, 3):  # as many as one likes go on from there
+        for workers in (0, 1):  # as many as one likes go on from there
             resumed = make(workers=workers, prefetch=1)
             resumed.set_state(state)
             assert all(same(next(resumed), plain[step]) for step in range(11, 30)), workers
@@ -42,11 +42,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_workers(tmp_path):
+@pytest.mark.parametrize("storage", ["bin", "array_record"])
+def test_workers(tmp_path, storage):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), storage]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    for line, storage in zip(lines, ("bin", "array_record"), strict=True):
-        assert line.startswith(f"{tmp_path}/{storage}: the shard 00001.{storage} is missing: restore it"), done.stdout
+    assert done.stdout.startswith(f"{tmp_path}/{storage}: the shard 00001.{storage} is missing: restore it"), (
+        done.stdout
+    )
