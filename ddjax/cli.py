@@ -1,4 +1,4 @@
-"""The command line: `ddjax train | sample | edit | search | eval | bench | export`."""
+"""The command line: `ddjax train | sample | edit | search | eval | bench | data | export`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from ddjax import commands
 OVERRIDES = """\
 Any key of the config can be overridden: --config.train.steps=2000 --config.denoiser.options.width=128
 All keys are listed and explained in ddjax/config.py."""
+
+
+PREPARE = """\
+Texts: .txt and the like, .jsonl, folders of them, .gz or .xz or plain; images: folders of PNG, JPEG, ..., .npz, .npy.
+The same command goes on where it was stopped, and mends a finished folder that has lost shards. The folder is
+config.data.name of a training."""
 
 
 EDIT = """\
@@ -235,10 +241,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         nargs="?",
-        choices=("train", "sample", "objectives"),
+        choices=("train", "sample", "objectives", "data"),
         default="train",
         help="what to measure (default: train); objectives: a training step of each process and objective, against the "
-        "masked bound",
+        "masked bound; data: what a step waits for its data",
     )
     _add_config(bench, required=False)
     bench.add_argument(
@@ -264,7 +270,16 @@ def parser() -> argparse.ArgumentParser:
         "and what they take beside the network; diffusers: whole samplers with a tiny network beside that library's "
         "(needs ddjax[parity])",
     )
+    bench.add_argument(
+        "--device", metavar="NAME",
+        help="data: a step is a pause of the time that this device (H100, A100, TPU v5p, ...) needs for its FLOPs",
+    )  # fmt: skip
+    bench.add_argument(
+        "--mfu", type=float, default=0.4, help="data: share of its peak that the device reaches (default: 0.4)"
+    )
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
+
+    _add_data(known)
 
     export = _command(known, "export", commands.export, "write the averaged parameters as safetensors")
     _add_workdir(export, "folder of the run")
@@ -284,6 +299,43 @@ def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = N
     )
     command.set_defaults(run=run)
     return command
+
+
+def _add_data(known: Any) -> None:
+    top = known.add_parser("data", help="turn texts or images into shards, or check them")
+    known = top.add_subparsers(dest="data_command", required=True, metavar="command")
+    prepare = _command(known, "prepare", commands.prepare, "write texts or images as shards", epilog=PREPARE)
+    prepare.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files or folders; of images one, or a data set's name"
+    )
+    prepare.add_argument("--out", type=Path, required=True, help="folder to write, with a manifest of its shards")
+    prepare.add_argument(
+        "--storage", choices=("bin", "array_record", "parquet"),
+        help="bin: memory-mapped (default for text); array_record: compressed, with checksums (default for images); "
+        "parquet: the same, and may be read from remote file systems",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--shard-size", type=float, default=64, metavar="MB", help="of the numbers in a shard, in 2**20 bytes (64)"
+    )
+    text = prepare.add_argument_group("texts")
+    text.add_argument(
+        "--vocabulary", default="bytes",
+        help="bytes (default), characters, text8, a tokenizer's .json, or a prepared folder, for its vocabulary",
+    )  # fmt: skip
+    text.add_argument(
+        "--document", choices=("file", "line", "paragraph"), default="file",
+        help="what a document is in plain text (default: a file); in .jsonl it is a line",
+    )  # fmt: skip
+    text.add_argument("--field", default="text", help="entry of a line of .jsonl that is its text (default: text)")
+    text.add_argument("--end", metavar="TOKEN", help="put this token, given by its text, behind every document")
+    images = prepare.add_argument_group("images")
+    images.add_argument("--size", type=int, help="resize the shorter side to this and crop the centre square")
+    images.add_argument("--grey", action="store_true", help="one channel rather than three")
+    images.add_argument(
+        "--split", choices=("train", "valid", "test"), help="of input that has its own splits: this one"
+    )
+    verify = _command(known, "verify", commands.verify, "compare shards with their manifest, sizes and sha256")
+    verify.add_argument("folder", help="folder, or fsspec URL")
 
 
 def _add_config(command: argparse.ArgumentParser, required: bool = True) -> None:

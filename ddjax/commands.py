@@ -233,7 +233,15 @@ def benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.vs is not None:
         return _bench_samples(arguments)
     config = typed(_small(default())) if arguments.config is None else load(arguments.config, overrides)
-    if arguments.what == "objectives":
+    if arguments.device is not None and arguments.what != "data":
+        raise ValueError("--device is for ddjax bench data")
+    if arguments.what == "data":
+        from ddjax import bench_data
+
+        steps = {} if arguments.steps is None else {"steps": arguments.steps}
+        result = bench_data.bench_data(config, device=arguments.device, mfu=arguments.mfu, **steps)
+        print(bench_data.format_data(result))
+    elif arguments.what == "objectives":
         rounds = {} if arguments.steps is None else {"rounds": arguments.steps}
         result = bench.bench_objectives(config, names=arguments.only, vocabulary=arguments.vocabulary, **rounds)
         print(bench.format_objectives(result))
@@ -273,6 +281,54 @@ def _small(config: Any) -> Any:
     config.denoiser.options = {"width": 96, "depth": 3, "heads": 4, "time": False}
     config.objective.name = "any_order"
     return config
+
+
+def prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Write texts or images as shards."""
+    from pathlib import Path
+
+    from ddjax import data
+    from ddjax.data import documents
+    from ddjax.data.prepare import prepare_items, prepare_text
+
+    def is_text(name: str) -> bool:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            from ddjax.data import images
+
+            return not images.find(path, images.EXTENSIONS) and bool(images.find(path, documents.EXTENSIONS))
+        return path.name.lower().endswith(documents.EXTENSIONS)
+
+    options = {"shard_bytes": int(arguments.shard_size * 2**20), "say": lambda line: print(line, flush=True)}
+    if arguments.storage is not None:
+        options["storage"] = arguments.storage
+    texts = [is_text(name) for name in arguments.inputs]
+    if all(texts):
+        if unfit := [n for n in ("size", "grey", "split") if getattr(arguments, n)]:
+            raise ValueError(f"--{unfit[0]} is for images, and {arguments.inputs[0]} is text")
+        options |= {name: getattr(arguments, name) for name in ("vocabulary", "document", "field", "end")}
+        prepare_text(arguments.inputs, arguments.out, **options)
+        return 0
+    if any(texts) or len(arguments.inputs) > 1:
+        raise ValueError("give either files and folders of text, or one folder or file of images")
+    asked = {"size": arguments.size, "grey": arguments.grey or None}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    load = dict(asked) if arguments.split else {**asked, "fractions": (1.0, 0.0, 0.0)}
+    found = data.load(arguments.inputs[0], arguments.split or "train", **load)
+    prepare_items(found, arguments.inputs, arguments.out, options=asked, **options)
+    return 0
+
+
+def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Compare shards with their manifest."""
+    from ddjax.data.prepare import verify
+    from ddjax.data.shards import MEND, ShardError
+
+    if wrong := verify(arguments.folder):
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ShardError(f"the shard {wrong[0]}{more}: {MEND}")
+    print(f"{arguments.folder}: every shard is as its manifest says")
+    return 0
 
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> int:

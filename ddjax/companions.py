@@ -64,6 +64,9 @@ def batches(experiment: Experiment, data: Dataset, process_index: int, process_c
     c, coupling = experiment.config, experiment.coupling
     transported = isinstance(coupling, names.Transported)
     wanted = companions(experiment)
+    if "segments" in data[:1]:
+        _check_segments(c)
+        data = _in_condition(data, "segments")
     if c.data.coherence == "corrupted":
         made = {"corrupted": datasets.mislabelled}
         data = naming.make(made, "corrupted", "config.data.coherence", data)
@@ -83,6 +86,7 @@ def batches(experiment: Experiment, data: Dataset, process_index: int, process_c
         process_index=process_index,
         process_count=process_count,
         prefetch=c.train.prefetch,
+        workers=c.train.workers,
     )
     if not transported:
         return found
@@ -93,6 +97,20 @@ def batches(experiment: Experiment, data: Dataset, process_index: int, process_c
     return datasets.Transported(
         found, group=coupling.group, seed=c.train.seed, source=source, process_index=process_index
     )
+
+
+def _check_segments(config: Config) -> None:
+    """Raise ConfigError where the network, or the rest of the config, does not take packed documents."""
+    c, block = config.data, config.denoiser.options.get("block")
+    if config.denoiser.name != "text" or c.coherence:
+        raise ConfigError("config.data.options.pack is for config.denoiser.name='text', without config.data.coherence")
+    for entry in c.mixture or ({},):
+        align = {**c.options, **entry.get("options", {})}.get("align", 1)
+        if block is not None and align % block:
+            raise ConfigError(
+                f"packed documents must begin where a block does: set config.data.options.align={block}, or a multiple "
+                f"of config.denoiser.options.block, not {align}"
+            )
 
 
 def _in_condition(data: Dataset, name: str) -> Dataset:

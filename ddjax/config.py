@@ -37,9 +37,17 @@ class ConfigError(ValueError):
 class DataConfig:
     """What to train on."""
 
-    name: str = "digits"  # "digits", "stdlib", or the path of a file or folder (ddjax.data.load)
+    # "digits", "stdlib", or the path of a file or folder, perhaps prepared by `ddjax data prepare`; Parquet and
+    # prepared folders also by an fsspec URL (ddjax.data.load)
+    name: str = "digits"
+    # in its place several, each a dict of name, weight and perhaps options (over those below): training takes items of
+    # each by its weight, evaluation too
+    mixture: list = dataclasses.field(default_factory=list)
     tokens: bool = True  # categorical states; False: values in [-1, 1]
-    options: dict = dataclasses.field(default_factory=dict)  # of the source: length, size, vocabulary, beside, ...
+    # of the source: length, size, vocabulary, beside, ...; of prepared text pack (whole documents into windows, each
+    # seen by itself: data.packing) and align (a multiple of denoiser.options.block); of prepared data check (sizes,
+    # sha256)
+    options: dict = dataclasses.field(default_factory=dict)
     eval_split: str = "test"  # the split on which bounds are reported
     # of values: what [-1, 1] is mapped onto, [0, 1] for reflected, of positive numbers for geometric
     interval: list = dataclasses.field(default_factory=lambda: [-1.0, 1.0])
@@ -145,6 +153,8 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints
     prefetch: int = 2  # batches loaded ahead
+    workers: int = 0  # processes that load, each prefetch batches ahead; 0: threads of this one
+    device_prefetch: int = 1  # batches copied to the devices ahead
     tensorboard: bool = False  # needs ddjax[tensorboard]
     wandb: str = ""  # project; needs ddjax[wandb]
 
@@ -217,7 +227,17 @@ class Config:
 # (`train.steps` does stretch a learning-rate decay that is still under way.)
 CHANGEABLE = (
     *("train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.checkpoint_every"),
-    *("train.keep", "train.prefetch", "train.mesh", "train.tensorboard", "train.wandb", "sample", "eval"),
+    *(
+        "train.keep",
+        "train.prefetch",
+        "train.workers",
+        "train.device_prefetch",
+        "train.mesh",
+        "train.tensorboard",
+        "train.wandb",
+        "sample",
+        "eval",
+    ),
 )
 
 

@@ -314,7 +314,7 @@ def _load(config: Config, split: str) -> Dataset:
             "there are config.data.tokens and config.data.eval_split"
         )
     try:
-        data = datasets.load(c.name, split, tokens=c.tokens, **c.options)
+        data = _mixture(c, split) if c.mixture else datasets.load(c.name, split, tokens=c.tokens, **c.options)
     except TypeError as error:
         raise ConfigError(f"config.data.options: {error}") from error
     if c.interval == DataConfig().interval:
@@ -323,6 +323,21 @@ def _load(config: Config, split: str) -> Dataset:
         return datasets.rescaled(data, *c.interval)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.data.interval={c.interval}: {error}") from error
+
+
+def _mixture(c: DataConfig, split: str) -> Dataset:
+    """The data sets that `config.data.mixture` names, as one."""
+    for entry in c.mixture:
+        if not isinstance(entry, Mapping) or not {"name", "weight"} <= set(entry) <= {"name", "weight", "options"}:
+            raise ConfigError(f"config.data.mixture: expected dicts of name, weight and perhaps options, got {entry!r}")
+    parts = [
+        datasets.load(entry["name"], split, tokens=c.tokens, **{**c.options, **entry.get("options", {})})
+        for entry in c.mixture
+    ]
+    try:
+        return datasets.mixed(parts, [entry["weight"] for entry in c.mixture])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.data.mixture: {error}") from error
 
 
 def build(config: Config, data: Dataset) -> Experiment:

@@ -316,6 +316,8 @@ class Run:
         x0: State,
         *,
         cond: Int[Array, " n"] | None = None,
+        segments: Int[Array, "n length"] | None = None,
+        known: Bool[Array, batch * sites] | None = None,
         num_times: int | None = None,
         batch_size: int | None = None,
     ) -> Bound:
@@ -323,16 +325,19 @@ class Run:
 
         Of a network trained with the objective `grouped` that of as many steps as its sampler makes.
 
-        x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound.
+        x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound. segments: of packed documents, each
+        of which is scored by itself (`data.packing`). known: sites that are given and cost nothing, such as padding.
         `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
         """
         check_bound(self.process)
         number = self.config.eval.num_times if num_times is None else num_times
         bound = self.experiment.named.bound
 
-        def score(x0: State, cond: Any, rows: Rows) -> Bound:
+        def score(x0: State, given: Any, rows: Rows) -> Bound:
+            cond, segments, known = given
+            cond = cond if segments is None else {"segments": segments, "cond": cond}
             if bound is not None:
-                steps = {"steps": self.config.sample.steps, "num_draws": number, "rows": rows}
+                steps = {"steps": self.config.sample.steps, "num_draws": number, "known": known, "rows": rows}
                 return bound(key, self.denoise, self.process, x0, cond, **steps)
             return likelihood.nelbo(
                 key,
@@ -343,10 +348,11 @@ class Run:
                 num_times=number,
                 t_range=self.experiment.t_range,
                 reconstruction=self.experiment.reconstruction(),
+                known=known,
                 rows=rows,
             )
 
-        return self._scored(score, x0, cond, batch_size)
+        return self._scored(score, x0, (cond, segments, known), batch_size)
 
     def ode(
         self,
@@ -427,7 +433,7 @@ class Run:
         """What `score(x0, cond, rows)` says of all examples: chunk by chunk, its arrays joined."""
         x0, parts = self.checked(x0), []
         for rows in chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
-            labels = None if cond is None else jnp.asarray(np.asarray(cond)[rows])
+            labels = jax.tree.map(lambda v, rows=rows: jnp.asarray(np.asarray(v)[rows]), cond)
             parts.append(score(jnp.asarray(x0[rows]), labels, Rows(jnp.asarray(rows), len(rows))))
         arrays = (name for name, value in parts[0]._asdict().items() if isinstance(value, jax.Array))
         return parts[0]._replace(**{n: jnp.concatenate([getattr(p, n) for p in parts])[: len(x0)] for n in arrays})

@@ -21,7 +21,11 @@ TIMES = ("steps_per_second", "examples_per_second")
 BASE = {
     "denoiser": {"options": {"width": 8, "depth": 1, "heads": 2, "patch": 4}},
     "optimizer": {"schedule": "constant", "warmup": 0, "learning_rate": 0.01},
-    "train": {"steps": 10, "batch_size": 8, "log_every": 4, "checkpoint_every": 3, "eval_every": 5, "sample_every": 5},
+    # No batch is placed ahead: tests act when a certain one is.
+    "train": {
+        **{"steps": 10, "batch_size": 8, "device_prefetch": 0},
+        **{"log_every": 4, "checkpoint_every": 3, "eval_every": 5, "sample_every": 5},
+    },
     "sample": {"num": 4, "steps": 3},
     "eval": {"max_examples": 12, "num_times": 2, "batch_size": 8},
 }

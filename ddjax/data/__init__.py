@@ -7,23 +7,28 @@
 Importing this imports neither Grain nor any optional package.
 """
 
+from ddjax.data.ahead import Ahead
 from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
 from ddjax.data.beside import by_class, in_condition, mislabelled
 from ddjax.data.dataset import Dataset, Source, count_symbols
+from ddjax.data.mixing import mixed
 from ddjax.data.noisy import noisy
 from ddjax.data.pipeline import Batches, batches, epoch
 from ddjax.data.png import grid, write_png
 from ddjax.data.registry import load
 from ddjax.data.rescaled import rescaled
+from ddjax.data.shards import ShardError
 from ddjax.data.transport import Transported
 from ddjax.data.vocabulary import Bytes, Characters, Subwords, text8
 
 __all__ = [
+    "Ahead",
     "Batches",
     "Bytes",
     "Characters",
     "Dataset",
+    "ShardError",
     "Source",
     "Subwords",
     "Transported",
@@ -37,6 +42,7 @@ __all__ = [
     "in_condition",
     "load",
     "mislabelled",
+    "mixed",
     "noisy",
     "rescaled",
     "text8",

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddjax.data.dataset import Dataset, Source
 
-PLAIN = {"x0", "cond"}
+PLAIN = {"x0", "cond", "weights"}
 STATES = ("x0", "x1", "ends")  # what is mapped onto another interval with x0
 
 
@@ -109,7 +109,9 @@ def by_class(data: Dataset, classes: Sequence[int], name: str = "ends", rounds: 
     rows = tuple(np.flatnonzero(np.concatenate(labels) == k) for k in classes)
     if empty := [k for k, found in zip(classes, rows, strict=True) if not len(found)]:
         raise ValueError(f"{data.name!r} has no items of class {empty[0]}")
-    return dataclasses.replace(data, source=_ByClass(data.source, rows, name, rounds, seed), num_classes=0)
+    return dataclasses.replace(
+        data, source=_ByClass(data.source, rows, name, rounds, seed), num_classes=0, mixture=None
+    )
 
 
 __all__ = ["PLAIN", "STATES", "by_class", "in_condition", "mislabelled"]

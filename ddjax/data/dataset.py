@@ -15,8 +15,9 @@ class Source(Protocol):
     """Random access to the items of one split, a batch of rows at a time.
 
     `source[index]` takes an integer array `(rows,)` with values in `[0, len(source))` and returns a dict of
-    arrays: "x0" `(rows, *shape)`, int32 tokens or float32 values, and for labelled data "cond" `(rows,)`,
-    int32. A source may be read by several threads at once.
+    arrays: "x0" `(rows, *shape)`, int32 tokens or float32 values, for labelled data "cond" `(rows,)`, int32, and
+    for packed documents "segments" and "weights" `(rows, length)` (`ddjax.data.packing`). A source may be read by
+    several threads at once.
     """
 
     def __len__(self) -> int:
@@ -54,6 +55,9 @@ class Dataset:
         interval: for continuous data, where their least and greatest lie; what is shown black and white.
         vocabulary: for text, what turns tokens back into text. None otherwise.
         counts: for tokens, how often each symbol occurs, once somebody has counted (`count_symbols`).
+        mixture: for several sources joined (`data.mixed`), how many items each has, in order, and its weight: how often
+            its items come in training. None: one source.
+        fingerprint: of prepared data, what tells them from others; a run goes on with the same only. "" for others.
     """
 
     name: str
@@ -66,6 +70,8 @@ class Dataset:
     interval: tuple[float, float] = (-1.0, 1.0)
     vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False)
     counts: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    mixture: tuple[tuple[int, float], ...] | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -75,6 +81,14 @@ class Dataset:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
         return self.source[np.asarray(index)]
+
+    def first(self, count: int) -> np.ndarray:
+        """The numbers of the first items, or of all; of a mixture, the first of each set by its weight."""
+        rows, start = [], 0
+        for size, weight in self.mixture or ((len(self), 1.0),):
+            rows.append(start + np.arange(min(size, max(1, round(count * weight)))))
+            start += size
+        return np.concatenate(rows)
 
     @property
     def is_image(self) -> bool:
@@ -154,7 +168,8 @@ def count_symbols(dataset: Dataset) -> Dataset:
         raise ValueError(f"{dataset.name}: continuous values have no symbols to count")
     counts = np.zeros(dataset.num_symbols, np.int64)
     for start in range(0, len(dataset), 4096):
-        x0 = dataset[slice(start, start + 4096)]["x0"]
+        items = dataset[slice(start, start + 4096)]
+        x0 = items["x0"][items["weights"] > 0] if "weights" in items else items["x0"]  # padding is no symbol
         counts += np.bincount(x0.ravel(), minlength=dataset.num_symbols)
     return dataclasses.replace(dataset, counts=counts)
 

@@ -23,13 +23,6 @@ class _NoItems:
 
 def describe(dataset: Dataset) -> dict[str, Any]:
     """A description that JSON can hold; a text's vocabulary goes along, so that samples can be read anywhere."""
-    vocabulary: dict[str, Any] | None = None
-    if isinstance(dataset.vocabulary, Bytes):
-        vocabulary = {"bytes": True}
-    elif isinstance(dataset.vocabulary, Characters):
-        vocabulary = {"alphabet": dataset.vocabulary.alphabet, "text8": dataset.vocabulary.text8}
-    elif isinstance(dataset.vocabulary, Subwords):
-        vocabulary = {"tokenizer": dataset.vocabulary.tokenizer.to_str()}
     return {
         "name": dataset.name,
         "shape": list(dataset.shape),
@@ -37,22 +30,37 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "num_classes": dataset.num_classes,
         "levels": None if dataset.levels is None else [float(v) for v in dataset.levels],
         "interval": list(dataset.interval),
-        "vocabulary": vocabulary,
+        "vocabulary": describe_vocabulary(dataset.vocabulary),
         "counts": None if dataset.counts is None else dataset.counts.tolist(),
     }
 
 
+def describe_vocabulary(vocabulary: Any) -> dict[str, Any] | None:
+    """All of a vocabulary, as JSON can hold it; None for one that is not of `ddjax.data.vocabulary`."""
+    if isinstance(vocabulary, Bytes):
+        return {"bytes": True}
+    if isinstance(vocabulary, Characters):
+        return {"alphabet": vocabulary.alphabet, "text8": vocabulary.text8}
+    if isinstance(vocabulary, Subwords):
+        return {"tokenizer": vocabulary.tokenizer.to_str()}
+    return None
+
+
+def described_vocabulary(text: dict[str, Any] | None) -> Any:
+    """The vocabulary that `describe_vocabulary` described."""
+    if text is None:
+        return None
+    if "bytes" in text:
+        return Bytes()
+    if "alphabet" in text:
+        return Characters(text["alphabet"], text["text8"])
+    tokenizers = require("tokenizers", "text", "this tokenizer")
+    return Subwords(Path("tokenizer.json"), tokenizers.Tokenizer.from_str(text["tokenizer"]))
+
+
 def from_description(description: dict[str, Any]) -> Dataset:
     """The data set without items that `describe` described: `to_images`, `to_text`, shapes and symbols work."""
-    text, levels = description["vocabulary"], description["levels"]
-    vocabulary: Any = None
-    if text is not None and "bytes" in text:
-        vocabulary = Bytes()
-    elif text is not None and "alphabet" in text:
-        vocabulary = Characters(text["alphabet"], text["text8"])
-    elif text is not None:
-        tokenizers = require("tokenizers", "text", "this run's tokenizer")
-        vocabulary = Subwords(Path("tokenizer.json"), tokenizers.Tokenizer.from_str(text["tokenizer"]))
+    levels = description["levels"]
     return Dataset(
         name=description["name"],
         split="none",
@@ -62,6 +70,6 @@ def from_description(description: dict[str, Any]) -> Dataset:
         num_classes=description["num_classes"],
         levels=None if levels is None else np.asarray(levels, np.float32),
         interval=tuple(description.get("interval", (-1.0, 1.0))),  # older runs do not say it
-        vocabulary=vocabulary,
+        vocabulary=described_vocabulary(description["vocabulary"]),
         counts=None if description["counts"] is None else np.asarray(description["counts"], np.int64),
     )

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from ddjax.data import arrays, builtin, images, splits, tables, text
+from ddjax.data import arrays, builtin, images, prepared, splits, tables, text
 from ddjax.data.dataset import Dataset
+from ddjax.data.shards import Folder, is_begun
 
 BUILTIN: dict[str, Callable[..., Dataset]] = {"digits": builtin.digits, "stdlib": builtin.stdlib}
 FILES: dict[str, Callable[..., Dataset]] = {
@@ -28,7 +29,10 @@ def load(name_or_path: str | Path, split: str, *, tokens: bool | None = None, **
     - `.npz` (`arrays.npz`), `.npy` (`arrays.npy`): arrays of images, tokens or continuous values;
     - a folder with any image in it (`images.folder`);
     - text files and folders of them (`text.text`), `.bin` streams of tokens (`text.token_stream`);
-    - `.parquet`, `.arrow`, `.feather` (`tables.table`).
+    - `.parquet`, `.arrow`, `.feather`, folders and patterns of `.parquet` (`tables.table`);
+    - folders that `ddjax data prepare` wrote (`prepared.prepared`).
+
+    The last two may be fsspec URLs, such as `gs://bucket/folder`.
 
     Args:
         name_or_path: a built-in name, or the path of a file or folder.
@@ -59,19 +63,27 @@ def load(name_or_path: str | Path, split: str, *, tokens: bool | None = None, **
     return loader(*first, split, tokens=tokens, **options)
 
 
-def _loader(name_or_path: str | Path) -> tuple[Callable[..., Dataset], tuple[Path, ...]]:
+def _loader(name_or_path: str | Path) -> tuple[Callable[..., Dataset], tuple[Path | str, ...]]:
     """Who reads this, and with what before the split."""
     if name_or_path in BUILTIN:
         return BUILTIN[name_or_path], ()
+    if "://" in str(name_or_path) or any(sign in Path(name_or_path).name for sign in "*?["):
+        remote = str(name_or_path)
+        return (tables.table if remote.lower().endswith(tables.PARQUET) else _folder(remote)), (remote,)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if _prepared(path):
+            return prepared.prepared, (str(path),)
         if images.find(path, images.EXTENSIONS):
             return images.folder, (path,)
         if images.find(path, text.EXTENSIONS):
             return text.text, (path,)
+        if images.find(path, tables.PARQUET):
+            return tables.table, (path,)
         raise ValueError(
             f"{path}: no images and no text in this folder; supported: "
-            f"{', '.join((*images.EXTENSIONS, *text.EXTENSIONS))}"
+            f"{', '.join((*images.EXTENSIONS, *text.EXTENSIONS, *tables.PARQUET))}, "
+            f"and what `ddjax data prepare` has made and finished"
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder, and no built-in data set ({', '.join(BUILTIN)})")
@@ -80,3 +92,12 @@ def _loader(name_or_path: str | Path) -> tuple[Callable[..., Dataset], tuple[Pat
         if path.name.lower().endswith(extension):
             return FILES[extension], (path,)
     raise ValueError(f"{path}: unsupported extension; supported: {', '.join(FILES)}, or a folder of images")
+
+
+def _prepared(place: Path | str) -> bool:
+    return any(map(is_begun, (Folder(str(place)), *(Folder(f"{place}/{name}") for name in splits.SPLITS))))
+
+
+def _folder(url: str) -> Callable[..., Dataset]:
+    """Who reads a remote folder."""
+    return prepared.prepared if _prepared(url) else tables.table

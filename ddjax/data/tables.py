@@ -13,6 +13,7 @@ import numpy as np
 
 from ddjax.data import splits
 from ddjax.data.dataset import Dataset, require
+from ddjax.data.shards import ShardError
 from ddjax.data.sources import check_tokens, encode
 from ddjax.data.text import windows
 from ddjax.data.vocabulary import Characters, resolve
@@ -22,37 +23,67 @@ EXTENSIONS = (*PARQUET, ".arrow", ".feather")
 
 
 class Groups:
-    """A file's rows by group (Parquet row group, Arrow record batch), the last few kept decoded.
+    """The rows of files by group (Parquet row group, Arrow record batch), the last few kept decoded.
+
+    Files are opened when they are first read, and again in a worker process. Parquet may lie behind fsspec URLs.
 
     Attributes:
-        starts: `(groups + 1,)`, the first row of each group and the number of rows.
-        schema: the file's Arrow schema.
+        starts: `(groups + 1,)`, the first row of each group, over all files, and the number of rows.
+        schema: the files' Arrow schema.
     """
 
-    def __init__(self, path: Path, kept: int = 8):
-        arrow = require("pyarrow", "tabular", "reading Parquet and Arrow files")
-        self._path, self._kept, self._cache = path, kept, OrderedDict()
-        self._lock = threading.Lock()  # neither the cache nor a Parquet reader is for several threads
-        try:
-            if path.suffix.lower() in PARQUET:
-                self._file = require("pyarrow.parquet", "tabular", "reading Parquet files").ParquetFile(path)
-                meta = self._file.metadata
-                sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-                self.schema = self._file.schema_arrow
+    def __init__(self, urls: Sequence[str], kept: int = 8):
+        require("pyarrow", "tabular", "reading Parquet and Arrow files")
+        require("pyarrow.parquet", "tabular", "reading Parquet files")
+        self._urls, self._kept = tuple(urls), kept
+        self.__setstate__({})
+        sizes, self._places, self.schema = [], [], None
+        for k, url in enumerate(self._urls):
+            file = self._file(k)
+            if isinstance(file, _parquet().ParquetFile):
+                own = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+                schema = file.schema_arrow
             else:
-                self._file = arrow.ipc.open_file(arrow.memory_map(str(path)))
-                batches = range(self._file.num_record_batches)
-                sizes = [self._file.get_batch(i).num_rows for i in batches]  # memory-mapped: no reading
-                self.schema = self._file.schema
-        except (arrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a readable {path.suffix} file ({error}): is it complete?") from error
+                own = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]  # mapped: nothing is read
+                schema = file.schema
+            if self.schema is not None and not schema.equals(self.schema):
+                raise ValueError(f"{url}: its columns are not those of {self._urls[0]}: {schema.names}")
+            self.schema, sizes = schema, sizes + own
+            self._places += [(k, i) for i in range(len(own))]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_cache", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._files, self._cache = {}, OrderedDict()
+        self._lock = threading.RLock()  # neither the cache nor a Parquet reader is for several threads
+
+    def _file(self, k: int) -> Any:
+        arrow, url = require("pyarrow", "tabular", ""), self._urls[k]
+        if k not in self._files:
+            try:
+                if url.lower().endswith(PARQUET):
+                    self._files[k] = _parquet().ParquetFile(_opened(url))
+                else:
+                    self._files[k] = arrow.ipc.open_file(arrow.memory_map(url))
+            except (arrow.ArrowException, OSError) as error:
+                raise _unreadable(url, error) from error
+        return self._files[k]
+
     def column(self, group: int, name: str) -> Any:
-        """One column of one group, an Arrow array."""
-        if isinstance(self._file, require("pyarrow.parquet", "tabular", "").ParquetFile):
-            return self._file.read_row_group(group, columns=[name]).column(name).combine_chunks()
-        return self._file.get_batch(group).column(name)
+        """One column of one group, an Arrow array. Raises ShardError where it cannot be read."""
+        arrow = require("pyarrow", "tabular", "")
+        k, own = self._places[group]
+        with self._lock:
+            file = self._file(k)
+            try:
+                if isinstance(file, _parquet().ParquetFile):
+                    return file.read_row_group(own, columns=[name]).column(name).combine_chunks()
+                return file.get_batch(own).column(name)
+            except (arrow.ArrowException, OSError) as error:
+                raise _unreadable(self._urls[k], error) from error
 
     def arrays(self, group: int, columns: tuple[str, ...], label: str | None, length: int):
         """One group decoded: values `(rows, length)` and labels `(rows,)` or None."""
@@ -60,7 +91,7 @@ class Groups:
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
-            where = f"{self._path}, rows from {self.starts[group]}"
+            where = f"{self._urls[self._places[group][0]]}, rows from {self.starts[group]}"
             if len(columns) == 1:
                 values = _lists(self.column(group, columns[0]), length, where)
             else:
@@ -70,6 +101,42 @@ class Groups:
             if len(self._cache) > self._kept:
                 self._cache.popitem(last=False)
             return values, labels
+
+
+def _parquet() -> Any:
+    return require("pyarrow.parquet", "tabular", "reading Parquet files")
+
+
+def _opened(url: str) -> Any:
+    """What Parquet reads from: a path, or an open remote file."""
+    if "://" not in url:
+        return url
+    import fsspec
+
+    return fsspec.open(url, "rb").open()
+
+
+def _unreadable(url: str, error: Exception) -> Exception:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return ShardError(f"{url}: not a readable .{url.rpartition('.')[2]} file ({text}): is it there, and complete?")
+
+
+def files(url: str) -> list[str]:
+    """The files that a path or an fsspec URL names: one file, those that a pattern fits, those in a folder."""
+    if "://" not in url and Path(url).is_file():
+        return [url]
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(url)
+    if any(sign in root for sign in "*?["):
+        found = fs.glob(root)
+    elif fs.isdir(root):
+        found = [path for path in fs.find(root) if path.lower().endswith(PARQUET)]
+    else:
+        found = [root] if fs.exists(root) else []
+    if not found:
+        raise FileNotFoundError(f"{url}: no such Parquet files")
+    return sorted(found if "://" not in url else map(fs.unstrip_protocol, found))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +187,7 @@ class TableSource:
 
 
 def table(
-    path: Path,
+    path: Path | str,
     split: str,
     *,
     columns: str | Sequence[str],
@@ -133,7 +200,7 @@ def table(
     vocabulary="bytes",
     fractions: tuple[float, float, float] = splits.FRACTIONS,
 ) -> Dataset:
-    """A Parquet file or an Arrow (IPC, Feather 2) file, read a row group at a time.
+    """Parquet files or an Arrow (IPC, Feather 2) file, read a row group at a time.
 
     A column of lists is one state a row, all of one length; several columns of numbers are one state a
     row, a column a site. Rows are divided by a fixed permutation; the last eight groups read are kept, so
@@ -141,7 +208,8 @@ def table(
     column of text is joined, a row a line, cut by position of its rows, and made into windows in memory.
 
     Args:
-        path: the file.
+        path: the file; of Parquet also a folder of files, a pattern such as `data/*.parquet`, or an fsspec URL of any
+            of these. Rows count over all files, sorted by name.
         split: "train", "valid" or "test".
         columns: one column of lists or text, or several columns of numbers.
         tokens: integers are tokens, floats are continuous; insisting on the other is an error.
@@ -156,7 +224,7 @@ def table(
     Raises:
         ValueError: columns that are not there or do not fit; the message lists those there are.
     """
-    groups, name = Groups(path), str(path)
+    groups, name = Groups(files(str(path))), str(path)
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
     if not columns:
         raise ValueError(f"{name}: columns is empty; the file has {', '.join(groups.schema.names)}")

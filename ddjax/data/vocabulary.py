@@ -154,6 +154,11 @@ class Subwords:
         """Tokens, uint32."""
         return np.asarray(self.tokenizer.encode(piece, add_special_tokens=False).ids, np.uint32)
 
+    def encode_many(self, pieces: list[str], name: str) -> list[np.ndarray]:
+        """Tokens of several texts, on all cores."""
+        encoded = self.tokenizer.encode_batch(pieces, add_special_tokens=False)
+        return [np.asarray(found.ids, np.uint32) for found in encoded]
+
     def decode(self, ids: np.ndarray) -> str:
         """Text, special tokens shown by name; runs of tokens outside the vocabulary as blocks."""
         ids = np.asarray(ids)

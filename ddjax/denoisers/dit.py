@@ -155,6 +155,8 @@ class DiT(nnx.Module):
         batch, length = state.shape[0], self.position[...].shape[0]
         view = View.of(cond)
         view.check(xt, 4, self.stack.depth, length, self.condition.time)
+        if view.segments is not None:
+            raise ValueError('cond["segments"] is for windows of text: an image is one document')
         if self.relations and view.groups is not None:
             raise ValueError("relations say who sees whom, and so do groups: build the network without relations")
         layout = view.layout(length, view.groups, among_related(self.relations, self.heads) if self.relations else None)

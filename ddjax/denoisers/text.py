@@ -41,6 +41,10 @@ class TextTransformer(nnx.Module):
     heads)`, as an earlier pass had them at the taps `block/i/keys` and `/values` (`solvers.KeyValues`). See
     `views.View`.
 
+    With `cond={"segments": segments, "cond": labels}` a window holds several documents (`data.packing`): integers
+    `(batch, length)`, the same at the sites of one document. It says of each what it says of it alone. With `block`
+    every document must begin where a block does.
+
     Args:
         length: the longest sequence; shorter ones are accepted.
         symbols_in: tokens of xt run over `[0, symbols_in)` (`process.num_states`: the mask counts).
@@ -122,8 +126,8 @@ class TextTransformer(nnx.Module):
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1], of each example or of each site.
             cond: labels in `[0, num_classes]`; None is the null label. Or a dict of "clean" (with `block` or groups:
-                the clean sequence), "groups", "past" and "sites" (where to run; a site beyond the sequence counts for
-                nothing), and labels as "cond".
+                the clean sequence), "groups", "segments", "past" and "sites" (where to run; a site beyond the sequence
+                counts for nothing), and labels as "cond".
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 

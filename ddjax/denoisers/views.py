@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ddjax.denoisers.layers.attention import Layout, Past, everywhere, group_causal, group_teacher_forced, put
+from ddjax.denoisers.layers.attention import Layout, Past, everywhere, group_causal, group_teacher_forced, put, within
 from ddjax.types import SoftTokens, State
 
 
@@ -18,6 +18,8 @@ class View(NamedTuple):
 
     groups: a number of each site: it sees its own group and those of lower numbers, in the place of the network's own
         rule. clean: the clean state: one pass gives the output of every group as if those before it were clean.
+    segments: a window of text holds several documents, the same number at the sites of one (`data.packing`): sites see
+        their own document only, and positions count from its start.
     past, sites: the network runs at these sites only and takes the keys and values of the others from the past, as an
         earlier pass had them at the taps `block/i/keys` and `/values`. A site beyond the last counts for nothing.
     """
@@ -25,19 +27,26 @@ class View(NamedTuple):
     cond: Any = None  # the rest: labels, ...
     clean: State | None = None
     groups: Int[Array, "batch length"] | None = None
+    segments: Int[Array, "batch length"] | None = None
     past: Past | None = None  # `(batch, depth, length, heads, head)` each
     sites: Int[Array, "batch some"] | None = None
 
     @classmethod
     def of(cls, cond: Any) -> View:
-        """Raises ValueError for entries that do not go together."""
-        if not isinstance(cond, Mapping) or not cond.keys() & {"clean", "groups", "past", "sites"}:
-            return cls(cond)
-        if unknown := sorted(cond.keys() - set(cls._fields)):
-            raise ValueError(f"cond has entries {', '.join(unknown)}; beside {', '.join(cls._fields)} there are none")
-        view = cls(**cond)
+        """Of entries side by side, or each in the "cond" of another. Raises ValueError for what does not go together."""
+        given, names = {}, set(cls._fields)
+        while isinstance(cond, Mapping) and cond.keys() & (names - {"cond"}):
+            if unknown := sorted(cond.keys() - names):
+                raise ValueError(
+                    f"cond has entries {', '.join(unknown)}; beside {', '.join(cls._fields)} there are none"
+                )
+            given |= {name: value for name, value in cond.items() if name != "cond"}
+            cond = cond.get("cond")
+        view = cls(cond, **given)
         if (view.past is None) != (view.sites is None) or (view.past is not None and view.clean is not None):
             raise ValueError('cond["past"] and cond["sites"] go together, and without cond["clean"]')
+        if view.segments is not None and view.sites is not None:
+            raise ValueError('cond["segments"] is of windows that are run whole: leave out cond["sites"]')
         return view
 
     def check(self, xt: State | SoftTokens, axes: int, depth: int, length: int, timed: bool) -> None:
@@ -53,11 +62,12 @@ class View(NamedTuple):
                 f"{xt.shape}"
             )
         batch = xt.ids.shape[0] if isinstance(xt, SoftTokens) else xt.shape[0]
-        if self.groups is not None and (self.groups.shape != (batch, length) or not _whole(self.groups)):
-            raise ValueError(
-                f'cond["groups"] has shape {self.groups.shape}, {self.groups.dtype}; expected an int for each of the '
-                f"network's sites, {(batch, length)}"
-            )
+        for name, value in (("groups", self.groups), ("segments", self.segments)):
+            if value is not None and (value.shape != (batch, length) or not _whole(value)):
+                raise ValueError(
+                    f'cond["{name}"] has shape {value.shape}, {value.dtype}; expected an int for each of the '
+                    f"network's sites, {(batch, length)}"
+                )
         if self.groups is not None and timed:
             raise ValueError("groups are for networks without time: sites of several groups stand side by side")
         if self.past is None:
@@ -80,6 +90,7 @@ class View(NamedTuple):
                 'cond has a "clean" sequence but the network sees all of xt: build it with block=..., or give '
                 'cond["groups"]'
             )
+        own = own if self.segments is None else within(self.segments, own)
         if self.past is None:
             return own
         return (everywhere(length) if own is None else own).at(self.sites, self.past)

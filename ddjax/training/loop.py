@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,12 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     mesh, state, shardings, step_fn = prepare(experiment)
     check_batch_size(config, mesh)
     batches = experiment.batches(train_data, process_index=jax.process_index(), process_count=jax.process_count())
+    batches = datasets.Ahead(batches, lambda batch: shard_batch(batch, mesh), config.train.device_prefetch)
     claim(workdir, config, experiment.data)  # nothing is written before all of the config has been understood
 
     with (
         stop_signals() as stop,
+        closing(batches),
         Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep) as checkpoints,
         Report(workdir, config, parameters=_count(state.params), show=show and jax.process_index() == 0) as report,
     ):
@@ -135,8 +137,7 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
             if step:
                 look(again=True)
             while step < config.train.steps and not stop.is_set() and not _preempted(checkpoints, step):
-                batch = shard_batch(next(batches), mesh)
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fn(state, next(batches))
                 step += 1
                 pending.append((step, metrics))
                 check_finite(keep=IN_FLIGHT)
@@ -145,6 +146,10 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                 look()
             save()
             checkpoints.wait()
+        except datasets.ShardError as error:
+            if jax.process_count() == 1:  # the others may have the batch: saving would wait for them
+                save()
+            raise datasets.ShardError(f"{error} (at step {step}; {last_good()})") from error
         except OSError as error:
             if not disk_full(error):
                 raise
@@ -231,23 +236,28 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likeliho
     mine, theirs = ({k: v for k, v in describe(d).items() if k not in ("name", "counts")} for d in (run.data, held_out))
     if differ := [key for key in mine if mine[key] != theirs[key]]:
         raise ValueError(f"{held_out.name!r} is not what this run was trained on: they differ in {', '.join(differ)}")
-    count = min(len(held_out), config.eval.max_examples or len(held_out))
-    items = held_out[np.arange(count)]
+    items = held_out[held_out.first(min(len(held_out), config.eval.max_examples or len(held_out)))]
+    count = len(items["x0"])
     key = jax.random.key(config.eval.seed)  # the same noise at every evaluation: curves are smooth
     results = {}
     for suffix, cond in (("", None), ("_labelled", items.get("cond"))):
         if suffix and cond is None:
             continue
         asked = {"cond": cond, "batch_size": config.eval.batch_size}
+        sites = np.full(count, float(math.prod(held_out.shape)))
+        if "segments" in items:  # packed documents, and padding, which costs nothing and is not counted
+            sites = items["weights"].sum(axis=1, dtype=np.float64)
+            asked |= {"segments": items["segments"], "known": items["weights"] == 0}
         if likelihood == "bound":
             found = run.nelbo(key, items["x0"], num_times=config.eval.num_times, **asked)
             terms = {name: getattr(found, name) for name in ("prior", "diffusion", "reconstruction")}
         else:
             found = run.ode(key, items["x0"], num_steps=config.eval.steps, num_probes=config.eval.probes, **asked)
             terms = {name: -getattr(found, name) for name in ("prior", "volume", "data", "drawn")}
-        nats = found.dims * math.log(2)  # of a bit per dimension
+        nats = sites.mean() * math.log(2)  # of a bit per dimension
         bits = np.asarray(sum(terms.values())) / nats
         results[f"bits_per_dim{suffix}"] = float(bits.mean())
+        bits = bits - results[f"bits_per_dim{suffix}"] * sites / sites.mean()  # the mean is over sites, not windows
         results[f"stderr{suffix}"] = float(bits.std(ddof=1) / math.sqrt(count)) if count > 1 else math.inf
         results |= {f"{name}{suffix}": float(np.mean(term)) / nats for name, term in terms.items()}
         if likelihood == "ode":

@@ -77,6 +77,26 @@ def group_teacher_forced(groups: Int[Array, "*batch length"]) -> Layout:
     return Layout(jnp.arange(2 * length) % length, mask)
 
 
+def within(segments: Int[Array, "batch sites"], layout: Layout | None = None) -> Layout:
+    """The layout (None: every site sees every site) of a window that holds several documents, one after the other.
+
+    Sites attend within their own document only, and positions count from its start. Of a layout that shows the window
+    twice, a site sees its document in both.
+
+    segments: the same number at the sites of one document, another than its neighbours'.
+    """
+    site = jnp.arange(segments.shape[1])
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    positions = site - jax.lax.cummax(jnp.where(begins, site, 0), axis=1)
+    same = segments[:, :, None] == segments[:, None]
+    if layout is None:
+        return Layout(positions, same)
+    times = layout.mask.shape[-1] // len(site)
+    return layout._replace(
+        positions=jnp.tile(positions, (1, times)), mask=layout.mask & jnp.tile(same, (1, times, times))
+    )
+
+
 def among_related(relations: Sequence[Sequence[int]], heads: int) -> Layout:
     """Each head attends within the groups of one relation between sites, in turn: a sparse graph of the user's.
 
