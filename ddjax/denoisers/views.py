@@ -33,7 +33,7 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, cond: Any) -> View:
-        """Of entries side by side, or each in the "cond" of another. Raises ValueError for what does not go together."""
+        """Of entries side by side, or each in another's "cond". Raises ValueError for what does not go together."""
         given, names = {}, set(cls._fields)
         while isinstance(cond, Mapping) and cond.keys() & (names - {"cond"}):
             if unknown := sorted(cond.keys() - names):
