@@ -43,9 +43,9 @@ class TextTransformer(nnx.Module):
         symbols_in: tokens of xt run over `[0, symbols_in)` (`process.num_states`: the mask counts).
         symbols_out: number of logits per site (`process.num_symbols`).
         width, depth, heads: of the transformer; heads divides width, and width / heads is even.
-        mlp: "gated" (SwiGLU) or "gelu".
-        mlp_width: hidden width, default 4 width for "gelu" and, for as many parameters, 8/3 width (to a
-            multiple of 8) for "gated".
+        mlp: "gated" (SwiGLU), "gelu", or "experts", with options of `layers.Experts` in `experts`.
+        mlp_width: hidden width (of each expert), default 4 width for "gelu" and, for as many parameters, 8/3 width (to
+            a multiple of 8) for gated ones.
         embed_width: None embeds straight to `width`; else embeds to this and projects (MD4's outside
             embedding).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
@@ -73,6 +73,7 @@ class TextTransformer(nnx.Module):
         heads: int,
         mlp: str = "gated",
         mlp_width: int | None = None,
+        experts: Mapping[str, Any] | None = None,
         embed_width: int | None = None,
         num_classes: int = 0,
         time: bool = True,
@@ -82,7 +83,7 @@ class TextTransformer(nnx.Module):
         cond_width: int | None = None,
         attention: str | None = None,
         scan: bool = False,
-        remat: bool = False,
+        remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
         if mlp_width is None:
@@ -98,7 +99,7 @@ class TextTransformer(nnx.Module):
         self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs)
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=mlp_width, cond_width=cond_width, rotary=True,
-            dropout=dropout, dtype=dtype, attention=attention,
+            dropout=dropout, dtype=dtype, attention=attention, experts=experts,
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
         self.final = FinalLayer(width, symbols_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
