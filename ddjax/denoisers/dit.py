@@ -17,6 +17,7 @@ from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenBits, TokenEmbed, sincos_2d
 from ddjax.denoisers.taps import tap
+from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
 LABELS = 2**20  # a stream of random numbers apart from the layers'
@@ -156,7 +157,7 @@ class DiT(nnx.Module):
         keys = dropout_keys(self.dropout, batch, rng, train)
         label_keys = dropout_keys(self.condition.label_noise, batch, rng, train)
         label_keys = None if label_keys is None else random.fold_in(label_keys, LABELS)
-        c = tap("condition", self.condition(batch, t, cond, keys=label_keys))
+        c = constrain(tap("condition", self.condition(batch, t, cond, keys=label_keys)), "batch", None)
         x = jax.tree.map(lambda v: _patches(v, self.patch), xt)  # (batch, rows, columns, patch, patch, channels, ...)
         if self.tokens is not None:
             x = self.tokens(x)

@@ -17,6 +17,7 @@ from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
 from ddjax.denoisers.taps import tap
+from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
 
@@ -143,6 +144,7 @@ class TextTransformer(nnx.Module):
             self._check_clean(clean, xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         c = own = tap("condition", self.condition(batch, t, cond, sites=length))
+        c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
         if clean is not None:
             layout, seen = block_teacher_forced(length, self.block), jnp.concatenate([xt, clean], axis=1)
             c = self._with_clean(own, cond)
