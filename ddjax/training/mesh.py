@@ -49,9 +49,16 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     axes: name -> size, in order; one size may be -1, meaning all that is left. Default `{"data": -1}`.
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    axes = {"data": -1} if axes is None else dict(axes)
     devices = list(jax.devices() if devices is None else devices)
-    count, wanted = len(devices), ", ".join(f"{name}={size}" for name, size in axes.items())
+    axes = mesh_sizes(axes, len(devices))
+    # Explicitly Auto: jax.make_mesh defaults to Explicit axes, under which ordinary reshapes raise.
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+
+
+def mesh_sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """The sizes of the axes on so many devices. Takes and raises what `make_mesh` does."""
+    axes = {"data": -1} if axes is None else dict(axes)
+    wanted = ", ".join(f"{name}={size}" for name, size in axes.items())
     free = [name for name, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"only one mesh axis may be -1, got {wanted}")
@@ -67,8 +74,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
             f"a mesh of {wanted} takes {fixed} devices, there are {count}; give one axis the size -1, "
             "or pass the devices to use"
         )
-    # Explicitly Auto: jax.make_mesh defaults to Explicit axes, under which ordinary reshapes raise.
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    return axes
 
 
 def path_name(path: Sequence[Any]) -> str:
