@@ -17,6 +17,6 @@ def get_config():
     config.objective.name = "gaussian"
     config.optimizer.learning_rate, config.optimizer.schedule, config.optimizer.warmup = 1e-4, "constant", 0
     config.train.steps, config.train.batch_size, config.train.ema = 400_000, 256, 0.9999
-    config.train.mesh = {"fsdp": -1}
+    config.train.mesh = {"data": -1, "fsdp": 8}  # parameters are gathered within a node of 8
     config.sample.solver, config.sample.steps, config.sample.grid = "ddim", 250, "uniform"
     return config

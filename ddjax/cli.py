@@ -279,8 +279,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--chip", choices=("h100", "h200", "a100", "v4", "v5e", "v5p", "v6e"), help="to estimate times")
     plan.add_argument(
         "--compile", choices=("auto", "tpu", "cpu", "none"), default="auto",
-        help="tpu: by the TPU compiler (needs libtpu); cpu: for fake CPU devices; none: layout and arithmetic alone; "
-        "auto (default): tpu for TPUs where it is installed, else cpu",
+        help="tpu: by the TPU compiler (needs libtpu; for GPUs too, as a stand-in); cpu: for fake CPU devices; none: "
+        "layout and arithmetic alone; auto (default): tpu where it is installed, else cpu",
     )  # fmt: skip
     plan.add_argument("--shape", type=int, nargs="+", help="of one example, in the place of the config's data")
     plan.add_argument("--symbols", type=int, help="of those data, if they are tokens")

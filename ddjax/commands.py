@@ -6,6 +6,7 @@ Each imports what it needs when it is called: `ddjax --help` is quick.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 
@@ -295,7 +296,9 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Plan a training for devices that are not there."""
     import jax
 
-    # Before anything else asks for devices: fake ones, however many, on a machine with any or none.
+    # Before anything else asks for devices: fake ones, however many, on a machine with any or none. Their code never
+    # runs, so LLVM need not improve it.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(arguments.devices, 1))
     from ddjax import plan as plans

@@ -1,8 +1,9 @@
 """What a training would take on devices that are not there: memory, traffic, arithmetic, and what bounds a step.
 
-The step that `ddjax train` would run is compiled for the mesh, without its devices: by the TPU compiler for a topology
-of TPUs (where libtpu is installed), else for as many fake CPU devices. The partitioner is the same; what each compiler
-makes of the program is not. The plan says which it was.
+The step that `ddjax train` would run is compiled for the mesh, without its devices. With libtpu installed the TPU
+compiler does it, for the TPUs asked for, or for v5p in the place of GPUs (whose compiler wants one at hand). Without
+it as many fake CPU devices must do: the partitioner is the same, but the CPU computes and sends in float32 what is
+bfloat16 elsewhere, and sums whole gradients where others scatter the sums. The plan says which it was.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from ddjax import flops
-from ddjax.chips import Chip, chip, slice_shape
+from ddjax.chips import chip, slice_shape
 from ddjax.collectives import Collective, by_axes, collectives
 from ddjax.config import Config
 from ddjax.data.dataset import Dataset
@@ -33,6 +35,7 @@ from ddjax.training.setup import initial_state, places, train_step
 from ddjax.training.state import TrainState
 
 COMPILERS = ("auto", "tpu", "cpu", "none")
+STAND_IN = "v5p"  # compiled for in the place of chips without a compiler here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Plan:
     state: dict[str, int]  # params, optimizer, ema, and ema on the host
     compiler: str  # how the rest was found
     temporary: int | None  # activations, gradients, gathered parameters: the compiled program's own
+    arguments: int | None  # of the compiled program: the state and the batch
     collectives: tuple[Collective, ...]
     flops: int  # of the model, a step, all devices together
 
@@ -95,9 +99,11 @@ class Plan:
 def plan(config: Config, data: Dataset, devices: int, *, chip_name: str | None = None, compiler: str = "auto") -> Plan:
     """Plan the training of `config` on so many devices.
 
-    data: a data set, or the description of one (`described`). chip_name: of `ddjax.chips.CHIPS`; None estimates no times.
-    compiler: "tpu", "cpu", or "none" (the layout alone); "auto" is "tpu" for TPUs where libtpu is installed, else "cpu".
-        "cpu" needs a process whose JAX has that many CPU devices (`jax_num_cpu_devices`, set before JAX is used).
+    data: a data set, or the description of one (`described`).
+    chip_name: of `ddjax.chips.CHIPS`; None estimates no times.
+    compiler: "tpu", "cpu", or "none" (the layout alone); "auto" is "tpu" where libtpu is installed and the devices
+        are a power of two, else "cpu". "cpu" needs a process whose JAX has that many CPU devices
+        (`jax_num_cpu_devices`, set before JAX is used).
     Raises ValueError where the mesh does not fit, or a compiler or its devices are missing.
     """
     if compiler not in COMPILERS:
@@ -107,22 +113,33 @@ def plan(config: Config, data: Dataset, devices: int, *, chip_name: str | None =
     known = None if chip_name is None else chip(chip_name)
     experiment = build(_plannable(config), data)
     if compiler == "auto":
-        compiler = "tpu" if known and known.topology and importlib.util.find_spec("libtpu") else "cpu"
-    mesh = _mesh(config.train.mesh, devices, chip_name, known, compiler)
+        compiler = "tpu" if importlib.util.find_spec("libtpu") and devices & (devices - 1) == 0 else "cpu"
+    target = slice_shape(chip_name if known and known.topology else STAND_IN, devices) if compiler == "tpu" else ""
+    mesh = _mesh(config.train.mesh, devices, target, compiler)
     shardings = places(experiment, mesh)
     state = jax.eval_shape(functools.partial(initial_state, experiment), jax.random.key(0))
     batch = _batch(experiment, data)
     check_batch_size(config, mesh)
-    found: dict[str, Any] = {"compiler": "not compiled", "temporary": None, "collectives": ()}
+    found: dict[str, Any] = {"compiler": "not compiled", "temporary": None, "arguments": None, "collectives": ()}
     if compiler != "none":
-        compiled = compile_step(train_step(experiment), shardings, mesh).lower(state, batch).compile()
-        words = (
-            f"{devices} fake CPU devices" if compiler == "cpu" else f"TPU topology {slice_shape(chip_name, devices)}"
-        )
-        memory = compiled.memory_analysis()
+        lowered = compile_step(train_step(experiment), shardings, mesh).lower(state, batch)
+        words = f"TPU topology {target}" if target else f"{devices} fake CPU devices: float32, sums unscattered"
+        if target and known and not known.topology:
+            words += f", in the place of {chip_name}"
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            first = str(error).split("\n\n")[0].replace("RESOURCE_EXHAUSTED: ", "")
+            raise ValueError(
+                f"the step does not fit ({words}): {first}. Cut the batch (config.train.accumulate), activations "
+                "(denoiser.options.remat) or parameters (more fsdp or tensor in config.train.mesh)"
+            ) from error
         found = {
             "compiler": f"compiled for {words}",
-            "temporary": memory.temp_size_in_bytes,
+            "temporary": compiled.memory_analysis().temp_size_in_bytes,
+            "arguments": compiled.memory_analysis().argument_size_in_bytes,
             "collectives": tuple(collectives(compiled.as_text(), tuple(mesh.shape.items()))),
         }
     paths = jax.tree_util.tree_leaves_with_path(state.params)
@@ -168,14 +185,14 @@ def format_plan(p: Plan) -> str:
     mesh = ", ".join(f"{name} {size}" for name, size in p.mesh.items())
     lines += ["", f"{p.parameters:,} parameters on {p.devices} devices ({mesh}), batches of {p.batch_size:,}"]
     lines += [f"the step: {p.compiler}", "", "bytes on a device"]
-    lines += [f"  {name:<16}{_si(size)}B" for name, size in p.state.items() if size or name != "ema on the host"]
+    lines += [f"  {name:<18}{_si(size)}B" for name, size in p.state.items() if size or name != "ema on the host"]
     if p.temporary is not None:
-        lines += [f"  {'activations etc.':<16}{_si(p.temporary)}B", f"  {'together':<16}{_si(p.total)}B"]
+        lines += [f"  {'activations etc.':<18}{_si(p.temporary)}B", f"  {'together':<18}{_si(p.total)}B"]
         if p.chip:
             lines[-1] += f" of {_si(chip(p.chip).memory)}B: {p.total / chip(p.chip).memory:.0%}"
         lines += ["", "collectives of a step, and what a device sends in them"]
         for (kind, over), (runs, sent) in by_axes(p.collectives).items():
-            lines.append(f"  {kind:<18} over {'+'.join(over):<16} {runs:>6} runs  {_si(sent)}B")
+            lines.append(f"  {kind:<18} over {'+'.join(over):<18} {runs:>6} runs  {_si(sent)}B")
     lines += ["", f"arithmetic of a step: {_si(p.flops)}FLOP, {_si(p.flops / p.devices)}FLOP a device"]
     if p.chip:
         seconds = p.seconds() if p.temporary is not None else {"arithmetic": p.seconds()["arithmetic"]}
@@ -190,17 +207,16 @@ def format_plan(p: Plan) -> str:
     return "\n".join(lines)
 
 
-def _mesh(axes: Mapping[str, int], devices: int, name: str | None, known: Chip | None, compiler: str) -> Mesh:
+def _mesh(axes: Mapping[str, int], devices: int, target: str, compiler: str) -> Mesh:
     if compiler == "tpu":
-        if known is None or not known.topology:
-            raise ValueError("--compile tpu plans for TPUs: give --chip v4, v5e, v5p or v6e")
         if not importlib.util.find_spec("libtpu"):
             raise ValueError("--compile tpu needs the TPU compiler: pip install 'jax[tpu]'")
         from jax.experimental import topologies
 
-        found = topologies.get_topology_desc(platform="tpu", topology_name=slice_shape(name, devices)).devices
-        if len(found) != devices:
-            raise ValueError(f"the topology {slice_shape(name, devices)} has {len(found)} devices, not {devices}")
+        # It looks for the machine that it is on; there is none.
+        for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+            os.environ.setdefault(name, value)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
     elif compiler == "none":
         shape = mesh_sizes(axes, devices)
         return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape))
@@ -208,8 +224,8 @@ def _mesh(axes: Mapping[str, int], devices: int, name: str | None, known: Chip |
         found = jax.devices("cpu")
         if len(found) < devices:
             raise ValueError(
-                f"compiling for {devices} devices needs as many CPU devices, and this process has {len(found)}: use the "
-                "command, ddjax plan, or set jax_num_cpu_devices before JAX is used"
+                f"compiling for {devices} devices needs as many CPU devices, and this process has {len(found)}: "
+                "use the command, ddjax plan, or set jax_num_cpu_devices before JAX is used"
             )
         found = found[:devices]
     return make_mesh(axes, found)

@@ -208,6 +208,8 @@ def on_host(shardings: PyTree) -> PyTree:
     """
 
     def move(sharding: NamedSharding) -> NamedSharding:
+        if isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+            return sharding.with_memory_kind(HOST)  # no devices to ask
         device = next(iter(sharding.mesh.devices.flat))
         if HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
             raise ValueError(
