@@ -10,7 +10,8 @@ from ddjax.training.mesh import make_mesh
 
 def placed(axes, shape, *names):
     with jax.set_mesh(make_mesh(axes)):
-        return tuple(jax.jit(lambda: constrain(jnp.zeros(shape), *names))().sharding.spec)
+        spec = jax.jit(lambda: constrain(jnp.zeros(shape), *names))().sharding.spec
+        return (*spec, *(None,) * (len(shape) - len(spec)))
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
@@ -18,7 +19,7 @@ def test_axes_lie_where_their_carriers_are():
     axes = {"data": 2, "sequence": 2, "tensor": 2}
     assert placed(axes, (4, 6, 8), "batch", "sites", None) == ("data", "sequence", None)
     assert placed(axes, (4, 6, 8, 3), "batch", None, "heads", None) == ("data", None, "tensor", None)
-    assert placed({"data": 2, "expert": 4}, (8, 4, 3), "batch", "experts", None)[0] == ("data", "expert")
+    assert placed({"data": 2, "expert": 4}, (8, 4, 3), "batch", None, None)[0] == ("data", "expert")
     with pytest.raises(ValueError, match="the mesh axis sequence=2 does not divide 5 sites"):
         placed(axes, (4, 5, 8), "batch", "sites", None)
     assert placed(axes, (3, 6), "batch", "sites")[1] == "sequence"  # any batch may be sampled

@@ -33,7 +33,8 @@ def test_bytes_of_each_array_by_hand():
     assert (qkv.shape, qkv.spec, qkv.bytes) == ((4, 128, 384), "-, fsdp, tensor", 4 * DEPTH * BLOCK["qkv"] // 8)
     down = rows["stack/blocks/mlp/down/kernel"]
     assert (down.spec, down.bytes) == ("-, tensor, fsdp", 4 * DEPTH * 4 * WIDTH**2 // 8)
-    assert rows["tokens/table"].spec == "whole"  # 8,192 numbers: not worth cutting
+    assert rows["tokens/table"].spec == "-, tensor"  # 8,192 numbers: not worth gathering over fsdp
+    assert rows["final/out/bias"].spec == "whole"
     up = rows["stack/blocks/mlp/up/bias"]
     assert (up.spec, up.bytes) == ("-, tensor", 4 * DEPTH * 4 * WIDTH // 2)
     assert p.state["params"] == sum(row.bytes for row in p.rows)
