@@ -214,8 +214,8 @@ def _mesh(axes: Mapping[str, int], devices: int, target: str, compiler: str) -> 
         from jax.experimental import topologies
 
         # It looks for the machine that it is on; there is none.
-        for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         found = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
     elif compiler == "none":
         shape = mesh_sizes(axes, devices)

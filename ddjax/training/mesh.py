@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddjax.placement import AXES, BATCH_AXES
@@ -51,8 +52,10 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     """
     devices = list(jax.devices() if devices is None else devices)
     axes = mesh_sizes(axes, len(devices))
-    # Explicitly Auto: jax.make_mesh defaults to Explicit axes, under which ordinary reshapes raise.
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    # Not jax.make_mesh: its axes are Explicit unless told otherwise, under which ordinary reshapes raise, and on TPUs
+    # it refuses sizes that are no product of sides of the slice, such as 8 x 8 on 4 x 4 x 4.
+    grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def mesh_sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:

@@ -108,7 +108,7 @@ def one_step(options, accumulate=1, weighted=False):
 @pytest.mark.slow
 def test_its_loss_is_added_and_reported_alike_however_the_step_is_cut():
     options = {"experts": 4, "top_k": 2, "balance": 0.5}
-    state, metrics = one_step({"experts": options}, weighted=True)
+    _, metrics = one_step({"experts": options}, weighted=True)
     _, without = one_step({"experts": {**options, "balance": 0.0}}, weighted=True)
     assert metrics["expert_balance"] > 0.9
     added = metrics["expert_balance_loss"]
