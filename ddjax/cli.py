@@ -1,4 +1,4 @@
-"""The command line: `ddjax train | sample | edit | search | eval | bench | data | export`."""
+"""The command line: `ddjax train | sample | edit | search | eval | bench | plan | data | export`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ EDIT = """\
 Example: ddjax edit --workdir runs/digits --rows 0 1 2 --label 7 --start 0.7 --out edited.png
 Writes the originals, what is drawn of them under their own labels, and the edits; prints how far the second are from
 the first. The less of the way is gone up (--start), the more is kept."""
+
+
+PLAN = """\
+Example: ddjax plan --config configs/dit_xl2.py --devices 64 --chip h200 --shape 32 32 4 --classes 1000
+Prints where each parameter lies, bytes per device, collectives, FLOPs, and the least time of a step. Any key of the
+config can be overridden: --config.train.mesh="{'fsdp': -1, 'tensor': 8}". docs/scaling.md checks it by hand."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,6 +286,21 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, help="also write the result, with versions and device, to this JSON file")
 
     _add_data(known)
+
+    plan = _command(
+        known, "plan", commands.plan, "say what a training would take on devices that are not there", epilog=PLAN
+    )  # fmt: skip
+    _add_config(plan)
+    plan.add_argument("--devices", type=int, required=True, help="how many")
+    plan.add_argument("--chip", choices=("h100", "h200", "a100", "v4", "v5e", "v5p", "v6e"), help="to estimate times")
+    plan.add_argument(
+        "--compile", choices=("auto", "tpu", "cpu", "none"), default="auto",
+        help="tpu: by the TPU compiler (needs libtpu; for GPUs too, as a stand-in); cpu: for fake CPU devices; none: "
+        "layout and arithmetic alone; auto (default): tpu where it is installed, else cpu",
+    )  # fmt: skip
+    plan.add_argument("--shape", type=int, nargs="+", help="of one example, in the place of the config's data")
+    plan.add_argument("--symbols", type=int, help="of those data, if they are tokens")
+    plan.add_argument("--classes", type=int, default=0, help="of those data, if they have labels")
 
     export = _command(known, "export", commands.export, "write the averaged parameters as safetensors")
     _add_workdir(export, "folder of the run")

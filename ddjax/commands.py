@@ -6,6 +6,7 @@ Each imports what it needs when it is called: `ddjax --help` is quick.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 
@@ -342,4 +343,30 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     metadata = {"step": str(run.step), "config": json.dumps(to_dict(run.config))}
     export_safetensors(arguments.out, run.params, metadata)
     print(f"parameters of step {run.step} -> {arguments.out}")
+    return 0
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Plan a training for devices that are not there."""
+    import jax
+
+    # Before anything else asks for devices: fake ones, however many, on a machine with any or none. Their code never
+    # runs, so LLVM need not improve it.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(arguments.devices, 1))
+    from ddjax import plan as plans
+    from ddjax.config import load
+    from ddjax.experiment import load_data
+
+    config = load(arguments.config, overrides)
+    if arguments.shape is None and (arguments.symbols or arguments.classes):
+        raise ValueError("--symbols and --classes describe data by --shape: give it too")
+    data = (
+        load_data(config, "train")
+        if arguments.shape is None
+        else plans.described(tuple(arguments.shape), arguments.symbols, arguments.classes)
+    )
+    made = plans.plan(config, data, arguments.devices, chip_name=arguments.chip, compiler=arguments.compile)
+    print(plans.format_plan(made))
     return 0

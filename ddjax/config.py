@@ -126,8 +126,9 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW."""
+    """How parameters follow their gradients."""
 
+    name: str = "adamw"  # adamw, adafactor, lion (a lower rate, b2=0.99), muon (adamw outside the blocks)
     learning_rate: float = 1e-3
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant
     warmup: int = 100  # steps
@@ -135,6 +136,9 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     clip: float = 1.0  # largest gradient norm
+    moments: str = "float32"  # of the first moment: float32, bfloat16
+    # pairs of a regular expression and a factor: the learning rate of parameters whose path has it; the first that fits
+    groups: list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,10 @@ class TrainConfig:
     accumulate: int = 1  # microbatches in a step
     ema: float = 0.999  # final decay of the parameters' moving average
     seed: int = 0
-    mesh: dict = dataclasses.field(default_factory=lambda: {"data": -1})  # axis: size; -1 is all that is left
+    # axis: size; -1 is all that is left. data: rows of the batch; fsdp: rows, and every large parameter in pieces;
+    # tensor: heads and hidden units; sequence: sites; expert: rows, and the experts of denoiser.options.mlp="experts"
+    mesh: dict = dataclasses.field(default_factory=lambda: {"data": -1})
+    ema_memory: str = "device"  # where the moving average lives between steps: device, or host (pinned memory)
     log_every: int = 50
     eval_every: int = 0
     sample_every: int = 0
@@ -233,6 +240,7 @@ CHANGEABLE = (
         "train.workers",
         "train.device_prefetch",
         "train.mesh",
+        "train.ema_memory",
         "train.tensorboard",
         "train.wandb",
         "sample",

@@ -34,7 +34,7 @@ from ddjax.data.dataset import Dataset
 from ddjax.objectives.base import Objective
 from ddjax.predictions import COUNT_KINDS, STATE_KINDS, TwoHeads, bind, planned
 from ddjax.rehearsal import rehearse
-from ddjax.training import Ema, adamw
+from ddjax.training import Ema, optimizer
 from ddjax.types import Apply, Denoise, Params
 
 
@@ -182,9 +182,9 @@ class Experiment:
         return experiment, params
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW over `train.steps` steps."""
+        """The optimizer over `train.steps` steps."""
         options, steps = dataclasses.asdict(self.config.optimizer), self.config.train.steps
-        return adamw(steps=steps, **options | {"warmup": min(options["warmup"], steps)})  # a trial run may be short
+        return optimizer(steps=steps, **options | {"warmup": min(options["warmup"], steps)})  # a trial run may be short
 
     def ema(self) -> Ema:
         """The moving average of the parameters."""

@@ -250,6 +250,7 @@ FAST_VARIANTS = {
     "test_what_the_network_all_but_excludes_keeps_its_price": 0,
     "test_what_was_cut_off_at_a_checkpoint_is_made_up_for": 0,
     "test_what_was_learned_about_the_process_is_in_the_process": 0,
+    "test_what_is_computed_again": 1,
     "test_whichever_rows_are_drawn_twice_they_stand_for_all": 0,
     "test_with_a_decoder_it_is_the_probability_of_a_level": 1,
     "test_with_fixed_points_the_way_up_is_the_inverse": 1,

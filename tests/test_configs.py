@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax import bind, config, data, experiment, sample
+from ddjax import bind, config, data, experiment, plan, sample
 from ddjax.data import arrays, text
 from ddjax.training.loop import train
 
@@ -34,6 +34,10 @@ def small_data(name: str, folder: pathlib.Path) -> data.Dataset:
     if name == "mnist":
         np.savez(folder / "images.npz", x=rng.integers(0, 256, (50, 28, 28), dtype=np.uint8), y=np.arange(50) % 10)
         return arrays.npz(folder / "images.npz", "train", tokens=False)
+    if name == "dit_xl2":
+        return plan.described((32, 32, 4), None, 1000)
+    if name == "text_7b":
+        return plan.described((4096,), 32000, 0)
     loaded = config.load(CONFIGS[0].with_name(f"{name}.py")).data
     return data.load(loaded.name, "train", tokens=loaded.tokens, **loaded.options)
 
@@ -55,6 +59,14 @@ def test_text8_is_the_published_size(tmp_path):
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     attention, gated_mlp, modulation = 4 * 768**2, 3 * 768 * 2048, 6 * 768**2
     assert count == pytest.approx(12 * (attention + gated_mlp + modulation), rel=0.05)
+
+
+def test_the_large_ones_have_the_published_sizes(tmp_path):
+    """DiT-XL/2 has 675M parameters (Peebles & Xie 2023, table 4); the text denoiser about seven billion."""
+    for name, size in {"dit_xl2": 675e6, "text_7b": 7e9}.items():
+        built = experiment.build(config.load(CONFIGS[0].with_name(f"{name}.py")), small_data(name, tmp_path))
+        params = jax.eval_shape(built.init, jax.random.key(0))
+        assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == pytest.approx(size, rel=0.03)
 
 
 def test_blackout_learns_and_samples(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenBits, TokenEmbed, sincos_2d
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
+from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
 LABELS = 2**20  # a stream of random numbers apart from the layers'
@@ -39,7 +41,8 @@ class DiT(nnx.Module):
         out_channels: channels of a continuous output, default C.
         patch: side of a patch, divides H and W.
         width, depth, heads: of the transformer; heads divides width.
-        mlp_ratio: hidden width of the MLP over width.
+        mlp: "gelu", "gated" (SwiGLU), or "experts", with options of `layers.Experts` in `experts`.
+        mlp_ratio: hidden width of the MLP (of each expert) over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         relations: None, or for each of some relations a label of every patch, row by row: the heads, in turn, attend
             only to patches with the same label (`layers.attention.among_related`).
@@ -72,7 +75,9 @@ class DiT(nnx.Module):
         width: int,
         depth: int,
         heads: int,
+        mlp: str = "gelu",
         mlp_ratio: float = 4,
+        experts: Mapping[str, Any] | None = None,
         num_classes: int = 0,
         relations: Sequence[Sequence[int]] | None = None,
         latent: int = 0,
@@ -85,7 +90,7 @@ class DiT(nnx.Module):
         cond_width: int | None = None,
         attention: str | None = None,
         scan: bool = False,
-        remat: bool = False,
+        remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
         _check_config(shape, symbols_in, symbols_out, out_channels, patch, embed_width, bits)
@@ -116,8 +121,8 @@ class DiT(nnx.Module):
             cond_width, num_classes=num_classes, time=time, latent=latent, label_noise=label_noise, rngs=rngs
         )
         block = partial(
-            Block, width, heads, mlp="gelu", mlp_width=int(mlp_ratio * width), cond_width=cond_width,
-            dropout=dropout, dtype=dtype, attention=attention,
+            Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
+            dropout=dropout, dtype=dtype, attention=attention, experts=experts,
         )  # fmt: skip
         self.heads = heads
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
@@ -163,7 +168,7 @@ class DiT(nnx.Module):
         keys = dropout_keys(self.dropout, batch, rng, train)
         label_keys = dropout_keys(self.condition.label_noise, batch, rng, train)
         label_keys = None if label_keys is None else random.fold_in(label_keys, LABELS)
-        c = tap("condition", self.condition(batch, t, view.cond, keys=label_keys))
+        c = constrain(tap("condition", self.condition(batch, t, view.cond, keys=label_keys)), "batch", None)
         tap("sites", self._places())
         patches = [jax.tree.map(lambda v: _patches(v, self.patch), v) for v in (xt, view.clean)]
         x = view.seen(*patches)  # (batch, patches, patch, patch, channels, ...)

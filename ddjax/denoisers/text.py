@@ -18,6 +18,7 @@ from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
+from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
 
@@ -50,9 +51,9 @@ class TextTransformer(nnx.Module):
         symbols_in: tokens of xt run over `[0, symbols_in)` (`process.num_states`: the mask counts).
         symbols_out: number of logits per site (`process.num_symbols`).
         width, depth, heads: of the transformer; heads divides width, and width / heads is even.
-        mlp: "gated" (SwiGLU) or "gelu".
-        mlp_width: hidden width, default 4 width for "gelu" and, for as many parameters, 8/3 width (to a
-            multiple of 8) for "gated".
+        mlp: "gated" (SwiGLU), "gelu", or "experts", with options of `layers.Experts` in `experts`.
+        mlp_width: hidden width (of each expert), default 4 width for "gelu" and, for as many parameters, 8/3 width (to
+            a multiple of 8) for gated ones.
         embed_width: None embeds straight to `width`; else embeds to this and projects (MD4's outside
             embedding).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
@@ -80,6 +81,7 @@ class TextTransformer(nnx.Module):
         heads: int,
         mlp: str = "gated",
         mlp_width: int | None = None,
+        experts: Mapping[str, Any] | None = None,
         embed_width: int | None = None,
         num_classes: int = 0,
         time: bool = True,
@@ -89,7 +91,7 @@ class TextTransformer(nnx.Module):
         cond_width: int | None = None,
         attention: str | None = None,
         scan: bool = False,
-        remat: bool = False,
+        remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
         if mlp_width is None:
@@ -105,7 +107,7 @@ class TextTransformer(nnx.Module):
         self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs)
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=mlp_width, cond_width=cond_width, rotary=True,
-            dropout=dropout, dtype=dtype, attention=attention,
+            dropout=dropout, dtype=dtype, attention=attention, experts=experts,
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
         self.final = FinalLayer(width, symbols_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
@@ -151,6 +153,7 @@ class TextTransformer(nnx.Module):
         tap("sites", np.arange(length, dtype=np.int32))
         t = t if t is None or jnp.ndim(t) < 2 else view.at(t)
         c = own = tap("condition", self.condition(batch, t, view.cond, sites=some))
+        c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
         if view.clean is not None:
             c = self._with_clean(own, view.cond)
         h = self.stack(self._embedded(view.seen(xt, view.clean)), c, keys, layout)

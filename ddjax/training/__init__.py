@@ -15,7 +15,7 @@ from ddjax.training.mesh import (
     shard_batch,
     state_shardings,
 )
-from ddjax.training.optimizers import adamw, learning_rate_schedule
+from ddjax.training.optimizers import adamw, learning_rate_schedule, optimizer
 from ddjax.training.state import TrainState, init_state
 from ddjax.training.step import Ema, make_train_step, update_ema
 
@@ -36,6 +36,7 @@ __all__ = [
     "load_safetensors",
     "make_mesh",
     "make_train_step",
+    "optimizer",
     "shard_batch",
     "state_shardings",
     "update_ema",

@@ -1,8 +1,9 @@
 """Devices: meshes, where each array of the state lives, and the compiled step.
 
 Meshes have automatic axes: the compiler places intermediates, and a model's reshapes and gathers work
-unchanged. The names `data` and `fsdp` carry the batch; `fsdp` also cuts large parameters; any other name is
-the rules' own.
+unchanged. `data`, `fsdp` and `expert` carry the batch; `fsdp` also cuts large parameters, `tensor` the columns or rows
+of matrices and the heads, `expert` the experts (`LAYOUT`); `sequence` cuts the sites of activations
+(`ddjax.placement`). Any other name is the rules' own.
 """
 
 from __future__ import annotations
@@ -14,15 +15,32 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ddjax.placement import AXES, BATCH_AXES
 from ddjax.training.state import TrainState
-from ddjax.training.step import Step
+from ddjax.training.step import Batch, Metrics, Step
 from ddjax.types import PyTree
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-BATCH_AXES = ("data", "fsdp")
+# Our networks: what the last axes of a parameter are cut over, those before them (layers) not at all. Columns of the
+# matrices that open a branch and rows of those that close it, so that a branch costs one sum over `tensor`.
+LAYOUT = (
+    (r"/mlp/(up|gate)$", ("expert", "fsdp", "tensor")),
+    (r"/mlp/down$", ("expert", "tensor", "fsdp")),
+    (r"/attention/qkv/kernel$", ("fsdp", "tensor")),
+    (r"/attention/out/kernel$", ("tensor", "fsdp")),
+    (r"/mlp/(shared/)?(up|gate)/kernel$", ("fsdp", "tensor")),
+    (r"/mlp/(shared/)?up/bias$", ("tensor",)),
+    (r"/mlp/(shared/)?down/kernel$", ("tensor", "fsdp")),
+    (r"/modulation/kernel$", ("tensor", "fsdp")),  # its input has no sites: a sum of it is cheap
+    (r"/tokens/table$", ("fsdp", "tensor")),
+    (r"/final/out/kernel$", ("fsdp", "tensor")),
+)
+SCANNED = re.compile(r"/stack/blocks/\D")  # parameters whose first axis is the layers
+
 FSDP_MIN_SIZE = 2**14  # below this many elements, gathering a parameter costs more than holding it
 
 
@@ -32,9 +50,18 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
     axes: name -> size, in order; one size may be -1, meaning all that is left. Default `{"data": -1}`.
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    axes = {"data": -1} if axes is None else dict(axes)
     devices = list(jax.devices() if devices is None else devices)
-    count, wanted = len(devices), ", ".join(f"{name}={size}" for name, size in axes.items())
+    axes = mesh_sizes(axes, len(devices))
+    # Not jax.make_mesh: its axes are Explicit unless told otherwise, under which ordinary reshapes raise, and on TPUs
+    # it refuses sizes that are no product of sides of the slice, such as 8 x 8 on 4 x 4 x 4.
+    grid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def mesh_sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """The sizes of the axes on so many devices. Takes and raises what `make_mesh` does."""
+    axes = {"data": -1} if axes is None else dict(axes)
+    wanted = ", ".join(f"{name}={size}" for name, size in axes.items())
     free = [name for name, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"only one mesh axis may be -1, got {wanted}")
@@ -50,8 +77,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
             f"a mesh of {wanted} takes {fixed} devices, there are {count}; give one axis the size -1, "
             "or pass the devices to use"
         )
-    # Explicitly Auto: jax.make_mesh defaults to Explicit axes, under which ordinary reshapes raise.
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    return axes
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -65,10 +91,11 @@ def state_shardings(
     """Where each array lives: a pytree of NamedSharding like `abstract_state`.
 
     rules: (regular expression, PartitionSpec) pairs. The first whose expression is found in the array's path
-        (such as `params/block_0/kernel`, `ema/...`, `opt_state/0/mu/...`) decides. Where no rule speaks: with
-        an `fsdp` axis the largest axis it divides, of arrays of at least `fsdp_min_size` elements; otherwise
-        replicated. Keys are always replicated. Optimizer statistics of another shape than their parameter
-        pass by a rule that does not fit them.
+        (such as `params/block_0/kernel`, `ema/...`, `opt_state/0/mu/...`) decides. Where no rule speaks, averages and
+        optimizer statistics lie as the parameter whose path they end in, if they have its shape; parameters of our
+        networks as `LAYOUT` says; and, with an `fsdp` axis, every array of at least `fsdp_min_size` elements is cut
+        along the largest axis that `fsdp` divides. All else is replicated, keys always. Optimizer statistics of another
+        shape than their parameter pass by a rule that does not fit them.
     Raises ValueError where a rule names an axis the mesh lacks, or does not fit a parameter's shape.
     """
     compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
@@ -78,27 +105,56 @@ def state_shardings(
                 f"rule {pattern.pattern!r} names the mesh axis {missing[0]!r}; the mesh has {dict(mesh.shape)}"
             )
 
-    def place(path, leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return NamedSharding(mesh, PartitionSpec())
-        name = path_name(path)
+    def ruled(name: str, leaf: Any) -> PartitionSpec | None:
         for pattern, spec in compiled:
             if not pattern.search(name):
                 continue
             if _fits(spec, leaf.shape, mesh):
-                return NamedSharding(mesh, spec)
+                return spec
             if not name.startswith("opt_state"):
                 raise ValueError(
                     f"rule {pattern.pattern!r} -> {spec} does not fit {name} of shape {leaf.shape} "
                     f"on a mesh of {dict(mesh.shape)}"
                 )
-        return NamedSharding(mesh, _fsdp_spec(leaf.shape, mesh, fsdp_min_size))
+        return None
+
+    paths = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)]
+    owners = {}
+    for name, leaf in paths:
+        if name.startswith("params/"):
+            spec = ruled(name, leaf)
+            spec = _own_spec(name, leaf.shape, mesh, fsdp_min_size) if spec is None else spec
+            owners[name.removeprefix("params/")] = leaf.shape, spec
+
+    def place(path, leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return NamedSharding(mesh, PartitionSpec())
+        name = path_name(path)
+        spec = ruled(name, leaf)
+        if spec is None and (owner := _owner(name, owners)) and owner[0] == leaf.shape:
+            spec = owner[1]
+        return NamedSharding(mesh, _own_spec(name, leaf.shape, mesh, fsdp_min_size) if spec is None else spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
+def check_axes(state_shardings: PyTree, mesh: Mesh) -> None:
+    """Raise ValueError for a mesh axis that this library does not know, or that cuts nothing of this state."""
+    if unknown := [name for name in mesh.shape if name not in AXES]:
+        raise ValueError(f"the mesh has an axis {unknown[0]!r}; its axes are of {', '.join(AXES)}")
+    used = {name for sharding in jax.tree.leaves(state_shardings) for name in _axis_names(sharding.spec)}
+    why = {
+        "fsdp": f"no parameter has {FSDP_MIN_SIZE:,} elements and an axis that it divides: let data carry the batch",
+        "tensor": "it divides no matrix that it may cut",
+        "expert": 'the network has no experts that it divides (mlp="experts")',
+    }
+    for name, reason in why.items():
+        if mesh.shape.get(name, 1) > 1 and name not in used:
+            raise ValueError(f"the mesh axis {name}={mesh.shape[name]} cuts nothing: {reason}")
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The batch's first axis over the mesh axes `data` and `fsdp`, those of them that exist."""
+    """The batch's first axis over the mesh axes that carry it (`BATCH_AXES`), those of them that exist."""
     axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
@@ -128,14 +184,51 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 def compile_step(step: Step, state_shardings: PyTree, mesh: Mesh) -> Step:
     """`jax.jit(step)`, laid over the mesh. The given state is donated: its buffers are gone after the call.
 
-    Takes batches from `shard_batch` (or numpy). Metrics come back replicated.
+    Takes batches from `shard_batch` (or numpy). Metrics come back replicated. Arrays that live in the host's memory
+    (`on_host`) visit the devices for the length of a step.
     """
+
+    def laid(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # networks constrain what they compute by it
+            new, metrics = step(jax.tree.map(_fetch, state, state_shardings), batch)
+        return jax.tree.map(_put_back, new, state_shardings), metrics
+
     return jax.jit(
-        step,
+        laid,
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+
+
+HOST = "pinned_host"
+
+
+def on_host(shardings: PyTree) -> PyTree:
+    """The same places in the memory of the host beside the devices.
+
+    Raises ValueError where the backend has no such memory.
+    """
+
+    def move(sharding: NamedSharding) -> NamedSharding:
+        if isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+            return sharding.with_memory_kind(HOST)  # no devices to ask
+        device = next(iter(sharding.mesh.devices.flat))
+        if HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+            raise ValueError(
+                f"{device.device_kind} has no {HOST} memory, only {', '.join(kinds)}: keep it on the device"
+            )
+        return sharding.with_memory_kind(HOST)
+
+    return jax.tree.map(move, shardings)
+
+
+def _fetch(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.device_put(array, jax.memory.Space.Device) if sharding.memory_kind == HOST else array
+
+
+def _put_back(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.device_put(array, sharding) if sharding.memory_kind == HOST else array
 
 
 def init_sharded(
@@ -172,11 +265,32 @@ def _fits(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> bool:
     return all(size % n == 0 for size, n in zip(shape, ways, strict=False))
 
 
-def _fsdp_spec(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> PartitionSpec:
+def _owner(name: str, owners: Mapping[str, tuple]) -> tuple | None:
+    """The shape and spec of the parameter whose path this one ends in."""
+    while "/" in name:
+        name = name.split("/", 1)[1]
+        if name in owners:
+            return owners[name]
+    return None
+
+
+def _own_spec(name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int) -> PartitionSpec:
+    """What `LAYOUT` says, as far as the mesh has its axes and they divide; and `fsdp` in any case."""
+    entries: list[tuple[str, ...]] = [()] * len(shape)
+    names = next((names for pattern, names in LAYOUT if re.search(pattern, name)), ())
+    large = math.prod(shape) >= min_size
+    if len(names) <= len(shape):
+        for axis, wanted in enumerate(names, len(shape) - len(names)):
+            ways = mesh.shape.get(wanted, 1)
+            if ways > 1 and shape[axis] % ways == 0 and (wanted != "fsdp" or large):
+                entries[axis] = (wanted,)
     ways = mesh.shape.get("fsdp", 1)
-    if ways == 1 or math.prod(shape) < min_size:
-        return PartitionSpec()
-    for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-        if shape[axis] % ways == 0:
-            return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
-    return PartitionSpec()
+    if ways > 1 and large and ("fsdp",) not in entries:
+        layers = 1 if SCANNED.search(name) else 0  # a layer is whole on its devices
+        for axis in sorted(range(layers, len(shape)), key=lambda i: -shape[i]):
+            if shape[axis] % (ways * math.prod(mesh.shape[n] for n in entries[axis])) == 0:
+                entries[axis] = (*entries[axis], "fsdp")
+                break
+    while entries and not entries[-1]:
+        entries.pop()
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from ddjax import auxiliary
 from ddjax.training.state import TrainState
 from ddjax.types import Apply, Params, PyTree, Rows
 
@@ -84,7 +85,8 @@ def make_train_step(
 
     The batch is a dict: "x0" `(batch, *sites)`, optionally "cond" (a pytree, leading axis batch) and
     "weights" `(batch,)` or `(batch, *sites)`. Metrics: what the objective reports and "loss", each averaged
-    over the batch as the loss is; "grad_norm", before any clipping; "finite", whether loss and norm are. A step
+    over the batch as the loss is, with what the network adds to it and reports (`ddjax.auxiliary`); "grad_norm",
+    before any clipping; "finite", whether loss and norm are. A step
     that is not finite is applied as any other: what to do about it is the caller's.
 
     Raises ValueError on a malformed batch or one that `accumulate` does not divide, when traced.
@@ -94,16 +96,20 @@ def make_train_step(
 
     def gradient(params, key, part, rows):
         def loss_of(params):
-            return objective(
-                key,
-                apply,
-                params,
-                part["x0"],
-                cond=part.get("cond"),
-                weights=part.get("weights"),
-                rows=rows,
-                train=True,
-            )
+            with auxiliary.collect() as collector:
+                loss, metrics = objective(
+                    key,
+                    apply,
+                    params,
+                    part["x0"],
+                    cond=part.get("cond"),
+                    weights=part.get("weights"),
+                    rows=rows,
+                    train=True,
+                )
+            # Averaged as the objective averages, so that microbatches add up to the batch.
+            own = jax.tree.map(lambda value: _mean(value, part.get("weights")), collector.found())
+            return loss + sum(own.losses.values()), {**metrics, **own.losses, **own.reports}
 
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         metrics = {**metrics, "loss": loss}
@@ -160,6 +166,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, average, opt_state, state.key), metrics
 
     return step
+
+
+def _mean(value: Float[Array, " batch"], weights: Array | None) -> Float[Array, ""]:
+    """Over examples, each with the weight of its sites."""
+    if weights is None:
+        return value.mean()
+    weights = weights.reshape(weights.shape[0], -1).sum(axis=1).astype(value.dtype)
+    return (weights * value).sum() / weights.sum()
 
 
 def _wide(dtype) -> Any:

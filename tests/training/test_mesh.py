@@ -85,6 +85,64 @@ def test_accumulation_moves_no_rows_between_devices():
     assert not re.findall(r"all-to-all|collective-permute|all-gather", text)
 
 
+@pytest.mark.slow
+def test_an_average_on_the_host_is_the_same_and_stays_there():
+    mesh, state, step = setup({"data": 2, "fsdp": 4}, np.float32)
+    places = jax.tree.map(lambda a: a.sharding, state)
+    hosted = places._replace(ema=meshes.on_host(places.ema))
+    there = jax.device_put(jax.tree.map(jnp.copy, state), hosted)
+    compiled = meshes.compile_step(
+        make_train_step(toy.objective, toy.apply, adamw(1e-2, 20, warmup=2, clip=1.0)), hosted, mesh
+    )
+    for n in range(2):
+        batch = meshes.shard_batch(toy.batch(seed=n), mesh)
+        before, (there, _) = there, compiled(there, batch)
+        state, _ = step(state, batch)
+        assert all(a.is_deleted() for a in jax.tree.leaves(before))
+    toy.assert_same(jax.device_get(there.ema), jax.device_get(state.ema))
+    toy.assert_same(there.params, state.params)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(there.ema)} == {"pinned_host"}
+    assert {a.sharding.memory_kind for a in jax.tree.leaves((there.params, there.opt_state))} == {"device"}
+
+
+def test_our_networks_are_cut_as_the_layout_says():
+    """Columns open a branch and rows close it; layers stay whole; what no rule fits falls to fsdp."""
+    mesh = meshes.make_mesh({"fsdp": 2, "tensor": 2, "expert": 2})
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    block = {
+        "attention": {"qkv": {"kernel": shape(6, 64, 192)}, "out": {"kernel": shape(6, 64, 64)}},
+        "mlp": {"up": shape(6, 4, 64, 32), "down": shape(6, 4, 32, 64), "shared": {"up": {"kernel": shape(6, 64, 32)}}},
+        "other": shape(64, 3, 5),
+    }
+    params = {"stack": {"blocks": block}, "tokens": {"table": shape(33, 64)}, "bias": shape(8)}
+    state = {"params": params, "ema": params, "opt_state": ({"mu": params, "v_row": {"bias": shape(2, 99)}},)}
+    got = meshes.state_shardings(state, mesh, fsdp_min_size=16)
+    for tree in (got["params"], got["ema"], got["opt_state"][0]["mu"]):
+        spec = jax.tree.map(lambda s: tuple(s.spec), tree)
+        blocks = spec["stack"]["blocks"]
+        assert blocks["attention"] == {
+            "qkv": {"kernel": (None, "fsdp", "tensor")},
+            "out": {"kernel": (None, "tensor", "fsdp")},
+        }
+        assert blocks["mlp"] == {
+            "up": (None, "expert", "fsdp", "tensor"),
+            "down": (None, "expert", "tensor", "fsdp"),
+            "shared": {"up": {"kernel": (None, "fsdp", "tensor")}},
+        }
+        assert blocks["other"] == ()  # only its layers divide, and these stay whole
+        assert spec["tokens"]["table"] == (None, ("tensor", "fsdp"))  # 33 rows: both over the features
+        assert spec["bias"] == ()
+    assert tuple(got["opt_state"][0]["v_row"]["bias"].spec) == ("fsdp",)  # not of its parameter's shape
+    meshes.check_axes(got, mesh)
+    for axes, message in [
+        ({"tensor": 8}, "tensor=8 cuts nothing"),
+        ({"model": 8}, "axis 'model'; its axes are of data"),
+    ]:
+        mesh = meshes.make_mesh(axes)
+        with pytest.raises(ValueError, match=message):
+            meshes.check_axes(meshes.state_shardings({"params": {"w": shape(3, 3)}}, mesh), mesh)
+
+
 def test_rules_first_match_wins_and_small_arrays_are_whole():
     mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
@@ -124,6 +182,7 @@ def test_make_mesh():
 def test_batches():
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert tuple(meshes.batch_sharding(mesh).spec) == (("data", "fsdp"),)
+    assert tuple(meshes.batch_sharding(meshes.make_mesh({"data": 4, "expert": 2})).spec) == (("data", "expert"),)
     assert tuple(meshes.batch_sharding(meshes.make_mesh({"tensor": 8})).spec) == ()
     batch = {**toy.batch(8), "cond": None}
     placed = meshes.shard_batch(batch, mesh)

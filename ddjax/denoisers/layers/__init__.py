@@ -18,12 +18,14 @@ from ddjax.denoisers.layers.embed import (
     sincos_2d,
     time_embedding,
 )
+from ddjax.denoisers.layers.experts import Experts
 
 __all__ = [
     "MLP",
     "Attention",
     "Block",
     "Conditioner",
+    "Experts",
     "FinalLayer",
     "GatedMLP",
     "Layout",

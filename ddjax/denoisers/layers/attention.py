@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32
+from ddjax.placement import constrain
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 
@@ -213,10 +214,13 @@ class Attention(nnx.Module):
         batch, sites, width = x.shape
         qkv = self.qkv(x).reshape(batch, sites, self.heads, 3, width // self.heads)
         q, k, v = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
+        q = constrain(q, "batch", "sites", "heads", None)
         if self.rotary:
             q, k = (rope(x, layout and layout.positions) for x in (q, k))
         k, v = named("/keys", k), named("/values", v)
         if layout is not None and layout.past is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(layout.past, (k, v), strict=True))
+        # Every query meets all keys: where sites are cut over devices, keys and values travel, and queries stay.
+        k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
         y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask)
         return self.out(y.reshape(batch, sites, width))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from ddjax import random
+from ddjax import auxiliary, random
 from ddjax.denoisers.layers.attention import Attention, Layout
 from ddjax.denoisers.layers.basic import (
     MLP,
@@ -23,10 +24,22 @@ from ddjax.denoisers.layers.basic import (
     per_site,
     zeros,
 )
+from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.taps import active, refuse, tap
+from ddjax.placement import constrain
 from ddjax.types import Params
 
-MLPS = {"gelu": MLP, "gated": GatedMLP}
+MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts}
+
+# What the forward pass keeps for the backward pass, which computes the rest again.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Block(nnx.Module):
@@ -34,6 +47,8 @@ class Block(nnx.Module):
 
     The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
+
+    mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
     """
 
     def __init__(
@@ -48,14 +63,17 @@ class Block(nnx.Module):
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
+        experts: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
             raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
+        if experts and mlp != "experts":
+            raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout = dropout
         self.attention = Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
-        self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, rngs=rngs)
+        self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
         self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -71,13 +89,14 @@ class Block(nnx.Module):
 
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
         """
+        h = constrain(h, "batch", "sites", None)
         named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c), 6, axis=-1)
         y = named("/attention", self.attention(modulate(h, shift_a, scale_a), layout, named))
-        h = h + per_site(gate_a, h.shape[1]) * dropout(y, self.dropout, keys_a)
+        h = constrain(h + per_site(gate_a, h.shape[1]) * dropout(y, self.dropout, keys_a), "batch", "sites", None)
         y = named("/mlp", self.mlp(modulate(h, shift_m, scale_m)))
-        h = h + per_site(gate_m, h.shape[1]) * dropout(y, self.dropout, keys_m)
+        h = constrain(h + per_site(gate_m, h.shape[1]) * dropout(y, self.dropout, keys_m), "batch", "sites", None)
         return named("", h)
 
 
@@ -100,7 +119,10 @@ class Stack(nnx.Module):
 
     scan=True holds one block whose parameters have a leading axis `depth` and runs it in `jax.lax.scan`:
     compile time does not grow with depth, steps can be slower. From one seed both have the same weights.
-    remat=True recomputes each block in the backward pass (`jax.checkpoint`).
+    remat says what of each block the forward pass keeps for the backward pass, which recomputes the rest
+    (`jax.checkpoint`): "none" recomputes nothing, "full" all but the block's input; "dots" keeps the results of matrix
+    products, "dots_no_batch" those without batch axes (not attention's), "offload_dots" these in the host's pinned
+    memory, "everything" all that JAX would. True is "full", False "none".
     """
 
     def __init__(
@@ -109,11 +131,14 @@ class Stack(nnx.Module):
         depth: int,
         *,
         scan: bool = False,
-        remat: bool = False,
+        remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
         if depth < 1:
             raise ValueError(f"depth={depth}: expected at least one block")
+        remat = {True: "full", False: "none"}.get(remat, remat)
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r}: expected True, False or one of {', '.join(map(repr, REMAT))}")
         self.depth, self.scan, self.remat = depth, scan, remat
         keys = jax.random.split(rngs.params(), depth)
         if scan:
@@ -140,30 +165,43 @@ class Stack(nnx.Module):
         if self.scan:
             return self._scanned(h, c, keys, layout)
         # A listener needs the values, which remat's inner trace would not let out; remat changes none.
-        remat = self.remat and not active()
+        remat = "none" if active() else self.remat
+        told = []
         for i, block in enumerate(self.blocks):
             graphdef, params = nnx.split(block)
             layer_keys = None if keys is None else random.fold_in(keys, i)
             own = layout and layout.layer(i)
 
             def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
-                return nnx.merge(graphdef, params)(h, c, keys=keys, name=name, layout=layout)
+                with auxiliary.collect() as collector:
+                    h = nnx.merge(graphdef, params)(h, c, keys=keys, name=name, layout=layout)
+                return h, collector.found()
 
-            h = (jax.checkpoint(run) if remat else run)(params, h, c, layer_keys)
+            h, found = _rematerialised(run, remat)(params, h, c, layer_keys)
+            told.append(found)
+        jax.tree.map(lambda *layers: jnp.stack(layers), *told).mean().tell()
         return h
 
     def _scanned(self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None) -> Array:
         refuse("block", "the blocks are scanned; build the network with scan=False (see `unstack_blocks`)")
         graphdef, stacked = nnx.split(self.blocks)
 
-        def body(h: Array, layer: tuple) -> tuple[Array, None]:
+        def body(h: Array, layer: tuple) -> tuple[Array, auxiliary.Found]:
             params, i = layer
             layer_keys = None if keys is None else random.fold_in(keys, i)
-            return nnx.merge(graphdef, params)(h, c, keys=layer_keys, layout=layout and layout.layer(i)), None
+            with auxiliary.collect() as collector:
+                h = nnx.merge(graphdef, params)(h, c, keys=layer_keys, layout=layout and layout.layer(i))
+            return h, collector.found()
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
-        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
-        return jax.lax.scan(body, h, (stacked, jnp.arange(self.depth)))[0]
+        body = _rematerialised(body, self.remat, prevent_cse=False)
+        h, told = jax.lax.scan(body, h, (stacked, jnp.arange(self.depth)))
+        told.mean().tell()
+        return h
+
+
+def _rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
+    return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], **options)
 
 
 def stack_blocks(params: Params) -> Params:

@@ -1,0 +1,55 @@
+"""Where the axes of a network's arrays lie on a mesh of devices: the names, and the constraints inside networks.
+
+A network says what the axes of an array are (batch, sites, heads); which mesh axes carry these is said here. Outside a
+mesh nothing happens, not even at trace time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+# Tokens travel between the devices of `expert` only on their way into the experts and back: elsewhere it carries rows.
+BATCH_AXES = ("data", "fsdp", "expert")
+CARRIERS = {
+    "batch": BATCH_AXES,
+    "sites": ("sequence",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "experts": ("expert",),
+    "rows of experts": ("data", "fsdp"),  # the batch where `expert` carries the experts
+}
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """`x`, laid over the mesh under which it is traced (`jax.set_mesh`, `compile_step`), as the names of its axes say.
+
+    axes: for each axis of x one of `CARRIERS`, or None for an axis that every device holds whole.
+    A batch that its mesh axes do not divide is left to the compiler. Raises ValueError for other axes that do not
+    divide: what was asked of the mesh would not be done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    cutting = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if size > 1 and kind == AxisType.Auto
+    }
+    if not cutting.keys() & {*AXES}:
+        return x
+    entries = []
+    for size, axis in zip(x.shape, axes, strict=True):
+        over = tuple(name for name in CARRIERS.get(axis, ()) if name in cutting)
+        if size % (ways := math.prod(cutting[name] for name in over)) == 0:
+            entries.append(over or None)
+        elif axis in ("batch", "rows of experts"):
+            entries.append(PartitionSpec.UNCONSTRAINED)
+        else:
+            raise ValueError(
+                f"the mesh axis {over[0]}={ways} does not divide {size} {axis}: choose another size in "
+                "config.train.mesh, or another network"
+            )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
