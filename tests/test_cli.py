@@ -12,7 +12,7 @@ from ddjax.cli import main
 from ddjax.experiment import build
 from ddjax.training import load_safetensors, loop
 
-COMMANDS = ("train", "sample", "edit", "search", "eval", "bench", "export")
+COMMANDS = ("train", "sample", "edit", "search", "eval", "bench", "data", "export")
 
 
 @pytest.fixture(autouse=True)
