@@ -1,4 +1,4 @@
-"""The command line: `ddjax train | sample | edit | search | eval | bench | export`."""
+"""The command line: `ddjax train | sample | edit | search | eval | bench | export | launch`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddjax import commands
+from ddjax import cluster, commands
 
 OVERRIDES = """\
 Any key of the config can be overridden: --config.train.steps=2000 --config.denoiser.options.width=128
@@ -23,6 +23,11 @@ Writes the originals, what is drawn of them under their own labels, and the edit
 the first. The less of the way is gone up (--start), the more is kept."""
 
 
+LAUNCH = """\
+Example: ddjax launch local --processes 2 --devices-per-process 4 -- train --config CONFIG --workdir runs/two
+What comes behind -- is a command of ddjax."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -30,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     DDJAX_DEBUG=1 in the environment shows the whole traceback of an error.
     """
+    argv, command = _split(sys.argv[1:] if argv is None else list(argv))
     arguments, overrides = parser().parse_known_args(argv)
+    arguments.command_line = command
     name = f"ddjax {arguments.command}"
     taken = tuple(f"--config.{section}" for section in getattr(arguments, "overrides", ()))
     stray = [a for a in overrides if not a.startswith(taken)]
@@ -43,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown, warnings.formatwarning = warnings.formatwarning, lambda text, *_: f"{name}: warning: {_one_line(text)}\n"
     try:
         _prepare_jax()
+        if arguments.joins:
+            cluster.join()
         return arguments.run(arguments, overrides) or 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -54,9 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DDJAX_DEBUG"):
             raise
         print(f"{name}: {_one_line(_message(error))}", file=sys.stderr)
+        if cluster.joined():  # an orderly exit waits for the others, who wait for this one in the middle of a step
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         return 1
     finally:
         warnings.formatwarning = shown
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What comes before and after the `--` of `ddjax launch`."""
+    if argv[:1] != ["launch"] or "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,9 +93,16 @@ def parser() -> argparse.ArgumentParser:
     _add_config(train)
     _add_workdir(train, "folder of the run: checkpoints, metrics, samples; made if absent, continued if it holds a run")
     train.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    train.add_argument(
+        "--stopped-status", type=int, default=0, metavar="N",
+        help="exit status where a signal stopped the run before its end, all saved (default: 0); schedulers start "
+        "again what ends with another",
+    )  # fmt: skip
+    train.set_defaults(joins=True)
 
     sample = _command(known, "sample", commands.sample, "draw samples from a trained model")
     _add_workdir(sample, "folder of the run")
+    sample.set_defaults(joins=True)
     sample.add_argument("--num", type=int, help="how many (default: the config's)")
     sample.add_argument(
         "--out",
@@ -133,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         "--rows", type=int, nargs="+", metavar="ROW",
         help="draw these of the seed's samples only, numbered from 0 (in place of --num)",
     )  # fmt: skip
-    sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(sample)
 
     edit = _command(
         known, "edit", commands.edit, "invert items of the data and draw them again, under another label", epilog=EDIT
@@ -169,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="classifier-free guidance scale of the edit (default: the config's)"
     )
     edit.add_argument("--seed", type=int, default=0, help="of the path and of fresh noise")
-    edit.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(edit)
 
     search = _command(known, "search", commands.search, "learn a fast sampler for a trained model, whose weights stay")
     _add_workdir(search, "folder of the run")
@@ -199,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, nargs="+", help="classifier-free guidance scale to learn for; several as --steps"
     )
     search.add_argument("--seed", type=int, default=0, help="of the search")
-    search.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(search)
 
     evaluate = _command(
         known, "eval", commands.evaluate, "report the likelihood of held-out data, in bits per dimension",
@@ -207,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.set_defaults(overrides=("eval.",))
     _add_workdir(evaluate, "folder of the run")
+    evaluate.set_defaults(joins=True)
     evaluate.add_argument(
         "--likelihood",
         choices=("bound", "ode"),
@@ -223,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance", type=float, help="guidance scale of those samples (default: the config's)")
     evaluate.add_argument("--data", help="path of the data, if it has moved since training")
     evaluate.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
-    evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(evaluate)
 
     bench = _command(
         known,
@@ -267,8 +296,16 @@ def parser() -> argparse.ArgumentParser:
 
     export = _command(known, "export", commands.export, "write the averaged parameters as safetensors")
     _add_workdir(export, "folder of the run")
+    export.set_defaults(joins=True)
     export.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
-    export.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(export)
+
+    launch = _command(
+        known, "launch", commands.launch, "run a command as several processes that find each other", epilog=LAUNCH
+    )
+    launch.add_argument("where", choices=("local",), help="local: on this machine's CPU (clusters: docs/launch.md)")
+    launch.add_argument("--processes", type=int, required=True, help="how many")
+    launch.add_argument("--devices-per-process", type=int, default=1, help="CPU devices of each (default: 1)")
     return top
 
 
@@ -281,7 +318,7 @@ def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = N
         allow_abbrev=False,  # --conf must not swallow an override
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, joins=False)
     return command
 
 
@@ -292,6 +329,17 @@ def _add_config(command: argparse.ArgumentParser, required: bool = True) -> None
 
 def _add_workdir(command: argparse.ArgumentParser, words: str) -> None:
     command.add_argument("--workdir", type=Path, required=True, help=words)
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--step", type=_step, metavar="N|best",
+        help="checkpoint to use: a step, or best, that with the lowest evaluated bound (default: the newest good one)",
+    )  # fmt: skip
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def _prepare_jax() -> None:

@@ -142,7 +142,8 @@ class TrainConfig:
     eval_every: int = 0
     sample_every: int = 0
     checkpoint_every: int = 500
-    keep: int = 2  # checkpoints
+    keep: int = 2  # checkpoints, the latest
+    keep_best: bool = True  # and the one with the lowest bound of those evaluated (eval_every), saved when it is found
     prefetch: int = 2  # batches loaded ahead
     tensorboard: bool = False  # needs ddjax[tensorboard]
     wandb: str = ""  # project; needs ddjax[wandb]
@@ -215,7 +216,8 @@ class Config:
 # (`train.steps` does stretch a learning-rate decay that is still under way.)
 CHANGEABLE = (
     *("train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.checkpoint_every"),
-    *("train.keep", "train.prefetch", "train.mesh", "train.tensorboard", "train.wandb", "sample", "eval"),
+    *("train.keep", "train.keep_best", "train.prefetch", "train.mesh", "train.tensorboard", "train.wandb"),
+    *("sample", "eval"),
 )
 
 
