@@ -36,7 +36,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-STEPS, EVERY = 240, 8
 CONFIG = """
 def get_config():
     return {{
@@ -96,6 +95,10 @@ class Job:
         logs = [log.with_suffix(".err") for log in self.logs]
         return "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
+    def begun(self) -> bool:
+        """Whether it has got hold of its folder; what metrics.jsonl says before is of the start before."""
+        return " steps of " in self.said()
+
     def errors(self) -> list[str]:
         """What was printed to stderr but for warnings."""
         return [line for line in self.warned().splitlines() if line.strip() and "warning:" not in line]
@@ -104,8 +107,8 @@ class Job:
 class Bench:
     """A folder with data and config, and how a training in it is started."""
 
-    def __init__(self, root: Path, processes: int):
-        self.root, self.processes = root, processes
+    def __init__(self, root: Path, processes: int, steps: int, every: int):
+        self.root, self.processes, self.steps, self.every = root, processes, steps, every
         self.data, self.config = root / "data.npz", root / "config.py"
         self.count = 0
 
@@ -114,7 +117,7 @@ class Bench:
 
         rng = np.random.default_rng(0)
         np.savez(self.data, x=rng.integers(0, 17, (200, 8, 8, 1)).astype(np.uint8), y=np.arange(200) % 10)
-        self.config.write_text(CONFIG.format(data=str(self.data), steps=STEPS, every=EVERY))
+        self.config.write_text(CONFIG.format(data=str(self.data), steps=self.steps, every=self.every))
 
     def start(self, workdir: Path) -> Job:
         """Fork, and train there."""
@@ -151,7 +154,7 @@ def _train(bench: Bench, workdir: Path, log: Path, number: int, port: int) -> No
                 "DDJAX_PROCESSES": str(bench.processes),
                 "DDJAX_PROCESS": str(number),
             }
-            jax.config.update("jax_num_cpu_devices", 2)
+            jax.config.update("jax_num_cpu_devices", 1)
         status = cli.main(["train", "--config", str(bench.config), "--workdir", str(workdir)])
         if bench.processes > 1:
             jax.distributed.shutdown()  # what an ordinary end of the program does
@@ -196,7 +199,8 @@ def steps(workdir: Path) -> list[int]:
 
 def files(folder: Path) -> list[Path]:
     """Files that a checkpoint needs: those that its manifest lists."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and "CHECKPOINT_METADATA" not in path.name]
+    listed = json.loads((folder.parent / "manifests" / f"{folder.name}.json").read_text())
+    return [folder / name for name in sorted(listed)]
 
 
 def harm(path: Path, how: str, rng: random.Random) -> None:
@@ -226,9 +230,9 @@ class Scene:
     def on_the_way(self) -> Job | None:
         """A start that has come to a random step; None where the run is over."""
         now = steps(self.workdir)[-1:] or [0]
-        target = self.rng.randint(now[0] + 1, min(now[0] + 6 * EVERY, STEPS))
+        target = self.rng.randint(now[0] + 1, min(now[0] + 6 * self.bench.every, self.bench.steps))
         job = self.bench.start(self.workdir)
-        if not until(job, lambda: progress(self.workdir) >= target):
+        if not until(job, lambda: job.begun() and progress(self.workdir) >= target):
             self.check_end(job)
             return None
         time.sleep(self.rng.random() * 0.02)
@@ -394,7 +398,7 @@ def _kinds() -> dict[str, tuple[int, str, Callable[[Scene], str | None]]]:
         "data file truncated": (2, "one", lambda s: s.data("truncated")),
         "data bit flipped": (2, "one", lambda s: s.data("flipped")),
         "disk full": (3, "small disk", Scene.disk_full),
-        "one of two processes SIGKILLed": (4, "two", Scene.one_of_two),
+        "one of two processes SIGKILLed": (2, "two", Scene.one_of_two),
     }
 
 
@@ -460,7 +464,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
     rng, kinds, results = random.Random(seed), _kinds(), []
-    benches = {"one": Bench(root / "one", 1), "two": Bench(root / "two", 2)}
+    benches = {"one": Bench(root / "one", 1, 120, 6), "two": Bench(root / "two", 2, 36, 4)}
     for bench in benches.values():
         bench.root.mkdir()
         bench.prepare()
@@ -484,7 +488,7 @@ def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
         queues = collections.defaultdict(list)
         for name in names:
             queues[chosen[name][1]].append(name)
-        for where, queue in queues.items():
+        for where, queue in sorted(queues.items()):
             bench = benches["two" if where == "two" else "one"]
             while queue:
                 runs += 1
@@ -502,7 +506,8 @@ def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
                         break  # the run was over before: the fault is for the next
                     queue.pop()
                     hits.append({"run": runs, "fault": name, "came": came, "seconds": time.monotonic() - began})
-                    print(f"{len(results) + len(hits):3d} run {runs} {name}: {came}", flush=True)
+                    took = f"{hits[-1]['seconds']:.1f} s"
+                    print(f"{len(results) + len(hits):3d} run {runs} {name}: {came} ({took})", flush=True)
                 try:
                     job = bench.start(workdir)
                     scene.check_end(job)

@@ -190,16 +190,15 @@ class Run:
                 drawn = sample_long(*arguments, **{k: v for k, v in settings.items() if k != "init"})
             elif parallel is not None:
                 settings |= {"window": parallel, "tolerance": tolerance}
-                drawn = sample_parallel(*arguments, **settings, trajectory=trajectory)
+                drawn = spread.whole(sample_parallel(*arguments, **settings, trajectory=trajectory))
             elif callback is None:
-                drawn = sample(*arguments, **settings, trajectory=trajectory)
+                drawn = spread.whole(sample(*arguments, **settings, trajectory=trajectory))
             else:
                 for part in stream(*arguments, **settings, every=every):
                     part = part._replace(**spread.whole({"x": part.x, "nfe": part.nfe, "x0": part.x0}))
                     drawn = Sample(part.x, part.nfe)
                     x0 = None if part.x0 is None else part.x0[:new]
                     callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new], x0))
-            drawn = spread.whole(drawn)
             path = jax.vmap(experiment.clean)(drawn.trajectory)[:, :new] if trajectory else None
             # The last chunk repeats its last row to keep one compiled shape.
             parts.append(Sample(experiment.clean(drawn.x0)[:new], drawn.nfe[:new], path))
