@@ -16,10 +16,13 @@ def seeds(rows: Sequence[int] | None, n: int) -> Int[np.ndarray, " n"]:
     return found
 
 
-def chunks(n: int, size: int) -> Iterator[np.ndarray]:
-    """Row numbers in chunks of one size, so that one program serves all; the last is filled with the last row."""
+def chunks(n: int, size: int, ways: int = 1) -> Iterator[np.ndarray]:
+    """Row numbers in chunks of one size, so that one program serves all; the last is filled with the last row.
+
+    ways: the size is the next multiple of this.
+    """
     if n < 1 or size < 1:
         raise ValueError(f"at least one example and a batch_size of one are needed, got {n} and {size}")
-    size = min(size, n)
+    size = -(-min(size, n) // ways) * ways
     for start in range(0, n, size):
         yield np.minimum(np.arange(start, start + size), n - 1)

@@ -1,4 +1,4 @@
-"""The command line: `ddjax train | sample | edit | search | eval | bench | plan | data | export`."""
+"""The command line: `ddjax train | sample | edit | search | eval | bench | plan | data | export | launch`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddjax import commands
+from ddjax import cluster, commands
 
 OVERRIDES = """\
 Any key of the config can be overridden: --config.train.steps=2000 --config.denoiser.options.width=128
@@ -35,6 +35,11 @@ Prints where each parameter lies, bytes per device, collectives, FLOPs, and the 
 config can be overridden: --config.train.mesh="{'fsdp': -1, 'tensor': 8}". docs/scaling.md checks it by hand."""
 
 
+LAUNCH = """\
+Example: ddjax launch local --processes 2 --devices-per-process 4 -- train --config CONFIG --workdir runs/two
+What comes behind -- is a command of ddjax."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -42,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     DDJAX_DEBUG=1 in the environment shows the whole traceback of an error.
     """
+    argv, command = _split(sys.argv[1:] if argv is None else list(argv))
     arguments, overrides = parser().parse_known_args(argv)
+    arguments.command_line = command
     name = f"ddjax {arguments.command}"
     taken = tuple(f"--config.{section}" for section in getattr(arguments, "overrides", ()))
     stray = [a for a in overrides if not a.startswith(taken)]
@@ -55,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown, warnings.formatwarning = warnings.formatwarning, lambda text, *_: f"{name}: warning: {_one_line(text)}\n"
     try:
         _prepare_jax()
+        if arguments.joins:
+            cluster.join()
         return arguments.run(arguments, overrides) or 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -66,9 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DDJAX_DEBUG"):
             raise
         print(f"{name}: {_one_line(_message(error))}", file=sys.stderr)
+        if cluster.joined():  # an orderly exit waits for the others, who wait for this one in the middle of a step
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         return 1
     finally:
         warnings.formatwarning = shown
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What comes before and after the `--` of `ddjax launch`."""
+    if argv[:1] != ["launch"] or "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,9 +105,16 @@ def parser() -> argparse.ArgumentParser:
     _add_config(train)
     _add_workdir(train, "folder of the run: checkpoints, metrics, samples; made if absent, continued if it holds a run")
     train.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    train.add_argument(
+        "--stopped-status", type=int, default=0, metavar="N",
+        help="exit status where a signal stopped the run before its end, all saved (default: 0); schedulers start "
+        "again what ends with another",
+    )  # fmt: skip
+    train.set_defaults(joins=True)
 
     sample = _command(known, "sample", commands.sample, "draw samples from a trained model")
     _add_workdir(sample, "folder of the run")
+    sample.set_defaults(joins=True)
     sample.add_argument("--num", type=int, help="how many (default: the config's)")
     sample.add_argument(
         "--out",
@@ -145,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         "--rows", type=int, nargs="+", metavar="ROW",
         help="draw these of the seed's samples only, numbered from 0 (in place of --num)",
     )  # fmt: skip
-    sample.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(sample)
 
     edit = _command(
         known, "edit", commands.edit, "invert items of the data and draw them again, under another label", epilog=EDIT
@@ -181,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="classifier-free guidance scale of the edit (default: the config's)"
     )
     edit.add_argument("--seed", type=int, default=0, help="of the path and of fresh noise")
-    edit.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(edit)
 
     search = _command(known, "search", commands.search, "learn a fast sampler for a trained model, whose weights stay")
     _add_workdir(search, "folder of the run")
@@ -211,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, nargs="+", help="classifier-free guidance scale to learn for; several as --steps"
     )
     search.add_argument("--seed", type=int, default=0, help="of the search")
-    search.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(search)
 
     evaluate = _command(
         known, "eval", commands.evaluate, "report the likelihood of held-out data, in bits per dimension",
@@ -219,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.set_defaults(overrides=("eval.",))
     _add_workdir(evaluate, "folder of the run")
+    evaluate.set_defaults(joins=True)
     evaluate.add_argument(
         "--likelihood",
         choices=("bound", "ode"),
@@ -235,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance", type=float, help="guidance scale of those samples (default: the config's)")
     evaluate.add_argument("--data", help="path of the data, if it has moved since training")
     evaluate.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
-    evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(evaluate)
 
     bench = _command(
         known,
@@ -304,8 +333,16 @@ def parser() -> argparse.ArgumentParser:
 
     export = _command(known, "export", commands.export, "write the averaged parameters as safetensors")
     _add_workdir(export, "folder of the run")
+    export.set_defaults(joins=True)
     export.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
-    export.add_argument("--step", type=int, help="checkpoint to use (default: the newest good one)")
+    _add_step(export)
+
+    launch = _command(
+        known, "launch", commands.launch, "run a command as several processes that find each other", epilog=LAUNCH
+    )
+    launch.add_argument("where", choices=("local",), help="local: on this machine's CPU (clusters: docs/launch.md)")
+    launch.add_argument("--processes", type=int, required=True, help="how many")
+    launch.add_argument("--devices-per-process", type=int, default=1, help="CPU devices of each (default: 1)")
     return top
 
 
@@ -318,7 +355,7 @@ def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = N
         allow_abbrev=False,  # --conf must not swallow an override
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, joins=False)
     return command
 
 
@@ -368,6 +405,17 @@ def _add_workdir(command: argparse.ArgumentParser, words: str) -> None:
     command.add_argument("--workdir", type=Path, required=True, help=words)
 
 
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--step", type=_step, metavar="N|best",
+        help="checkpoint to use: a step, or best, that with the lowest evaluated bound (default: the newest good one)",
+    )  # fmt: skip
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def _prepare_jax() -> None:
     """Settings of every command: quiet logs and a compilation cache that outlives the process."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -376,7 +424,8 @@ def _prepare_jax() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddjax" / "jax"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _message(error: BaseException) -> str:

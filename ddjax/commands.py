@@ -15,8 +15,8 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from ddjax.config import load
     from ddjax.training import loop
 
-    loop.train(load(arguments.config, overrides), arguments.workdir, show=not arguments.quiet)
-    return 0
+    run = loop.train(load(arguments.config, overrides), arguments.workdir, show=not arguments.quiet)
+    return arguments.stopped_status if run is None else 0
 
 
 def _load(arguments: argparse.Namespace) -> Any:
@@ -25,17 +25,32 @@ def _load(arguments: argparse.Namespace) -> Any:
     return load(arguments.workdir, step=arguments.step)
 
 
+def _load_over_all(arguments: argparse.Namespace) -> Any:
+    """The run over all devices, of all processes: as it was trained where that fits, else batches alone are cut."""
+    import jax
+
+    from ddjax.training import make_mesh
+
+    run = _load(arguments)
+    if jax.device_count() == 1:
+        return run
+    try:
+        return run.over(make_mesh(run.config.train.mesh))
+    except ValueError:  # made for other devices
+        return run.over(make_mesh())
+
+
 def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Draw samples and write them."""
     import jax
     import numpy as np
 
-    from ddjax import companions
+    from ddjax import cluster, companions
     from ddjax.animation import SUFFIXES, animate, check_animation
     from ddjax.experiment import load_data
     from ddjax.training.loop import samples_path, write_samples
 
-    run = _load(arguments)
+    run = _load_over_all(arguments)
     num = run.config.sample.num if arguments.num is None else arguments.num
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}")
@@ -84,6 +99,8 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         parallel=arguments.parallel,
         tolerance=arguments.tolerance,
     )
+    if not cluster.first():
+        return 0
     if moving:
         animate(run.data, np.asarray(drawn.trajectory), path)
     else:
@@ -191,18 +208,23 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Report likelihoods, and how many labels are right."""
     import json
 
+    from ddjax import cluster
     from ddjax.config import overridden
     from ddjax.training import loop
     from ddjax.training.manifest import write_atomically
     from ddjax.training.report import describe_bound
 
-    run = _load(arguments)
+    run = _load_over_all(arguments)
     config = _with_data(overridden(run.config, overrides), arguments.data, arguments.num_times)
     values = loop.evaluate(run, config, likelihood=arguments.likelihood)
-    print(describe_bound(values, config.data.eval_split))
+    if cluster.first():
+        print(describe_bound(values, config.data.eval_split))
     if arguments.labels:
         scale = run.config.sample.guidance if arguments.guidance is None else arguments.guidance
         values["label_accuracy"], values["guidance"] = loop.judge_labels(run, config, arguments.labels, scale), scale
+    if not cluster.first():
+        return 0
+    if arguments.labels:
         print(
             f"{values['label_accuracy']:.1%} of {arguments.labels} samples are given their own label "
             f"(guidance {scale:g})"
@@ -336,13 +358,18 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write the parameters."""
     import json
 
+    from ddjax import cluster
     from ddjax.config import to_dict
     from ddjax.training import export_safetensors
 
-    run = _load(arguments)
-    metadata = {"step": str(run.step), "config": json.dumps(to_dict(run.config))}
-    export_safetensors(arguments.out, run.params, metadata)
-    print(f"parameters of step {run.step} -> {arguments.out}")
+    run = _load(arguments)  # every process reads, because Orbax reads together; one writes
+
+    def write() -> None:
+        metadata = {"step": str(run.step), "config": json.dumps(to_dict(run.config))}
+        export_safetensors(arguments.out, run.params, metadata)
+        print(f"parameters of step {run.step} -> {arguments.out}")
+
+    cluster.on_first(write)
     return 0
 
 
@@ -370,3 +397,18 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     made = plans.plan(config, data, arguments.devices, chip_name=arguments.chip, compiler=arguments.compile)
     print(plans.format_plan(made))
     return 0
+
+
+def launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Run a command as several processes."""
+    import sys
+
+    from ddjax import launch
+
+    if not arguments.command_line:
+        raise ValueError("nothing to launch: give a command behind --, such as: -- train --config ... --workdir ...")
+    return launch.local(
+        [sys.executable, "-m", "ddjax", *arguments.command_line],
+        processes=arguments.processes,
+        devices_per_process=arguments.devices_per_process,
+    )

@@ -158,7 +158,8 @@ class TrainConfig:
     eval_every: int = 0
     sample_every: int = 0
     checkpoint_every: int = 500
-    keep: int = 2  # checkpoints
+    keep: int = 2  # checkpoints, the latest
+    keep_best: bool = True  # and the one with the lowest bound of those evaluated (eval_every), saved when it is found
     prefetch: int = 2  # batches loaded ahead
     workers: int = 0  # processes that load, each prefetch batches ahead; 0: threads of this one
     device_prefetch: int = 1  # batches copied to the devices ahead
@@ -236,6 +237,7 @@ CHANGEABLE = (
     *("train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.checkpoint_every"),
     *(
         "train.keep",
+        "train.keep_best",
         "train.prefetch",
         "train.workers",
         "train.device_prefetch",

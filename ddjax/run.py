@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from ddjax.predictions import BoundDenoiser, bind, check_bound
 from ddjax.sampling import Observed, Partial, padded, sample, stream
 from ddjax.shaping import shaped
 from ddjax.solvers import Stopping, learned
+from ddjax.training.mesh import state_shardings
+from ddjax.training.spread import Spread
 from ddjax.types import Bound, Params, Rows, Sample, State
 
 DESCRIPTION = "run.json"  # config and data description, written once at the start of a training
@@ -41,6 +43,7 @@ class Run:
     experiment: Experiment  # as it samples: `Experiment.trained`
     params: Params  # the network's, the moving average
     step: int  # of training
+    mesh: jax.sharding.Mesh | None = None  # over which `sample`, `nelbo` and `ode` lay their batches
 
     @property
     def config(self) -> Config:
@@ -122,6 +125,8 @@ class Run:
         parallel: so many steps at once, made and corrected until they are right to `tolerance` (`sample_parallel`):
             fewer calls of the network one after the other, of `parallel` times as many states.
         """
+        if self.mesh is not None and length is not None:
+            self = self.alone  # window by window: every process by itself
         experiment = self.experiment
         if n < 1:
             raise ValueError(f"at least one sample is needed, got {n}")
@@ -158,7 +163,10 @@ class Run:
         else:
             groups = self._chosen(policy, cond, guidance)
         own_rows, parts, order = seeds(rows, n), [], np.concatenate([own for _, own in groups])
-        for (step, times), own, chunk in ((s, g, c) for s, g in groups for c in chunks(len(g), batch_size)):
+        spread = Spread(self.mesh)
+        for (step, times), own, chunk in (
+            (s, g, c) for s, g in groups for c in chunks(len(g), batch_size, spread.ways)
+        ):
             which, new = own[chunk], min(len(chunk), len(own) - chunk[0])
             if stop is not None and length is None:
                 step = Stopping(step, stop)
@@ -173,6 +181,7 @@ class Run:
                 "observed": known,
                 "rows": rows,
             }
+            settings |= spread.rows({name: settings[name] for name in ("cond", "init", "observed", "rows")})
             arguments = key, denoise, experiment.sampling_process
             if length is not None:
                 (window,) = self.data.shape
@@ -181,11 +190,12 @@ class Run:
                 drawn = sample_long(*arguments, **{k: v for k, v in settings.items() if k != "init"})
             elif parallel is not None:
                 settings |= {"window": parallel, "tolerance": tolerance}
-                drawn = sample_parallel(*arguments, **settings, trajectory=trajectory)
+                drawn = spread.whole(sample_parallel(*arguments, **settings, trajectory=trajectory))
             elif callback is None:
-                drawn = sample(*arguments, **settings, trajectory=trajectory)
+                drawn = spread.whole(sample(*arguments, **settings, trajectory=trajectory))
             else:
                 for part in stream(*arguments, **settings, every=every):
+                    part = part._replace(**spread.whole({"x": part.x, "nfe": part.nfe, "x0": part.x0}))
                     drawn = Sample(part.x, part.nfe)
                     x0 = None if part.x0 is None else part.x0[:new]
                     callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new], x0))
@@ -431,12 +441,33 @@ class Run:
         self, score: Callable[[State, Any, Rows], NamedTuple], x0: State, cond: Any, batch_size: int | None
     ) -> Any:
         """What `score(x0, cond, rows)` says of all examples: chunk by chunk, its arrays joined."""
-        x0, parts = self.checked(x0), []
-        for rows in chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
-            labels = jax.tree.map(lambda v, rows=rows: jnp.asarray(np.asarray(v)[rows]), cond)
-            parts.append(score(jnp.asarray(x0[rows]), labels, Rows(jnp.asarray(rows), len(rows))))
-        arrays = (name for name, value in parts[0]._asdict().items() if isinstance(value, jax.Array))
-        return parts[0]._replace(**{n: jnp.concatenate([getattr(p, n) for p in parts])[: len(x0)] for n in arrays})
+        x0, parts, spread = self.checked(x0), [], Spread(self.mesh)
+        batch_size = self.config.eval.batch_size if batch_size is None else batch_size
+        for rows in chunks(len(x0), batch_size, spread.ways):
+            labels = jax.tree.map(lambda v, rows=rows: np.asarray(v)[rows], cond)
+            own, labels, index = spread.rows((x0[rows], labels, rows))
+            found = score(own, labels, Rows(index, len(rows)))
+            parts.append(spread.whole({n: v for n, v in found._asdict().items() if isinstance(v, jax.Array)}))
+        return found._replace(**{n: jnp.concatenate([part[n] for part in parts])[: len(x0)] for n in parts[0]})
+
+    @property
+    def alone(self) -> Run:
+        """The same without a mesh, its parameters whole on one device of each process. All processes must ask."""
+        return dataclasses.replace(self, params=Spread(self.mesh).whole(self.params), mesh=None)
+
+    def over(self, mesh: jax.sharding.Mesh) -> Run:
+        """The same over a mesh of any devices: `sample`, `nelbo` and `ode` share their batches out.
+
+        Large parameters are cut along the mesh's axis `fsdp`, if it has one. With several processes, every one of them
+        calls the same with the same arguments and gets the whole result; it is what one device gives, to rounding.
+        """
+        shardings = state_shardings(self.params, mesh)
+
+        def place(array, sharding):
+            array = np.asarray(array)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return dataclasses.replace(self, params=jax.tree.map(place, self.params, shardings), mesh=mesh)
 
     def checked(self, x0: State) -> np.ndarray:
         """States of the data's shape, any number of them. Raises ValueError for others."""
@@ -446,8 +477,10 @@ class Run:
         return x0
 
 
-def load(workdir: str | Path, *, step: int | None = None) -> Run:
+def load(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> Run:
     """Load the run in `workdir`: its config, and the averaged parameters of its newest good checkpoint (or of `step`).
+
+    step: "best" is the one with the lowest evaluated bound, where `train.keep_best` kept it.
 
     Raises FileNotFoundError where there is no run, `training.CheckpointError` where no checkpoint can be read.
     """

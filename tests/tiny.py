@@ -110,8 +110,8 @@ def environment():
 def ddjax(*arguments, **options):
     """`ddjax ...` in a child process."""
     command = [sys.executable, "-m", "ddjax", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes | options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    return subprocess.Popen(command, **pipes | options)
 
 
 def short_run(workdir):

@@ -17,14 +17,14 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from ddjax.training import manifest
+from ddjax.training import manifest, scores
 from ddjax.training.backend import differences, disk_full, orbax
 from ddjax.training.manifest import CheckpointError, barrier, newest_good, report
 from ddjax.training.provenance import versions
@@ -42,8 +42,7 @@ class Checkpoints:
         One process group writes it at a time: opening removes what interrupted saves left. To read beside a
         running training use `load_ema`.
     keep: how many of the latest steps to keep.
-    keep_best: name of a metric; the step where it was best is kept besides.
-    best_mode: "min" or "max", which value is best.
+    best: "min" or "max": keep the step with the best `score` besides; None keeps none.
 
     Attribute `problems`: what the last `restore` found damaged, one line for each step.
     Raises CheckpointError if the folder cannot be opened.
@@ -54,15 +53,14 @@ class Checkpoints:
         directory: str | os.PathLike,
         *,
         keep: int = 2,
-        keep_best: str | None = None,
-        best_mode: Literal["min", "max"] = "min",
+        best: Literal["min", "max"] | None = None,
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        if best_mode not in ("min", "max"):
-            raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}")
+        if best not in ("min", "max", None):
+            raise ValueError(f"best must be 'min', 'max' or None, got {best!r}")
         self.directory = Path(directory).absolute()
-        self.keep, self.keep_best, self.best_mode = keep, keep_best, best_mode
+        self.keep, self.best = keep, best
         self.problems: list[str] = []
         self._saving: int | None = None
         self._closed = False
@@ -71,6 +69,7 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._sweep()
             barrier("open")
+            self._scores = scores.read(self.directory)[1]
             self._manager = self._open()
         except Exception as error:  # Orbax has no common error class, here and below
             raise CheckpointError(f"could not open the checkpoints in {self.directory}: {error}") from error
@@ -82,14 +81,12 @@ class Checkpoints:
         *,
         data: Any = None,
         config: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Store the state, in the background. It is copied off first, so it may be donated once this returns.
 
         step: the number to store it under, above all those stored.
         data, config: anything JSON can hold: the data iterator's state and the run's configuration. JSON
             makes tuples lists.
-        metrics: floats by name, for `keep_best`; a step whose value is not finite never counts as best.
 
         Raises CheckpointError if this save, or the one before it, failed: a full disk, a step already stored.
         """
@@ -106,12 +103,10 @@ class Checkpoints:
                 f"cannot save checkpoint {step}: {self.directory} already holds step {latest}. Restore it "
                 "first, or use another directory"
             )
-        score = None if metrics is None or self.keep_best is None else metrics.get(self.keep_best)
-        scores = {self.keep_best: float(score)} if score is not None and math.isfinite(score) else None
         self._saving = step
         try:
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extras=ocp.args.JsonSave(extras))
-            if not self._manager.save(step, args=items, metrics=scores):
+            if not self._manager.save(step, args=items):
                 raise RuntimeError("Orbax declined to save this step")
         except Exception as error:
             raise self._save_error(error) from error
@@ -165,8 +160,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except Exception as error:
             raise self._read_error(step, error) from error
-        for line in self.problems:
-            warnings.warn(line, stacklevel=2)
+        if jax.process_index() == 0:
+            for line in self.problems:
+                warnings.warn(line, stacklevel=2)
         self._put_aside([k for k, _ in damaged])
         return restored.state, restored.extras
 
@@ -174,11 +170,28 @@ class Checkpoints:
         """The highest step stored or being stored, good or not."""
         return self._manager.latest_step()
 
+    def score(self, step: int, value: float) -> None:
+        """Say how good a step is, when it is saved or being saved; values that are not finite never count.
+
+        Not a part of the save: an evaluation takes its time, and the state is safe before it begins.
+        """
+        if self.best is None or not math.isfinite(value):
+            return
+        kept = {k: v for k, v in self._scores.items() if k in self._manager.all_steps()}
+        self._scores = {**kept, step: float(value)}
+        if jax.process_index() == 0:
+            scores.write(self.directory, self.best, self._scores)
+
+    def would_be_best(self, value: float) -> bool:
+        """Whether a step of this score would be kept as the best."""
+        best = self.best_step()
+        if self.best is None or not math.isfinite(value):
+            return False
+        return best is None or (value < self._scores[best] if self.best == "min" else value > self._scores[best])
+
     def best_step(self) -> int | None:
-        """The step with the best metric, if `keep_best` was asked for and any step has one."""
-        self.wait()
-        scored = [k for k in self._manager.all_steps() if self._manager.metrics(k)]
-        return self._manager.best_step() if self.keep_best and scored else None
+        """The step with the best score (the later of equals) of those on disk or being saved; None without scores."""
+        return self._best_of(self._manager.all_steps())
 
     def all_steps(self) -> list[int]:
         """The steps on disk, ascending, after the last save is done."""
@@ -203,6 +216,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may be gone, and closing waits for them
         try:
             self.close()
         except CheckpointError as failure:
@@ -210,24 +225,15 @@ class Checkpoints:
                 raise
             warnings.warn(str(failure), stacklevel=2)  # the error under way is the one to see
 
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        return scores.best_of(self.best, {k: v for k, v in self._scores.items() if k in steps})
+
     def _open(self):
         ocp = orbax()
-        cms = ocp.checkpoint_managers
-        policy, best = cms.LatestN(self.keep), {}
-        if self.keep_best is not None:
-            score = lambda metrics: metrics[self.keep_best]  # noqa: E731
-            reverse = self.best_mode == "min"
-            ranked = cms.BestN(get_metric_fn=score, reverse=reverse, n=1, keep_checkpoints_without_metrics=False)
-            # The policy decides what is kept; best_step() and the stored metrics need best_fn as well.
-            policy, best = (
-                cms.AnyPreservationPolicy([policy, ranked]),
-                {"best_fn": score, "best_mode": self.best_mode},
-            )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
+            preservation_policy=_LatestAndBest(self),
             save_root_metadata=False,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._vouch),
-            **best,
         )
         # Named handlers: without them a manager that has saved nothing yet knows no metadata of older steps.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "extras": ocp.JsonCheckpointHandler()}
@@ -245,8 +251,9 @@ class Checkpoints:
         step, self._saving = self._saving, None
         if jax.process_index() == 0:
             self._sweep()
-        self._manager = self._open()  # the failed one would raise again
-        good = self.latest_step()
+        if jax.process_count() == 1:  # elsewhere opening waits for the others, whose saves may have gone well
+            self._manager = self._open()  # the failed one would raise again
+        good = max((k for k in _steps(self.directory) if k != step), default=None)
         last = f"the last good checkpoint is step {good}" if good is not None else "there is no older checkpoint"
         reason = f"no space left on {self.directory}" if disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(f"could not save checkpoint at step {step}: {reason}; {last}")
@@ -279,6 +286,24 @@ class Checkpoints:
             self._drop_stale_manifests()
         barrier("put_aside")
         self._manager.reload()
+        self._scores = {step: score for step, score in self._scores.items() if step not in steps}
+
+
+class _LatestAndBest:
+    """What Orbax asks which steps to keep (its `PreservationPolicy`)."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps, mine = [found.step for found in checkpoints], self._checkpoints
+        best = mine._best_of(steps)
+        return [step == best or step in steps[-mine.keep :] for step in steps]
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps in a folder, ascending."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
 
 
 def _plain(value: Any) -> Any:
@@ -289,12 +314,12 @@ def _plain(value: Any) -> Any:
 
 
 def load_ema(
-    directory: str | os.PathLike, step: int | None = None, which: Literal["ema", "params"] = "ema"
+    directory: str | os.PathLike, step: int | Literal["best"] | None = None, which: Literal["ema", "params"] = "ema"
 ) -> tuple[Params, dict[str, Any]]:
     """Parameters for inference, without the network or the optimizer that made them; writes nothing.
 
     directory: that of a `Checkpoints`, which may be in use by a running training.
-    step: default the newest good one; damaged newer ones are warned of.
+    step: default the newest good one; damaged newer ones are warned of. "best": the one with the best `score`.
     which: the average or the raw parameters.
 
     Returns a nested plain dict of numpy arrays, and the extras of `Checkpoints.restore`.
@@ -302,7 +327,12 @@ def load_ema(
     """
     ocp = orbax()
     directory = Path(directory).absolute()
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+    steps = _steps(directory)
+    if step == "best":
+        best, known = scores.read(directory)
+        step = scores.best_of(best, {k: v for k, v in known.items() if k in steps})
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {directory} was evaluated, so none is the best; it has {steps}")
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{directory} has no checkpoint {step}; it has {steps}")

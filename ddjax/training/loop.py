@@ -20,9 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from ddjax import companions
+from ddjax import cluster, companions
 from ddjax import data as datasets
 from ddjax.config import Config, ConfigError, differences, to_dict, typed
 from ddjax.data.dataset import Dataset
@@ -32,10 +31,12 @@ from ddjax.experiment import Experiment, build, load_data
 from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
 from ddjax.training.backend import disk_full
 from ddjax.training.checkpoint import Checkpoints
+from ddjax.training.lock import locked
 from ddjax.training.manifest import write_atomically
 from ddjax.training.mesh import BATCH_AXES, abstract_state, shard_batch
 from ddjax.training.report import Report, require_writers
 from ddjax.training.setup import prepare
+from ddjax.training.spread import Spread
 from ddjax.training.state import TrainState
 
 IN_FLIGHT = 2  # steps dispatched ahead of the device: enough to keep it busy, few enough to bound memory
@@ -49,8 +50,9 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     """Train in `workdir`, continuing from its newest good checkpoint if it has one.
 
     Writes run.json (config and data description), metrics.jsonl, checkpoints/ and samples/. Stops cleanly, saving, on
-    SIGINT and SIGTERM.
-    Returns the trained `Run`, or None where it was asked to stop before the end.
+    SIGINT and SIGTERM. With several processes (`ddjax.cluster`) all call this; evaluations and samples are shared out
+    over all devices, and process 0 alone writes and prints.
+    Returns the trained `Run`, over the mesh it was trained on, or None where it was asked to stop before the end.
 
     show: draw a progress bar (on a terminal) or print lines (elsewhere).
     Raises ConfigError where the workdir belongs to another config, NonFiniteLoss, `CheckpointError`, and what
@@ -67,12 +69,16 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     check_batch_size(config, mesh)
     batches = experiment.batches(train_data, process_index=jax.process_index(), process_count=jax.process_count())
     batches = datasets.Ahead(batches, lambda batch: shard_batch(batch, mesh), config.train.device_prefetch)
-    claim(workdir, config, experiment.data)  # nothing is written before all of the config has been understood
+    # Nothing is written before all of the config has been understood.
+    cluster.on_first(lambda: claim(workdir, config, experiment.data))
 
     with (
+        locked(workdir),
         stop_signals() as stop,
         closing(batches),
-        Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep) as checkpoints,
+        Checkpoints(
+            workdir / CHECKPOINTS, keep=config.train.keep, best="min" if config.train.keep_best else None
+        ) as checkpoints,
         Report(workdir, config, parameters=_count(state.params), show=show and jax.process_index() == 0) as report,
     ):
         window: list[dict[str, float]] = []
@@ -123,13 +129,20 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
             )
             samples = c.sample_every > 0 and (last or _due(step, c.sample_every))
             samples = samples and not (again and any((workdir / "samples").glob(f"{name}.*")))
+            if again:  # what is on disk is for process 0 to say: file systems may show it late
+                evaluation, samples = cluster.agreed(evaluation), cluster.agreed(samples)
             if stop.is_set() or not (evaluation or samples):
                 return
             check_finite()
             with report.paused():
                 run = _run(experiment, state, mesh)
                 if evaluation:
-                    report.bound(step, evaluate(run, config, held_out))
+                    values = evaluate(run, config, held_out)
+                    if checkpoints.would_be_best(values["bits_per_dim"]):
+                        save()
+                    if saved == step:
+                        checkpoints.score(step, values["bits_per_dim"])
+                    report.bound(step, values)
                 if samples:
                     draw(run, workdir / "samples", name)
 
@@ -150,6 +163,14 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
             if jax.process_count() == 1:  # the others may have the batch: saving would wait for them
                 save()
             raise datasets.ShardError(f"{error} (at step {step}; {last_good()})") from error
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            lost = str(error).splitlines()[0]
+            raise cluster.ClusterError(
+                f"lost another process at step {step} ({lost}); start the same command on all hosts again: it goes on "
+                f"from the newest checkpoint in {workdir}"
+            ) from error
         except OSError as error:
             if not disk_full(error):
                 raise
@@ -216,9 +237,8 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
         not p.match(f"{DESCRIPTION}.*.tmp") for p in workdir.iterdir()
     ):  # a claim that was killed
         raise ConfigError(f"{workdir} is not empty and holds no run; give a new folder as --workdir")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(description, indent=1).encode())
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(description, indent=1).encode())
 
 
 def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likelihood: str = "bound") -> dict[str, float]:
@@ -307,7 +327,8 @@ def draw(run: Run, folder: Path, name: str, *, num: int | None = None, cond: Any
         cond = labels if cond is None else cond
     elif cond is None and run.data.num_classes:
         cond = np.arange(num) % run.data.num_classes
-    return write_samples(run.data, np.asarray(run.sample(key, num, cond=cond, init=init)), folder / name)
+    x0 = np.asarray(run.sample(key, num, cond=cond, init=init))
+    return write_samples(run.data, x0, folder / name) if cluster.first() else samples_path(run.data, folder / name)
 
 
 def samples_path(data: Dataset, path: Path) -> Path:
@@ -366,10 +387,11 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> Run:
-    """The averaged parameters, whole, on one device of this process: every process evaluates by itself."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    whole = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=everywhere)(state.ema)
-    return Run(*experiment.trained(jax.tree.map(lambda a: a.addressable_data(0), whole)), int(state.step))
+    """The averaged parameters, as they lie on the mesh."""
+    params = jax.tree.map(jnp.copy, state.ema)  # the next step donates the state
+    if experiment.learns_process:
+        params = {**params, "process": Spread(mesh).whole(params["process"])}
+    return Run(*experiment.trained(params), int(state.step), mesh)
 
 
 def _preempted(checkpoints: Checkpoints, step: int) -> bool:

@@ -131,14 +131,54 @@ def test_steps_kept(tmp_path):
 
 
 def test_best_is_kept_besides_the_latest_and_is_never_nan(tmp_path):
-    losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: None}
-    with Checkpoints(tmp_path, keep=1, keep_best="loss") as checkpoints:
-        for step, loss in losses.items():
-            checkpoints.save(step, make(step), metrics=None if loss is None else {"loss": loss, "other": 0.0})
+    with Checkpoints(tmp_path, keep=1, best="min") as checkpoints:
+        assert checkpoints.best_step() is None
+        for step, score in {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: None}.items():
+            checkpoints.save(step, make(step))
+            if score is not None:
+                checkpoints.score(step, score)  # while the save is under way
         assert checkpoints.all_steps() == [2, 5]
         assert checkpoints.best_step() == 2
-    with Checkpoints(tmp_path, keep=1, keep_best="loss") as checkpoints:
+        assert checkpoints.would_be_best(0.9)
+        assert not any(map(checkpoints.would_be_best, (1.0, 2.0, float("nan"), float("-inf"))))
+    toy.assert_same(load_ema(tmp_path, "best")[0], make(2).ema)
+    with Checkpoints(tmp_path, keep=1, best="min") as checkpoints:
         assert checkpoints.best_step() == 2
+        checkpoints.save(6, make(6))
+        checkpoints.score(6, 0.5)
+        checkpoints.save(7, make(7))
+        assert checkpoints.all_steps() == [6, 7]
+        assert checkpoints.best_step() == 6
+    truncate(tmp_path, 6)  # the best, which a restore does not look at
+    with pytest.raises(CheckpointError, match="checkpoint 6 is damaged"):
+        load_ema(tmp_path, "best")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # nobody asks for the best any more
+        checkpoints.save(8, make(8))
+        assert checkpoints.all_steps() == [8]
+    with pytest.raises(CheckpointError, match=r"none is the best; it has \[8\]"):
+        load_ema(tmp_path, "best")
+
+
+def test_best_may_be_the_highest_and_lost_scores_are_no_error(tmp_path):
+    with Checkpoints(tmp_path, keep=1, best="max") as checkpoints:
+        for step, score in {1: 3.0, 2: 3.0, 3: 1.0}.items():
+            assert checkpoints.would_be_best(score) == (step == 1)
+            checkpoints.save(step, make(step))
+            checkpoints.score(step, score)
+        assert checkpoints.all_steps() == [2, 3]  # the later of equals
+    truncate(tmp_path, 3)
+    with Checkpoints(tmp_path, keep=1, best="max") as checkpoints:
+        with pytest.warns(UserWarning, match="using 2"):
+            checkpoints.restore(abstract_state(make()))
+        checkpoints.save(3, make(3))  # another step 3, which was not scored
+        assert checkpoints.best_step() == 2
+    (tmp_path / "scores.json").write_text('{"best": "m')
+    with Checkpoints(tmp_path, keep=1, best="max") as checkpoints:
+        assert checkpoints.best_step() is None
+        checkpoints.save(4, make(4))
+        assert checkpoints.all_steps() == [4]
+    with pytest.raises(ValueError, match="best must be"):
+        Checkpoints(tmp_path, best="loss")
 
 
 def test_saving_at_a_stored_step_is_an_error(tmp_path):

@@ -87,6 +87,34 @@ def test_a_truncated_checkpoint_is_reported_and_the_one_before_it_used(tmp_path)
     tiny.assert_same_run(run, tiny.trained())
 
 
+@pytest.mark.slow
+def test_the_best_evaluated_step_is_kept_though_no_checkpoint_was_due(tmp_path, monkeypatch):
+    bounds = iter([3.0, 2.0, 2.5, float("nan"), 2.25])
+    evaluated = dict.fromkeys(("stderr", "prior", "diffusion", "reconstruction"), 0.0)
+    monkeypatch.setattr(loop, "evaluate", lambda *a: {**evaluated, "bits_per_dim": next(bounds)})
+    often = {"steps": 10, "eval_every": 2, "sample_every": 0, "checkpoint_every": 3, "keep": 1}
+    train(tiny.config(train=often), tmp_path / "run", show=False)
+    kept = [int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    assert sorted(kept) == [4, 10]
+    assert ddjax.load(tmp_path / "run", step="best").step == 4
+    assert ddjax.load(tmp_path / "run").step == 10
+    bounds = iter([3.0, 2.0, 2.5, 2.0, 2.25])
+    train(tiny.config(train=often | {"keep_best": False}), tmp_path / "without", show=False)
+    assert [p.name for p in (tmp_path / "without" / "checkpoints").glob("[0-9]*")] == ["10"]
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    with (
+        loop.locked(tmp_path / "run"),
+        pytest.raises(ConfigError, match=rf"another training \(process {os.getpid()} on .*\) is running in .*run"),
+        loop.locked(tmp_path / "run"),
+    ):
+        raise AssertionError
+    with loop.locked(tmp_path / "run"):
+        pass  # it was let go
+
+
 def test_what_was_cut_off_at_a_checkpoint_is_made_up_for(tmp_path, monkeypatch):
     sections = {"train": {"checkpoint_every": 5}}
     with monkeypatch.context() as patch:
