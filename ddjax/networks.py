@@ -1,0 +1,107 @@
+"""The network of a config, for a process and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddjax import companions, denoisers, names, naming
+from ddjax.config import Config, ConfigError
+from ddjax.data.dataset import Dataset
+from ddjax.predictions import COUNT_KINDS, STATE_KINDS
+from ddjax.types import Apply
+
+
+def state_shape(process: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the states whose data have this shape."""
+    return process.state_shape(shape) if hasattr(process, "state_shape") else shape
+
+
+def output_shape(process: Any, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Of what a network says of one continuous example of this shape."""
+    return process.output_shape(shape, kind) if hasattr(process, "output_shape") else shape
+
+
+def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
+    """Its initial parameters, as a function of a key, and how it is called. Raises ConfigError."""
+    c = config.denoiser
+    options = dict(c.options)
+    companions.check_coherence(config, data, process)
+    levels, shows = options.pop("coherence_levels", 0), config.objective.options.get("show", False)
+    shared, ordinal = options.pop("shared_times", None), options.pop("truncated_logistic", False)
+    heads = naming.pick(names.OBJECTIVES, config.objective.name, "config.objective.name").heads
+    if ordinal and (heads or c.kind not in ("posterior", "cavity")):
+        raise ConfigError(
+            "config.denoiser.options.truncated_logistic is for a posterior or a cavity of tokens, "
+            f"not for {c.kind!r} with config.objective.name={config.objective.name!r}"
+        )
+    if "dtype" in options:
+        options["dtype"] = naming.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
+    if data.num_symbols is not None:
+        numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
+        numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
+        numbers = 2 if ordinal else numbers + heads
+        options |= {"symbols_in": process.num_states, "symbols_out": numbers}
+    options |= {"num_classes": data.num_classes * max(levels, 1)}
+    if hasattr(process, "latents"):
+        options |= {"latent": process.latent}
+    if config.data.coherence and not levels:
+        options |= {"latent": 1}
+    if hasattr(process, "points"):
+        options |= {"latent": process.points, "time": False}
+    if c.name == "text":
+        if len(data.shape) != 1 or data.num_symbols is None:
+            raise ConfigError(
+                f"config.denoiser.name='text' is for token sequences, not for {data.name!r} of shape {data.shape}"
+            )
+        options["length"] = data.shape[0]
+    else:
+        if len(data.shape) != 3:
+            raise ConfigError(
+                f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}"
+            )
+        *sides, channels = state_shape(process, data.shape)
+        options["shape"] = (*sides, (1 + shows) * channels)
+        if data.num_symbols is None:
+            options["out_channels"] = output_shape(process, data.shape, c.kind)[-1]
+    make_network = naming.pick(names.DENOISERS, c.name, "config.denoiser.name")
+    naming.check_options(make_network, options, "config.denoiser.options")
+
+    def make(rngs):
+        try:
+            return make_network(**options, rngs=rngs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
+
+    init, apply = denoisers.functional_init(make)
+    if ordinal:
+        apply = denoisers.TruncatedLogistic(apply, process.num_symbols)
+    if config.data.coherence:
+        apply = denoisers.Coherent(apply, data.num_classes, levels)
+    if hasattr(process, "points"):
+        apply = denoisers.Pointed(apply)
+    if hasattr(process, "draws"):
+        apply = denoisers.OverDraws(apply)
+    if shows:
+        apply = denoisers.ShownX1(apply)
+    if shared is not None:
+        apply = _sharing_times(apply, process, data, config, shared)
+    return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _sharing_times(apply: Apply, process: Any, data: Dataset, config: Config, options: Mapping[str, Any]) -> Apply:
+    """The network, told one time for each of a few parts of the first times (E-TSDM)."""
+    key, t = "config.denoiser.options.shared_times", jnp.full((1,), 0.37)
+    with jax.ensure_compile_time_eval():
+        xt = jnp.zeros((1, *state_shape(process, data.shape)), jnp.int32 if data.num_symbols is not None else None)
+        told = process.network_inputs(xt, t, config.denoiser.kind)[1]
+    if not np.array_equal(told, t):
+        raise ConfigError(
+            f"{key} is for networks that are told the clock, not for config.denoiser.kind={config.denoiser.kind!r} "
+            f"under config.process.schedule={config.process.schedule!r}"
+        )
+    return naming.make({"shared_times": denoisers.SharedEarlyTimes}, "shared_times", key, apply, **options)
