@@ -89,3 +89,11 @@ def sample_long(
             if bool(ended.all()):
                 break
     return Sample(value, nfe)
+
+
+def extended(observed: Observed | None, length: int) -> Observed | None:
+    """What is known of the first sites of a sequence, as of `length` sites."""
+    if observed is None or observed.mask.shape[1] >= length:
+        return observed
+    rest = [(0, 0), (0, length - observed.mask.shape[1])]
+    return Observed(jnp.pad(jnp.asarray(observed.mask), rest), jnp.pad(jnp.asarray(observed.value), rest))

@@ -21,7 +21,7 @@ from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
 from ddjax.likelihood import FlowLikelihood
-from ddjax.long import sample_long
+from ddjax.long import extended, sample_long
 from ddjax.parallel import sample_parallel
 from ddjax.policies import Policy
 from ddjax.predictions import BoundDenoiser, bind, check_bound
@@ -315,10 +315,7 @@ class Run:
             )
         if unfit:
             raise ValueError(f"{unfit[0]} is for one window: leave it out, or the length")
-        if observed is None or observed.mask.shape[1] >= length:
-            return observed
-        rest = [(0, 0), (0, length - observed.mask.shape[1])]
-        return Observed(jnp.pad(jnp.asarray(observed.mask), rest), jnp.pad(jnp.asarray(observed.value), rest))
+        return extended(observed, length)
 
     def nelbo(
         self,
