@@ -502,8 +502,10 @@ def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
                         came = chosen[name][2](scene)
                     except (Broken, OSError) as error:
                         came = f"BROKEN: {error}"
-                    if came is None:
-                        break  # the run was over before: the fault is for the next
+                    if came is None:  # it came too early, or the run was over: then the fault is for the next
+                        if steps(workdir)[-1:] == [bench.steps]:
+                            break
+                        continue
                     queue.pop()
                     hits.append({"run": runs, "fault": name, "came": came, "seconds": time.monotonic() - began})
                     took = f"{hits[-1]['seconds']:.1f} s"

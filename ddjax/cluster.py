@@ -16,11 +16,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 JOIN_SECONDS = 300  # how long processes wait for each other to start
 _EXPLICIT = ("DDJAX_COORDINATOR", "DDJAX_PROCESSES", "DDJAX_PROCESS")
+_joining = False  # set once, when the process begins to join others
 _KINDS = ("explicit", "kubernetes", "slurm", "tpu", "none")
 
 
@@ -70,7 +75,8 @@ def join(environment: Mapping[str, str] | None = None) -> Place | None:
     """Become one of a job's processes, where the environment says that there are others; else do nothing.
 
     Before anything asks JAX for devices. Waits for the others, DDJAX_JOIN_SECONDS (default 300) at most.
-    Raises ClusterError where the environment is incomplete, or the others do not come.
+    Raises ClusterError where the environment is incomplete, or process 0 does not answer. Process 0 ends with one line
+    where the others do not come: nothing can be done with JAX in that process any more.
     """
     import jax
 
@@ -79,7 +85,8 @@ def join(environment: Mapping[str, str] | None = None) -> Place | None:
     if place is None or jax.distributed.is_initialized():
         return place
     seconds = _number(environment, "DDJAX_JOIN_SECONDS") if "DDJAX_JOIN_SECONDS" in environment else JOIN_SECONDS
-    options: dict[str, Any] = {"initialization_timeout": seconds}
+    # Where JAX itself runs out of patience it ends the process from C++: it is given longer than we wait.
+    options: dict[str, Any] = {"initialization_timeout": seconds + 60}
     if place.coordinator is not None:
         options |= {
             "coordinator_address": place.coordinator,
@@ -88,23 +95,25 @@ def join(environment: Mapping[str, str] | None = None) -> Place | None:
             "local_device_ids": place.devices,
             "cluster_detection_method": "deactivate",  # `find` has looked, and says so where it finds nothing
         }
+    global _joining
+    _joining = place.processes != 1
+    if place.process:  # not process 0, whom the others come to
+        _reach(place, seconds)
+    watch = threading.Timer(seconds, _give_up, (_alone(place, seconds),))
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(**options)
     except Exception as error:  # JAX has no common error class for what may fail here
-        where = f"at {place.coordinator}" if place.coordinator else "that the TPU names"
-        raise ClusterError(
-            f"{place} could not join process 0 {where} within {seconds} s: {_first_line(error)}. Check that all "
-            "processes were started, that this address is process 0's as the others see it, and that its port is free "
-            "there and open between hosts; DDJAX_JOIN_SECONDS changes how long to wait, DDJAX_CLUSTER=none runs alone"
-        ) from error
+        raise ClusterError(f"{_alone(place, seconds)} ({_first_line(error)})") from error
+    finally:
+        watch.cancel()
     return place
 
 
 def joined() -> bool:
-    """Whether this process is one of several (also before JAX has looked for devices)."""
-    import jax
-
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this process is one of several that `join` brought together, or tried to. Asks JAX for nothing."""
+    return _joining
 
 
 def first() -> bool:
@@ -142,6 +151,36 @@ def on_first(action: Callable[[], None]) -> None:
         raise error
     if not ok:
         raise ClusterError("process 0 stopped; it says why")
+
+
+def _reach(place: Place, seconds: int) -> None:
+    """Wait until process 0 listens."""
+    host, port = place.coordinator.rsplit(":", 1)
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise ClusterError(f"{_alone(place, seconds)} ({error})") from error
+            time.sleep(0.2)
+
+
+def _alone(place: Place, seconds: int) -> str:
+    where = f" at {place.coordinator}" if place.coordinator else ""
+    what = f"waited in vain for the others{where}" if place.process == 0 else f"could not join process 0{where}"
+    return (
+        f"{place} {what}, {seconds} s long; check that all processes were started, that this address is process 0's as "
+        "the others see it, and that its port is free there and open between hosts. DDJAX_JOIN_SECONDS is how long to "
+        "wait, DDJAX_CLUSTER=none runs alone"
+    )
+
+
+def _give_up(why: str) -> None:
+    """From a thread, while JAX waits and cannot be interrupted."""
+    print(f"ddjax: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _told(environment: Mapping[str, str]) -> str:

@@ -32,8 +32,8 @@ def _load_over_all(arguments: argparse.Namespace) -> Any:
     from ddjax.training import make_mesh
 
     run = _load(arguments)
-    if jax.device_count() == 1:
-        return run
+    if jax.device_count() == 1 or (jax.process_count() == 1 and jax.default_backend() == "cpu"):
+        return run  # the CPU devices of one process are the same cores
     try:
         return run.over(make_mesh(run.config.train.mesh))
     except ValueError:  # made for other devices

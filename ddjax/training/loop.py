@@ -168,8 +168,8 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                 raise
             lost = str(error).splitlines()[0]
             raise cluster.ClusterError(
-                f"lost another process at step {step} ({lost}); start the same command on all hosts again: it goes on "
-                f"from the newest checkpoint in {workdir}"
+                f"what all processes do together failed at step {step} ({lost}): another one may be gone; start the "
+                f"same command on all hosts again: it goes on from the newest checkpoint in {workdir}"
             ) from error
         except OSError as error:
             if not disk_full(error):
