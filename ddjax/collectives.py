@@ -23,6 +23,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_c
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+_LIMIT = re.compile(r"ROOT .* compare\((.*)\), direction=LT")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
@@ -55,7 +58,7 @@ def collectives(hlo: str, mesh: Sequence[tuple[str, int]]) -> list[Collective]:
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
-        for called, factor in _calls(computations[name]):
+        for called, factor in _calls(computations[name], computations):
             if called in computations:
                 visit(called, times * factor)
 
@@ -64,6 +67,8 @@ def collectives(hlo: str, mesh: Sequence[tuple[str, int]]) -> list[Collective]:
     for name, lines in computations.items():
         for line in lines:
             if runs[name] and (one := _collective(line, runs[name], mesh)):
+                if name.startswith("all-reduce-scatter") and one.kind == "all-reduce":  # TPUs: and a slice of it
+                    one = dataclasses.replace(one, kind="reduce-scatter")
                 found.append(one)
     return found
 
@@ -84,15 +89,29 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _calls(lines: list[str]) -> Iterator[tuple[str, int]]:
+def _calls(lines: list[str], computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     """The computations that these instructions run, and how often; reductions too, which is harmless."""
     for line in lines:
-        turns = int(known[1]) if " while(" in line and (known := _TURNS.search(line)) else 1
+        turns = _turns(line, computations) if " while(" in line else 1
         for called in _CALLED.findall(line):
             yield called, turns
         for group in _BRANCHES.findall(line):
             for called in group.split(","):
                 yield called.strip().lstrip("%"), turns
+
+
+def _turns(line: str, computations: dict[str, list[str]]) -> int:
+    """Of a loop: known to the compiler, or the constant below which its condition keeps its counter."""
+    if known := _TURNS.search(line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    for limit in filter(None, map(_LIMIT.search, lines)):
+        for operand in re.findall(r"%?([\w.\-]+)", limit[1]):
+            for other in lines:
+                if value := re.match(rf"\s*%?{re.escape(operand)} = s\d+\[\]\S* constant\((\d+)\)", other):
+                    return int(value[1])
+    return 1
 
 
 def _collective(line: str, count: int, mesh: Sequence[tuple[str, int]]) -> Collective | None:
@@ -131,10 +150,32 @@ def _groups(text: str, kind: str, devices: int) -> np.ndarray:
         shape, dims, order = ([int(v) for v in part.split(",")] if part else None for part in iota.groups())
         numbers = np.arange(math.prod(dims)).reshape(dims)
         return (numbers if order is None else numbers.transpose(order)).reshape(shape)
+    if named := _MESH.search(text):
+        return _of_axes(*named.groups())
     if listed := _LISTED.search(text):
         groups = [[int(v) for v in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])]
         return np.array(groups)
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        raise ValueError(f"cannot read the groups of {text[:200]!r}")
     return np.arange(devices)[None]  # no groups: all together
+
+
+def _of_axes(axes: str, ids: str | None, order: str | None, chosen: str) -> np.ndarray:
+    """Groups along some axes, or parts (a:(before)size) of axes, of a mesh of the compiler's own."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    numbers = np.arange(math.prod(sizes.values()))
+    if ids:
+        numbers = numbers.reshape([int(v) for v in ids.split(",")])
+        numbers = numbers.transpose([int(v) for v in order.split(",")]) if order else numbers
+    wanted = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS.findall(chosen)}
+    shape, along = [], []
+    for name, size in sizes.items():
+        before, own = wanted.get(name, (1, 1))
+        shape += [before, own, size // before // own]
+        along += [len(shape) - 2] if name in wanted else []
+    rest = [axis for axis in range(len(shape)) if axis not in along]
+    group = math.prod(shape[axis] for axis in along)
+    return numbers.reshape(shape).transpose([*rest, *along]).reshape(-1, group)
 
 
 def _axes(groups: np.ndarray, kind: str, mesh: Sequence[tuple[str, int]]) -> tuple[str, ...]:

@@ -382,6 +382,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(arguments.devices, 1))
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for devices that are absent cannot be read back
     from ddjax import plan as plans
     from ddjax.config import load
     from ddjax.experiment import load_data

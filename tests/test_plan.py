@@ -99,7 +99,11 @@ def test_what_cannot_be_planned_is_refused():
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
 def test_memory_falls_and_traffic_is_as_fsdp_predicts():
-    """In float32 on a CPU, which sums gradients whole: two gathers of all that is cut, one sum of the gradient."""
+    """In float32 on a CPU, which sums gradients whole.
+
+    The matrices of blocks are gathered forward and backward; the conditioning's forward only, for its few numbers (no
+    sites) travel instead in the backward pass.
+    """
     cut = DEPTH * sum(BLOCK.values()) + EDGES["times"] + EDGES["final modulation"]
     whole, totals = made({"data": 8}, 8).state, []
     for ways in (1, 2, 4, 8):
@@ -114,6 +118,7 @@ def test_memory_falls_and_traffic_is_as_fsdp_predicts():
         for (kind, _), (_, sent) in by_axes(p.collectives).items():
             traffic[kind] = traffic.get(kind, 0) + sent
         if ways == 8:
-            assert traffic["all-gather"] == pytest.approx(2 * 4 * cut * 7 / 8, rel=0.1)
+            gathered = cut + DEPTH * (BLOCK["qkv"] + BLOCK["out"] + BLOCK["mlp"])
+            assert traffic["all-gather"] == pytest.approx(4 * gathered * 7 / 8, rel=0.1)
         assert traffic["all-reduce"] == pytest.approx(2 * 4 * p.parameters * 7 / 8, rel=0.1)
     assert totals == sorted(totals, reverse=True)
