@@ -137,6 +137,7 @@ def test_the_router_learns_from_the_balance_loss():
     assert np.abs(gradient).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_told_inside_a_later_transformation_is_an_error():
     layer = made()
     x = jnp.zeros((2, 4, WIDTH))

@@ -93,6 +93,7 @@ def test_the_loss_is_the_bound(x64):
     np.testing.assert_array_equal(metrics["loss"], loss)
 
 
+@pytest.mark.slow
 def test_network_and_ends_follow_the_bound_and_the_shape_its_variance(x64):
     _, slopes = draws()
     params = parameters()

@@ -184,6 +184,7 @@ def exact_everywhere(xt):
     return Prediction(jnp.zeros((*xt.shape, 2)), "posterior")
 
 
+@pytest.mark.slow
 def test_what_something_else_writes_is_of_the_step_before():
     """A stop token after the first step: the padding behind it is seen, and not written again."""
     told = []
