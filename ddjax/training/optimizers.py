@@ -18,9 +18,8 @@ Groups = Sequence[tuple[str, float]]
 
 # Muon's matrices: those inside the blocks. Embeddings, the output layer and vectors are AdamW's (Jordan 2024).
 MUON = re.compile(r"stack/blocks/.*(kernel|/mlp/(gate|up|down))$")
-MUON_RMS = (
-    0.2  # of an update, as AdamW's: one learning rate serves both (Liu et al. 2025, arXiv:2502.16982, section 2.2)
-)
+# RMS of a Muon update, as AdamW's: one learning rate serves both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+MUON_RMS = 0.2
 
 
 def learning_rate_schedule(
@@ -56,18 +55,9 @@ def decays(params: Params) -> PyTree:
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
-def adamw(
-    learning_rate: float,
-    steps: int,
-    warmup: int = 0,
-    schedule: Decay = "cosine",
-    weight_decay: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    clip: float | None = None,
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) on `learning_rate_schedule`: `optimizer` of that name."""
-    return optimizer("adamw", learning_rate, steps, warmup, schedule, weight_decay, b1, b2, clip)
+def adamw(learning_rate: float, steps: int, **options: Any) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) on `learning_rate_schedule`: `optimizer("adamw", ...)`, with its options."""
+    return optimizer("adamw", learning_rate, steps, **options)
 
 
 def optimizer(
