@@ -7,12 +7,9 @@ is in benchmarks/README.md.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,32 +21,17 @@ import numpy as np
 
 from ddjax import bench_cases, flops, random
 from ddjax import data as datasets
+from ddjax.chips import peak_flop_per_s
 from ddjax.config import Config, to_dict
 from ddjax.data.dataset import Dataset
 from ddjax.experiment import Experiment, build, load_data
 from ddjax.predictions import bind
 from ddjax.sampling import sample
 from ddjax.training.manifest import write_atomically
+from ddjax.training.memory import device_peak, host_peak
 from ddjax.training.mesh import shard_batch
 from ddjax.training.provenance import versions
-from ddjax.training.setup import initial_state, prepare, train_step
-
-# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets; the first name found in the kind decides.
-PEAK_FLOP_PER_S = (
-    ("h100 pcie", 756e12),
-    ("h100 nvl", 835e12),
-    ("h200 nvl", 835e12),
-    ("h100", 989e12),
-    ("h200", 989e12),
-    ("a100", 312e12),
-    ("tpu v4 lite", 138e12),
-    ("tpu v4", 275e12),
-    ("tpu v5 lite", 197e12),
-    ("tpu v5e", 197e12),
-    ("tpu v5", 459e12),  # v5p, under either name
-    ("tpu v6 lite", 918e12),
-    ("tpu v6e", 918e12),
-)
+from ddjax.training.setup import as_model, prepare, step_flops
 
 
 def bench_train(config: Config, *, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
@@ -65,10 +47,7 @@ def bench_train(config: Config, *, steps: int = 20, warmup: int = 3) -> dict[str
     data, experiment = _load(config)
     stepper, size = _Stepper(experiment, data), config.train.batch_size
     seconds = _time(lambda _: stepper(), steps, warmup)
-    model = _model(experiment)
-    abstract_state = jax.eval_shape(functools.partial(initial_state, model), jax.random.key(0))
-    abstract_batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stepper.batch)
-    operations = flops.count(train_step(model), abstract_state, abstract_batch)
+    operations = step_flops(experiment, stepper.batch)
     devices = jax.devices()
     return {
         "benchmark": "train",
@@ -130,7 +109,7 @@ def bench_sample(
     inputs = (params, *process.network_inputs(xt, t, experiment.kind), cond)
     network, _ = _compile(jax.jit(experiment.apply), *inputs)
     call = _time(lambda _: jax.block_until_ready(network(*inputs)), max(repeats, 10), max(warmup, 1))
-    operations = nfe * flops.count(_model(experiment).apply, *inputs)
+    operations = nfe * flops.count(as_model(experiment).apply, *inputs)
     devices = jax.devices()[:1]
     return {
         "benchmark": "sample",
@@ -284,14 +263,6 @@ def write(result: Mapping[str, Any], path: str | Path) -> None:
     write_atomically(Path(path), (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
-def peak_flop_per_s(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a whole device of this kind; None where it is not in the table."""
-    kind = device_kind.lower()
-    if "mig " in kind:  # a slice of a GPU
-        return None
-    return next((peak for name, peak in PEAK_FLOP_PER_S if name in kind), None)
-
-
 def _check(**counts: int) -> None:
     for name, value in counts.items():
         if value < (least := 0 if name == "warmup" else 1):
@@ -306,17 +277,6 @@ def _load(config: Config) -> tuple[Dataset, Experiment]:
 def _first_batch(experiment: Experiment, data: Dataset) -> dict[str, Any]:
     """The first training batch's rows of this process."""
     return next(experiment.batches(data, process_index=jax.process_index(), process_count=jax.process_count()))
-
-
-def _model(experiment: Experiment) -> Experiment:
-    """The same network, as the model it computes: nothing twice (remat), and nothing hidden in a fused kernel."""
-    options = dict(experiment.config.denoiser.options)
-    if options.get("remat"):
-        options["remat"] = False
-    if options.get("attention") == "cudnn":
-        options["attention"] = "xla"
-    denoiser = dataclasses.replace(experiment.config.denoiser, options=options)
-    return build(dataclasses.replace(experiment.config, denoiser=denoiser), experiment.data)
 
 
 def _compile(jitted: Any, *args: Any) -> tuple[Callable, dict[str, float]]:
@@ -391,9 +351,7 @@ def _rates(operations: int, seconds: float, devices: Sequence[jax.Device]) -> di
 
 def _memory(compiled: Any) -> dict[str, Any]:
     """Peak bytes on a device: since the process began where its allocator says, else as the program was planned."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    in_use = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    device = max(in_use) if in_use else None
+    device = device_peak()
     plan = compiled.memory_analysis()
     sizes = {name: int(getattr(plan, f"{name}_size_in_bytes", 0)) for name in ("argument", "output", "temp", "alias")}
     # Donated outputs lie in the arguments.
@@ -402,17 +360,8 @@ def _memory(compiled: Any) -> dict[str, Any]:
         "peak_bytes": program if device is None else device,
         "source": "executable" if device is None else "device",
         "executable": {**sizes, "total": program},
-        "host_peak_bytes": _resident(),
+        "host_peak_bytes": host_peak(),
     }
-
-
-def _resident() -> int | None:
-    """The most memory this process ever held, bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _parameters(params: Any) -> int:

@@ -8,7 +8,6 @@ there.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddjax import bench, flops
+from ddjax import bench
 from ddjax import data as datasets
+from ddjax.chips import PEAK_FLOP_PER_S, peak_flop_per_s
 from ddjax.config import Config
 from ddjax.training.mesh import make_mesh, shard_batch
-from ddjax.training.setup import initial_state, train_step
+from ddjax.training.setup import step_flops
 
 
 def bench_data(
@@ -28,7 +28,7 @@ def bench_data(
 ) -> dict[str, Any]:
     """Measure the input pipeline of `config` against its training step; nothing is written.
 
-    steps: to time, after `warmup` more. device: such as "H100" (`bench.PEAK_FLOP_PER_S`): a pause in the place of the
+    steps: to time, after `warmup` more. device: such as "H100" (`PEAK_FLOP_PER_S`): a pause in the place of the
         step, as long as that device takes at a model FLOP utilisation of `mfu`; None: the step itself, on this machine.
 
     Returns a dict that JSON can hold; seconds, examples and tokens a second, and `wait_share`, what of the loop's
@@ -37,9 +37,8 @@ def bench_data(
     """
     bench._check(steps=steps, warmup=warmup)
     data, experiment = bench._load(config)
-    size, model = config.train.batch_size, bench._model(experiment)
-    batch = next(_batches(experiment, data))
-    operations = flops.count(train_step(model), *_abstract(model, batch))
+    size = config.train.batch_size
+    operations = step_flops(experiment, next(_batches(experiment, data)))
     if device is None:
         stepper = bench._Stepper(experiment, data)
         mesh = make_mesh(config.train.mesh)
@@ -49,10 +48,8 @@ def bench_data(
             jax.block_until_ready((stepper.state, metrics))
 
     else:
-        if (peak := bench.peak_flop_per_s(device)) is None:
-            raise ValueError(
-                f"unknown device {device!r}: one of {', '.join(name for name, _ in bench.PEAK_FLOP_PER_S)}"
-            )
+        if (peak := peak_flop_per_s(device)) is None:
+            raise ValueError(f"unknown device {device!r}: one of {', '.join(name for name, _ in PEAK_FLOP_PER_S)}")
         if not 0 < mfu <= 1:
             raise ValueError(f"a utilisation lies between 0 and 1, got {mfu}")
         mesh = make_mesh({"data": 1}, jax.devices()[:1])
@@ -97,11 +94,6 @@ def bench_data(
 
 def _batches(experiment: Any, data: Any) -> Any:
     return experiment.batches(data, process_index=jax.process_index(), process_count=jax.process_count())
-
-
-def _abstract(model: Any, batch: Any) -> tuple[Any, Any]:
-    state = jax.eval_shape(functools.partial(initial_state, model), jax.random.key(0))
-    return state, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
 
 
 def _alone(batches: Any, steps: int, warmup: int) -> float:

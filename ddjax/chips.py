@@ -34,6 +34,25 @@ CHIPS = {
 }
 
 
+# Peak dense bfloat16 FLOP/s by what JAX calls a device, from the makers' data sheets; the first name found in it
+# decides.
+PEAK_FLOP_PER_S = (
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h200 nvl", 835e12),
+    ("h100", 989e12),
+    ("h200", 989e12),
+    ("a100", 312e12),
+    ("tpu v4 lite", 138e12),
+    ("tpu v4", 275e12),
+    ("tpu v5 lite", 197e12),
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),  # v5p, under either name
+    ("tpu v6 lite", 918e12),
+    ("tpu v6e", 918e12),
+)
+
+
 def chip(name: str) -> Chip:
     """The chip of that name. Raises ValueError for one that is not in the table."""
     if name.lower() not in CHIPS:
@@ -55,3 +74,11 @@ def slice_shape(name: str, devices: int) -> str:
     axes = 2 if name.lower() in ("v5e", "v6e") else 3
     sides = [2 ** (bits // axes + (i < bits % axes)) for i in range(axes)]
     return f"{kind.topology}:{'x'.join(map(str, sorted(sides)))}"
+
+
+def peak_flop_per_s(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a whole device of this kind; None where it is not in the table."""
+    kind = device_kind.lower()
+    if "mig " in kind:  # a slice of a GPU
+        return None
+    return next((peak for name, peak in PEAK_FLOP_PER_S if name in kind), None)

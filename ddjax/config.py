@@ -163,6 +163,13 @@ class TrainConfig:
     prefetch: int = 2  # batches loaded ahead
     workers: int = 0  # processes that load, each prefetch batches ahead; 0: threads of this one
     device_prefetch: int = 1  # batches copied to the devices ahead
+    # a step whose loss or gradient is not finite, or whose loss is a spike: stop; skip (its update is left out);
+    # roll_back (to the newest checkpoint, and on with the batches after the bad one)
+    on_bad_step: str = "stop"
+    spike: float = 0.0  # standard deviations above the mean of the last 100 good losses that make one; 0: none is
+    bad_steps: int = 10  # so many skipped in a row, or returns to one checkpoint, and the run stops
+    profile: list = dataclasses.field(default_factory=list)  # numbers of steps to trace, into WORKDIR/profile
+    heartbeat_every: float = 10.0  # seconds between two of WORKDIR/heartbeat.json; 0: none
     tensorboard: bool = False  # needs ddjax[tensorboard]
     wandb: str = ""  # project; needs ddjax[wandb]
 
@@ -243,6 +250,11 @@ CHANGEABLE = (
         "train.device_prefetch",
         "train.mesh",
         "train.ema_memory",
+        "train.on_bad_step",
+        "train.spike",
+        "train.bad_steps",
+        "train.profile",
+        "train.heartbeat_every",
         "train.tensorboard",
         "train.wandb",
         "sample",

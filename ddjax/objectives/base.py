@@ -22,6 +22,8 @@ Draw = Callable[[Array, Keys, State], tuple[State | SoftTokens, Time, SiteErrors
 # (key, rows) -> one uniform on [0, 1) for each row, the same wherever the rows of a global batch are held
 Uniforms = Callable[[Key[Array, ""], Rows], Float[Array, " batch"]]
 
+TENTHS = 10  # in which losses are told by time
+
 
 class Objective(Protocol):
     """What a train step differentiates."""
@@ -37,7 +39,7 @@ class Objective(Protocol):
         rows: Rows | None = None,
         train: bool = True,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The weighted mean of nats per site, and scalars worth logging.
+        """The weighted mean of nats per site, and what is worth logging: scalars, and `Reduction.by_time`.
 
         weights: one per example, or one per site: a site of weight 0 (padding, a prompt) is shown clean and costs
             nothing, and the mean is over the weights given.
@@ -69,8 +71,9 @@ def noised(
         xt, t, errors = draw(u, random.example_keys(noise_key, rows.index), x0)
         rng = random.example_keys(network_key, rows.index) if train else None
         denoise = bind(apply, params, process, kind, rng=rng, train=train)
-        loss = reduce(errors(denoise(reduce.shown(process, xt), t, cond)))
-        return loss, {"loss": loss}
+        costs = errors(denoise(reduce.shown(process, xt), t, cond))
+        loss = reduce(costs)
+        return loss, {"loss": loss, **reduce.by_time(costs, t)}
 
     return objective
 
@@ -155,6 +158,27 @@ class Reduction(NamedTuple):
     def __call__(self, errors: Float[Array, batch * sites]) -> Float[Array, ""]:
         """`mean` of `totals`."""
         return self.mean(self.totals(errors))
+
+    def by_time(self, errors: Float[Array, batch * sites], t: Time) -> dict[str, Float[Array, "tenths 2"]]:
+        """The metric "by_time": for each tenth of [0, 1] what the sites with times in it add to the mean, and their
+        share of its weight. The quotient is their own mean. Both add up over microbatches, as a quotient would not.
+
+        Nothing where times are neither one per example nor one per site.
+        """
+        if t.ndim not in (1, errors.ndim):
+            return {}
+        weights = jnp.ones(errors.shape, errors.dtype) if self.sites is None else jnp.maximum(self.sites, 0.0)
+        if self.examples is not None:
+            weights = weights * left_broadcast(self.examples, errors)
+        costs = jnp.where(weights > 0, weights * errors, 0.0)
+        if t.ndim == 1:
+            costs, weights = per_example(costs), per_example(weights)
+        tenth = jnp.broadcast_to(jnp.clip(jnp.floor(t * TENTHS), 0, TENTHS - 1), costs.shape)
+
+        def share(k):
+            return jnp.stack([jnp.where(tenth == k, costs, 0.0).sum(), jnp.where(tenth == k, weights, 0.0).sum()])
+
+        return {"by_time": jax.vmap(share)(jnp.arange(TENTHS)) / jnp.maximum(weights.sum(), 1e-12)}
 
 
 def weighted_mean(values: Float[Array, " batch"], weights: Float[Array, " batch"] | None) -> Float[Array, ""]:

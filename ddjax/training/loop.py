@@ -12,8 +12,9 @@ import json
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from ddjax import cluster, companions
 from ddjax import data as datasets
+from ddjax.chips import peak_flop_per_s
 from ddjax.config import Config, ConfigError, differences, to_dict, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import describe
@@ -31,36 +33,41 @@ from ddjax.experiment import Experiment, build, load_data
 from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
 from ddjax.training.backend import disk_full
 from ddjax.training.checkpoint import Checkpoints
+from ddjax.training.heartbeat import Heartbeat
 from ddjax.training.lock import locked
 from ddjax.training.manifest import write_atomically
 from ddjax.training.mesh import BATCH_AXES, abstract_state, shard_batch
-from ddjax.training.report import Report, require_writers
-from ddjax.training.setup import prepare
+from ddjax.training.profile import Profile
+from ddjax.training.report import Report, Work, require_writers
+from ddjax.training.setup import prepare, step_flops
 from ddjax.training.spread import Spread
 from ddjax.training.state import TrainState
 
+BAD_STEP_POLICIES = ("stop", "skip", "roll_back")
 IN_FLIGHT = 2  # steps dispatched ahead of the device: enough to keep it busy, few enough to bound memory
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient stopped being a number."""
+class BadStep(RuntimeError):
+    """The loss or the gradient stopped being a number, or the loss is a spike (`config.train.spike`)."""
 
 
 def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | None:
     """Train in `workdir`, continuing from its newest good checkpoint if it has one.
 
-    Writes run.json (config and data description), metrics.jsonl, checkpoints/ and samples/. Stops cleanly, saving, on
-    SIGINT and SIGTERM. With several processes (`ddjax.cluster`) all call this; evaluations and samples are shared out
-    over all devices, and process 0 alone writes and prints.
+    Writes run.json (config and data description), metrics.jsonl, events.jsonl, heartbeat.json, checkpoints/, samples/
+    and, of steps that are to be traced, profile/. Stops cleanly, saving, on SIGINT and SIGTERM. With several processes
+    (`ddjax.cluster`) all call this; evaluations and samples are shared out over all devices, and process 0 alone
+    writes and prints.
     Returns the trained `Run`, over the mesh it was trained on, or None where it was asked to stop before the end.
 
     show: draw a progress bar (on a terminal) or print lines (elsewhere).
-    Raises ConfigError where the workdir belongs to another config, NonFiniteLoss, `CheckpointError`, and what
-    the data or the network find wrong.
+    Raises ConfigError where the workdir belongs to another config, `BadStep` where `config.train.on_bad_step` says so,
+    `CheckpointError`, and what the data or the network find wrong.
     """
     workdir = Path(workdir)
     check_sizes(config)
     require_writers(config)
+    policy = config.train.on_bad_step
     train_data = load_data(config, "train")
     held_out = load_data(config, config.data.eval_split) if config.train.eval_every else None
     experiment = build(config, train_data)
@@ -80,20 +87,23 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
             workdir / CHECKPOINTS, keep=config.train.keep, best="min" if config.train.keep_best else None
         ) as checkpoints,
         Report(workdir, config, parameters=_count(state.params), show=show and jax.process_index() == 0) as report,
+        Heartbeat(workdir, config.train.steps, config.train.heartbeat_every * cluster.first()) as heartbeat,
+        Profile(workdir, config.train.profile if cluster.first() else ()) as profile,
     ):
-        window: list[dict[str, float]] = []
-        if (restored := checkpoints.restore(abstract_state(state, shardings))) is not None:
-            state, extras = TrainState(*restored[0]), restored[1]
-            batches.set_state(extras["data"]["iterator"])
-            window = extras["data"]["window"]
+        shape = abstract_state(state, shardings)
+        place: dict[str, Any] = {"window": [], "passed_over": 0}  # where the data and the report stand
+        if (restored := checkpoints.restore(shape)) is not None:
+            state, place = TrainState(*restored[0]), restored[1]["data"]
+            batches.set_state(place["iterator"])
         step = first = saved = int(state.step)
-        report.start(step, window)
+        passed_over, returns = place["passed_over"], collections.Counter()
+        report.start(step, place["window"])
 
         def save() -> None:
             nonlocal saved
-            check_finite()  # never keep a state that is not a number
-            if saved < step:
-                place = {"iterator": batches.get_state(), "window": report.window()}
+            settle()  # never keep a state that is not a number
+            if saved < step or (policy == "roll_back" and checkpoints.latest_step() is None):
+                place = {"iterator": batches.get_state(), "window": report.window(), "passed_over": passed_over}
                 checkpoints.save(step, state, data=place, config=to_dict(config))
                 saved = step
 
@@ -104,19 +114,44 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
 
         pending: collections.deque[tuple[int, dict]] = collections.deque()
 
-        def check_finite(keep: int = 0) -> None:
-            """Fetch all but the newest `keep` steps' metrics, and stop at the first that is not finite."""
+        def settle(keep: int = 0) -> None:
+            """Fetch all but the newest `keep` steps' metrics. Raises BadStep at a bad one that is not skipped."""
             while len(pending) > keep:
                 number, metrics = pending.popleft()
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not values.pop("finite"):
-                    raise NonFiniteLoss(
-                        f"the loss or its gradient is not finite at step {number} "
-                        f"(batch {number - 1} of the data order of seed {config.train.seed}; "
-                        f"loss {values['loss']}, gradient norm {values['grad_norm']}); {last_good()}. "
-                        "Lower config.optimizer.learning_rate or config.optimizer.clip, in a new --workdir"
+                values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+                finite, bad = values.pop("finite"), values.pop("bad")
+                if not bad:
+                    report.step(number, values)
+                else:
+                    what = (
+                        f"the loss {'is a spike' if finite else 'or its gradient is not finite'} at step {number} "
+                        f"(batch {number - 1 + passed_over} of the data order of seed {config.train.seed}; "
+                        f"loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g})"
                     )
-                report.step(number, values)
+                    if policy != "skip":
+                        raise BadStep(what)
+                    if bad >= config.train.bad_steps:
+                        raise BadStep(f"{what}, {bad} such steps in a row")
+                    report.skipped(number, what)
+                heartbeat.beat(number)
+
+        def roll_back(error: BadStep) -> None:
+            """Go to the newest checkpoint, but not to its place in the data."""
+            nonlocal state, step, saved, passed_over
+            checkpoints.wait()
+            pending.clear()
+            heartbeat.beat(step, "restoring")
+            state = None  # room for the other
+            restored = checkpoints.restore(shape)
+            state, place = TrainState(*restored[0]), restored[1]["data"]
+            good = int(state.step)
+            returns[good] += 1
+            if returns[good] > config.train.bad_steps:
+                raise BadStep(f"{error}, after {config.train.bad_steps} returns to step {good}")
+            passed_over += step - good
+            step = saved = good
+            report.event(step, f"{error}: back to step {good}, and on with the batches after it")
+            report.start(step, place["window"])
 
         def look(again: bool = False) -> None:
             """Evaluate and draw samples where they are due.
@@ -133,7 +168,8 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                 evaluation, samples = cluster.agreed(evaluation), cluster.agreed(samples)
             if stop.is_set() or not (evaluation or samples):
                 return
-            check_finite()
+            settle()
+            heartbeat.beat(step, "evaluating")
             with report.paused():
                 run = _run(experiment, state, mesh)
                 if evaluation:
@@ -147,18 +183,38 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                     draw(run, workdir / "samples", name)
 
         try:
+            if policy == "roll_back":
+                save()  # somewhere to go back to
             if step:
                 look(again=True)
             while step < config.train.steps and not stop.is_set() and not _preempted(checkpoints, step):
-                state, metrics = step_fn(state, next(batches))
+                with report.waiting():
+                    batch = next(batches)
+                profile.before(step + 1, state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                    state, metrics = step_fn(state, batch)
                 step += 1
+                profile.after(step, metrics)
                 pending.append((step, metrics))
-                check_finite(keep=IN_FLIGHT)
-                if _due(step, config.train.checkpoint_every):
-                    save()
-                look()
-            save()
+                if step == first + 1 and cluster.first():
+                    report.work = _work(experiment, batch)
+                try:
+                    settle(keep=IN_FLIGHT if step < config.train.steps else 0)
+                    if _due(step, config.train.checkpoint_every):
+                        save()
+                    look()
+                except BadStep as error:
+                    if policy != "roll_back":
+                        raise
+                    roll_back(error)
+            with suppress(BadStep) if policy == "roll_back" else nullcontext():  # met again by who goes on from here
+                save()
             checkpoints.wait()
+        except BadStep as error:
+            raise BadStep(
+                f"{error}; {last_good()}. Lower config.optimizer.learning_rate or config.optimizer.clip, in a new "
+                "--workdir; or go on in this one with --config.train.on_bad_step=skip or roll_back"
+            ) from None
         except datasets.ShardError as error:
             if jax.process_count() == 1:  # the others may have the batch: saving would wait for them
                 save()
@@ -178,8 +234,10 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                 errno.ENOSPC, f"no space left on the disk of {workdir}, at step {step}; {last_good()}"
             ) from error
         if step < config.train.steps:
-            report.stopped(step)
+            heartbeat.beat(saved, "stopped")
+            report.stopped(saved)
             return None
+        heartbeat.beat(step, "finished")
         report.finished(step, already=first == step)
         return _run(experiment, state, mesh)
 
@@ -187,7 +245,7 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
 def check_sizes(config: Config) -> None:
     """Raise ConfigError for a number that cannot be."""
     sizes = {
-        "train": ("steps", "batch_size", "accumulate", "keep"),
+        "train": ("steps", "batch_size", "accumulate", "keep", "bad_steps"),
         "sample": ("num", "steps"),
         "eval": ("num_times", "steps", "probes", "batch_size"),
     }
@@ -195,9 +253,15 @@ def check_sizes(config: Config) -> None:
         for name in names:
             if (value := getattr(getattr(config, section), name)) < 1:
                 raise ConfigError(f"config.{section}.{name} must be at least 1, got {value}")
-    for name in ("log_every", "eval_every", "sample_every", "checkpoint_every"):
+    for name in ("log_every", "eval_every", "sample_every", "checkpoint_every", "heartbeat_every", "spike"):
         if (value := getattr(config.train, name)) < 0:
             raise ConfigError(f"config.train.{name} must be positive, or 0 for never; got {value}")
+    if config.train.on_bad_step not in BAD_STEP_POLICIES:
+        raise ConfigError(
+            f"config.train.on_bad_step must be {', '.join(BAD_STEP_POLICIES)}, got {config.train.on_bad_step!r}"
+        )
+    if bad := [step for step in config.train.profile if not isinstance(step, int) or step < 1]:
+        raise ConfigError(f"config.train.profile lists numbers of steps, from 1; got {bad[0]!r}")
 
 
 def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -392,6 +456,22 @@ def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> 
     if experiment.learns_process:
         params = {**params, "process": Spread(mesh).whole(params["process"])}
     return Run(*experiment.trained(params), int(state.step), mesh)
+
+
+def _work(experiment: Experiment, batch: dict[str, Any]) -> Work:
+    """What a step on such batches does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            operations = step_flops(experiment, batch)
+        except (
+            RuntimeWarning
+        ):  # loops of unknown length, kernels without a program: no number is better than a wrong one
+            operations = None
+    devices = jax.devices()
+    peak = peak_flop_per_s(devices[0].device_kind)
+    tokens = experiment.config.train.batch_size * experiment.sites if experiment.data.num_symbols is not None else None
+    return Work(tokens, operations, peak and peak * len(devices))
 
 
 def _preempted(checkpoints: Checkpoints, step: int) -> bool:

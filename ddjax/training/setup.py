@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from ddjax import flops
 from ddjax.config import ConfigError
-from ddjax.experiment import Experiment
+from ddjax.experiment import Experiment, build
 from ddjax.training.mesh import check_axes, compile_step, make_mesh, on_host, state_shardings
 from ddjax.training.state import TrainState, init_state
 from ddjax.training.step import Step, make_train_step
+from ddjax.types import PyTree
 
 
 class Setup(NamedTuple):
@@ -61,4 +64,25 @@ def train_step(experiment: Experiment) -> Step:
         experiment.optimizer(),
         accumulate=experiment.config.train.accumulate,
         ema=experiment.ema(),
+        spike=experiment.config.train.spike,
+        skip_bad=experiment.config.train.on_bad_step == "skip",
     )
+
+
+def step_flops(experiment: Experiment, batch: PyTree) -> int:
+    """FLOPs of one training step of the model on such a batch, without what `remat` computes again."""
+    model = as_model(experiment)
+    state = jax.eval_shape(functools.partial(initial_state, model), jax.random.key(0))
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+    return flops.count(train_step(model), state, batch)
+
+
+def as_model(experiment: Experiment) -> Experiment:
+    """The same network, as the model it computes: nothing twice (remat), and nothing hidden in a fused kernel."""
+    options = dict(experiment.config.denoiser.options)
+    if options.get("remat"):
+        options["remat"] = False
+    if options.get("attention") == "cudnn":
+        options["attention"] = "xla"
+    denoiser = dataclasses.replace(experiment.config.denoiser, options=options)
+    return build(dataclasses.replace(experiment.config, denoiser=denoiser), experiment.data)

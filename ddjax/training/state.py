@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
+from ddjax.training.watch import Losses
 from ddjax.types import Params, PyTree
 
 
@@ -21,6 +22,7 @@ class TrainState(NamedTuple):
     ema: like `params`, their exponential moving average. Never shares a buffer with `params`.
     opt_state: optax's own state.
     key: typed PRNG key, constant through training; step n draws from `fold_in(key, n)`.
+    losses: what is remembered of them, to know a spike.
     """
 
     step: Int[Array, ""]
@@ -28,6 +30,7 @@ class TrainState(NamedTuple):
     ema: Params
     opt_state: PyTree
     key: Key[Array, ""]
+    losses: Losses
 
 
 def init_state(
@@ -44,4 +47,4 @@ def init_state(
     # twice (a crash), and one shared with the caller's network would be deleted under it.
     params = jax.tree.map(jnp.copy, init(init_key))
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), train_key)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), train_key, Losses.none())

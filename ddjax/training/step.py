@@ -72,6 +72,8 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema: Ema | Callable[[Array], Array] = Ema(),
+    spike: float = 0.0,
+    skip_bad: bool = False,
 ) -> Step:
     """Build `step(state, batch) -> (state, metrics)`: pure, to be jitted by `compile_step` or by the caller.
 
@@ -82,17 +84,22 @@ def make_train_step(
     accumulate: number of microbatches, one after another; the memory of one, and the gradient of the whole
         batch to rounding, because noise is drawn by global row and microbatches count by their weights.
     ema: `Ema`, or a function from the number of earlier updates to the decay.
+    spike: a step is bad where its loss or gradient is not finite, and where its loss lies so many standard deviations
+        above the mean of the good ones before (`watch.Losses`); 0: no loss is too high.
+    skip_bad: a bad step leaves parameters, average and optimizer as they were.
 
     The batch is a dict: "x0" `(batch, *sites)`, optionally "cond" (a pytree, leading axis batch) and
     "weights" `(batch,)` or `(batch, *sites)`. Metrics: what the objective reports and "loss", each averaged
     over the batch as the loss is, with what the network adds to it and reports (`ddjax.auxiliary`); "grad_norm",
-    before any clipping; "finite", whether loss and norm are. A step
-    that is not finite is applied as any other: what to do about it is the caller's.
+    before any clipping; "finite", whether loss and norm are; "bad", how many steps were bad in a row, 0 for a good
+    one. Unless `skip_bad`, a bad step is applied as any other: what to do about it is the caller's.
 
     Raises ValueError on a malformed batch or one that `accumulate` does not divide, when traced.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    if spike < 0:
+        raise ValueError(f"a spike is a positive number of standard deviations, or 0 for none; got {spike}")
 
     def gradient(params, key, part, rows):
         def loss_of(params):
@@ -162,8 +169,16 @@ def make_train_step(
         average = update_ema(state.ema, params, ema(updates_made))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        metrics = {**metrics, "grad_norm": norm, "finite": finite}
-        return TrainState(state.step + 1, params, average, opt_state, state.key), metrics
+        bad = ~finite
+        if spike > 0:
+            bad |= state.losses.spike(metrics["loss"], spike)
+        losses = state.losses.after(metrics["loss"], bad)
+        updated = (params, average, opt_state)
+        if skip_bad:
+            before = (state.params, state.ema, state.opt_state)
+            updated = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, updated)
+        metrics = {**metrics, "grad_norm": norm, "finite": finite, "bad": losses.bad}
+        return TrainState(state.step + 1, *updated, state.key, losses), metrics
 
     return step
 

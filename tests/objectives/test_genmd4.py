@@ -19,7 +19,7 @@ from ddjax.predictions import Prediction
 from ddjax.processes import Masked, StateMasked, state_masked
 from ddjax.schedules import Linear
 from ddjax.symbol_schedules import Spindle, SymbolPolynomial
-from ddjax.training import Ema, TrainState, init_state, make_train_step
+from ddjax.training import Ema, init_state, make_train_step
 from ddjax.training.mesh import compile_step, init_sharded, make_mesh, shard_batch
 
 LAW, MASK, EPS = Categorical(2, 3), 3, 0.02
@@ -313,7 +313,7 @@ def test_a_training_step_moves_the_powers():
     """In the library's own step; gradients are finite for steep and flat powers."""
     x0, optimizer = LAW.sample(random.example_keys(jax.random.key(5), 8)), optax.sgd(0.1)
     params = parameters(powers=(0.05, 1.0, 25.0))
-    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), params, optimizer.init(params), jax.random.key(1))
+    state = init_state(lambda key: params, optimizer, jax.random.key(1))
     step = jax.jit(make_train_step(genmd4(START), apply, optimizer, ema=Ema(0.9)))
     after, metrics = step(state, {"x0": x0})
     assert bool(metrics["finite"])

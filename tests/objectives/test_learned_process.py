@@ -12,7 +12,7 @@ from ddjax import objectives, random
 from ddjax.predictions import Prediction
 from ddjax.processes import LearnedGaussian
 from ddjax.schedules import CondOT, VPLinear
-from ddjax.training import Ema, TrainState, make_train_step
+from ddjax.training import Ema, init_state, make_train_step
 from ddjax.transforms import Residual, SiteNetwork
 
 LEVELS = np.asarray([-1.0, 0.1, 0.7])
@@ -157,7 +157,7 @@ def test_a_train_step_moves_both():
     params = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), PARAMS)
     optimizer, ema = optax.adam(1e-2), Ema(0.9)
     step = jax.jit(make_train_step(objectives.learned_process(PROCESS, whole), apply, optimizer, ema=ema))
-    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), params, optimizer.init(params), jax.random.key(1))
+    state = init_state(lambda key: params, optimizer, jax.random.key(1))
     after, metrics = step(state, {"x0": jnp.asarray([[0.3, -0.2]])})
     assert bool(metrics["finite"])
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a != b)), after.params, params))

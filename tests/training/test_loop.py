@@ -14,7 +14,7 @@ import tiny
 import ddjax
 from ddjax.config import ConfigError
 from ddjax.training import CheckpointError, loop, setup
-from ddjax.training.loop import NonFiniteLoss, train
+from ddjax.training.loop import BadStep, train
 
 
 def at_batch(monkeypatch, number, act):
@@ -198,7 +198,7 @@ def test_a_number_that_is_none_stops_with_step_batch_and_last_good(tmp_path, mon
         return step
 
     monkeypatch.setattr(setup, "compile_step", poisoned)
-    with pytest.raises(NonFiniteLoss) as caught:
+    with pytest.raises(BadStep) as caught:
         train(tiny.config(), tmp_path / "run", show=False)
     text = str(caught.value)
     assert "not finite at step 5 (batch 4 of the data order of seed 0; loss nan" in text
@@ -213,7 +213,7 @@ def test_a_huge_learning_rate_never_saves_what_is_not_a_number(tmp_path):
     gaussian = {"data": {"tokens": False}, "process": {"name": "gaussian", "schedule": "vp_cosine"}}
     options = {"denoiser": {**tiny.BASE["denoiser"], "kind": "v"}, "objective": {"name": "gaussian"}}
     wild = {"optimizer": {"learning_rate": 1e30, "clip": 0.0}, "train": {"checkpoint_every": 1, "eval_every": 0}}
-    with pytest.raises(NonFiniteLoss, match="not finite at step") as caught:
+    with pytest.raises(BadStep, match="not finite at step") as caught:
         train(tiny.config(**gaussian, **options, **wild), tmp_path / "run", show=False)
     if "there is no checkpoint yet" not in str(caught.value):
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(ddjax.load(tmp_path / "run").params))
