@@ -5,7 +5,8 @@
 Trains a tiny network again and again, on one CPU device or as two processes, and does to it what clusters do: SIGKILL
 and SIGTERM at random moments and while a checkpoint is being written; files of the newest checkpoint cut short, lost,
 or with one bit flipped; manifests lost; a full disk (a small tmpfs; needs root); the data file lost, cut short or
-changed; one of two processes killed. After each fault the same command is started again. What must hold:
+changed, and so shards of a prepared folder; one of two processes killed. After each fault the same command is started
+again. What must hold:
 
 - a run ends with the uninterrupted run's parameters, average, optimizer and place in the data, bit for bit, and with
   the same metrics; or
@@ -39,13 +40,17 @@ from pathlib import Path
 CONFIG = """
 def get_config():
     return {{
-        "data": {{"name": {data!r}}},
-        "denoiser": {{"options": {{"width": 8, "depth": 1, "heads": 2, "patch": 4}}}},
+        "data": {data!r},
+        "denoiser": {denoiser!r},
         "optimizer": {{"schedule": "constant", "warmup": 0, "learning_rate": 0.01}},
         "train": {{"steps": {steps}, "batch_size": 8, "log_every": 1, "checkpoint_every": {every}, "prefetch": 0}},
     }}
 """
-TIMES = ("steps_per_second", "examples_per_second")
+NETWORK = {"width": 8, "depth": 1, "heads": 2}
+TIMES = (
+    *("steps_per_second", "examples_per_second", "tokens_per_second", "step_seconds", "data_wait"),
+    *("flops_per_second", "mfu", "device_bytes", "host_bytes"),
+)
 LIMIT = 600.0  # seconds for anything: beyond it a run hangs
 
 
@@ -107,17 +112,33 @@ class Job:
 class Bench:
     """A folder with data and config, and how a training in it is started."""
 
-    def __init__(self, root: Path, processes: int, steps: int, every: int):
-        self.root, self.processes, self.steps, self.every = root, processes, steps, every
-        self.data, self.config = root / "data.npz", root / "config.py"
+    def __init__(self, root: Path, processes: int, steps: int, every: int, shards: bool = False):
+        self.root, self.processes, self.steps, self.every, self.shards = root, processes, steps, every, shards
+        self.data, self.config = root / ("prepared" if shards else "data.npz"), root / "config.py"
         self.count = 0
 
     def prepare(self) -> None:
         import numpy as np
 
-        rng = np.random.default_rng(0)
-        np.savez(self.data, x=rng.integers(0, 17, (200, 8, 8, 1)).astype(np.uint8), y=np.arange(200) % 10)
-        self.config.write_text(CONFIG.format(data=str(self.data), steps=self.steps, every=self.every))
+        rng, numbers = np.random.default_rng(0), {"steps": self.steps, "every": self.every}
+        if self.shards:
+            data = {"name": str(self.data), "options": {"length": 16, "check": "sha256"}}
+            denoiser = {"name": "text", "options": NETWORK}
+            letters = np.where(rng.random(600_000) < 0.01, 10, rng.integers(97, 123, 600_000))
+            (self.root / "text.txt").write_bytes(letters.astype(np.uint8).tobytes())
+            from ddjax import cli
+
+            command = ["data", "prepare", self.root / "text.txt", "--out", self.data, "--document", "line"]
+            command += ["--shard-size", "0.125"]
+            if cli.main([str(word) for word in command]):
+                raise SystemExit("preparing the data failed")
+        else:
+            data, denoiser = {"name": str(self.data)}, {"options": {**NETWORK, "patch": 4}}
+            np.savez(self.data, x=rng.integers(0, 17, (200, 8, 8, 1)).astype(np.uint8), y=np.arange(200) % 10)
+        self.config.write_text(CONFIG.format(data=data, denoiser=denoiser, **numbers))
+
+    def data_files(self) -> list[Path]:
+        return sorted(self.data.rglob("*.bin")) if self.shards else [self.data]
 
     def start(self, workdir: Path) -> Job:
         """Fork, and train there."""
@@ -325,20 +346,22 @@ class Scene:
 
     def data(self, how: str) -> str | None:
         """The data are lost or changed while it is down, or under its feet."""
+        path = self.rng.choice(self.bench.data_files())
         copy = self.bench.root / "data.copy"
-        shutil.copy(self.bench.data, copy)
+        shutil.copy(path, copy)
         try:
-            running = self.rng.random() < 0.5
+            # A bit that changes in a file that is mapped already is seen when it is next started.
+            running = self.rng.random() < 0.5 and not (self.bench.shards and how == "flipped")
             if running:
                 job = self.on_the_way()
                 if job is None:
                     return None
-                harm(self.bench.data, how, self.rng)
+                harm(path, how, self.rng)
                 time.sleep(self.rng.random() * 0.2)
                 job.kill()
                 job.wait()
             else:
-                harm(self.bench.data, how, self.rng)
+                harm(path, how, self.rng)
             job = self.bench.start(self.workdir)
             statuses = job.wait()
             if statuses == [0]:
@@ -346,7 +369,7 @@ class Scene:
             self.stopped_clearly(statuses, job)
             return "stopped clearly, goes on when they are back"
         finally:
-            shutil.move(copy, self.bench.data)
+            shutil.move(copy, path)
 
     def disk_full(self) -> str | None:
         job = self.on_the_way()
@@ -397,6 +420,9 @@ def _kinds() -> dict[str, tuple[int, str, Callable[[Scene], str | None]]]:
         "data file lost": (2, "one", lambda s: s.data("deleted")),
         "data file truncated": (2, "one", lambda s: s.data("truncated")),
         "data bit flipped": (2, "one", lambda s: s.data("flipped")),
+        "data shard lost": (2, "shards", lambda s: s.data("deleted")),
+        "data shard truncated": (2, "shards", lambda s: s.data("truncated")),
+        "data shard's bit flipped": (2, "shards", lambda s: s.data("flipped")),
         "disk full": (3, "small disk", Scene.disk_full),
         "one of two processes SIGKILLed": (2, "two", Scene.one_of_two),
     }
@@ -464,7 +490,11 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
     rng, kinds, results = random.Random(seed), _kinds(), []
-    benches = {"one": Bench(root / "one", 1, 120, 6), "two": Bench(root / "two", 2, 36, 4)}
+    benches = {
+        "one": Bench(root / "one", 1, 120, 6),
+        "two": Bench(root / "two", 2, 36, 4),
+        "shards": Bench(root / "shards", 1, 120, 6, shards=True),
+    }
     for bench in benches.values():
         bench.root.mkdir()
         bench.prepare()
@@ -473,7 +503,7 @@ def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
             print("no small disk: mounting a tmpfs needs root; full disks are left out", file=sys.stderr)
         chosen = {n: k for n, k in kinds.items() if (mounted or k[1] != "small disk") and (not only or n in only)}
         wholes = {}
-        for name in {"two" if where == "two" else "one" for _, where, _ in chosen.values()}:
+        for name in sorted({"one" if where == "small disk" else where for _, where, _ in chosen.values()}):
             bench = benches[name]
             whole = wholes[name] = bench.root / "whole"
             began = time.monotonic()
@@ -489,7 +519,7 @@ def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
         for name in names:
             queues[chosen[name][1]].append(name)
         for where, queue in sorted(queues.items()):
-            bench = benches["two" if where == "two" else "one"]
+            bench = benches["one" if where == "small disk" else where]
             while queue:
                 runs += 1
                 workdir = (root / "disk" if where == "small disk" else bench.root) / f"run{runs}"
@@ -513,7 +543,7 @@ def campaign(root: Path, count: int, seed: int, only: list[str]) -> list[dict]:
                 try:
                     job = bench.start(workdir)
                     scene.check_end(job)
-                    same(workdir, wholes["two" if where == "two" else "one"])
+                    same(workdir, wholes["one" if where == "small disk" else where])
                     end = "bit for bit"
                 except Broken as error:
                     end = f"BROKEN: {error}"

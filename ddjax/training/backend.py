@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
+import sys
 
 import jax
 import numpy as np
@@ -29,7 +31,20 @@ def orbax():
     from absl import logging as absl_logging
 
     absl_logging.get_absl_logger().addFilter(_quiet)  # added once however often this is called
+    _quiet_threads()
     return ocp
+
+
+@functools.cache
+def _quiet_threads() -> None:
+    """Drop what TensorStore's threads print when a save has failed already, and its event loop is gone."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def differences(saved: PyTree, abstract: PyTree) -> list[str]:

@@ -195,9 +195,10 @@ class Stack(nnx.Module):
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
         body = _rematerialised(body, self.remat, prevent_cse=False)
-        h, told = jax.lax.scan(body, h, (stacked, jnp.arange(self.depth)))
+        # What goes round lies as in the blocks, at both ends: else it would be gathered in each.
+        h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, jnp.arange(self.depth)))
         told.mean().tell()
-        return h
+        return constrain(h, "batch", "sites", None)
 
 
 def _rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
