@@ -73,7 +73,8 @@ def noised(
         denoise = bind(apply, params, process, kind, rng=rng, train=train)
         costs = errors(denoise(reduce.shown(process, xt), t, cond))
         loss = reduce(costs)
-        return loss, {"loss": loss, **reduce.by_time(costs, t)}
+        timed = t.ndim == 1 or not hasattr(process, "points")  # points of a simplex are no times
+        return loss, {"loss": loss, **(reduce.by_time(costs, t) if timed else {})}
 
     return objective
 
@@ -165,7 +166,8 @@ class Reduction(NamedTuple):
 
         Nothing where times are neither one per example nor one per site.
         """
-        if t.ndim not in (1, errors.ndim):
+        own = t.ndim == errors.ndim and all(a in (1, b) for a, b in zip(t.shape, errors.shape, strict=True))
+        if t.ndim != 1 and not own:
             return {}
         weights = jnp.ones(errors.shape, errors.dtype) if self.sites is None else jnp.maximum(self.sites, 0.0)
         if self.examples is not None:
