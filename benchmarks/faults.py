@@ -47,10 +47,6 @@ def get_config():
     }}
 """
 NETWORK = {"width": 8, "depth": 1, "heads": 2}
-TIMES = (
-    *("steps_per_second", "examples_per_second", "tokens_per_second", "step_seconds", "data_wait"),
-    *("flops_per_second", "mfu", "device_bytes", "host_bytes"),
-)
 LIMIT = 600.0  # seconds for anything: beyond it a run hangs
 
 
@@ -432,6 +428,8 @@ def _kinds() -> dict[str, tuple[int, str, Callable[[Scene], str | None]]]:
 
 
 def told(workdir: Path) -> list[dict]:
+    from ddjax.training.report import TIMES
+
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 

@@ -15,12 +15,9 @@ import numpy as np
 from ddjax.config import typed
 from ddjax.training.checkpoint import load_ema
 from ddjax.training.loop import train
+from ddjax.training.report import TIMES
 
 ROOT = Path(__file__).parents[1]
-TIMES = (
-    *("steps_per_second", "examples_per_second", "tokens_per_second", "step_seconds", "data_wait"),
-    *("flops_per_second", "mfu", "device_bytes", "host_bytes"),
-)
 BASE = {
     "denoiser": {"options": {"width": 8, "depth": 1, "heads": 2, "patch": 4}},
     "optimizer": {"schedule": "constant", "warmup": 0, "learning_rate": 0.01},

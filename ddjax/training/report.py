@@ -21,6 +21,11 @@ from ddjax.training.manifest import write_atomically
 from ddjax.training.memory import device_peak, host_peak
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+# What differs between two runs of the same numbers.
+TIMES = (
+    *("steps_per_second", "examples_per_second", "tokens_per_second", "step_seconds", "data_wait"),
+    *("flops_per_second", "mfu", "device_bytes", "host_bytes"),
+)
 
 
 class Work(NamedTuple):
