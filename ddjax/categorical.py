@@ -35,29 +35,39 @@ def categorical(keys: Keys, logits: Float[Array, "batch *sites symbols"]) -> Int
 def categorical_where(
     keys: Keys, logits: Float[Array, "batch *sites symbols"], where: Bool[Array, batch * sites]
 ) -> Int[Array, batch * sites]:
-    """As `categorical` where asked, and 0 elsewhere, at no cost there if symbols are many. int32.
+    """As `categorical` where asked, and 0 elsewhere, at little cost there. int32.
 
-    The sites asked for are gathered, a quarter, a sixteenth or a 64th of all where so few are enough. A draw is that of
-    the first, second, ... site asked for, so that it does not depend on other examples.
+    Each site draws with a key of its own, so that a draw depends neither on other sites nor on other examples. The
+    sites asked for are gathered, a quarter, a sixteenth or a 64th of all where so few are enough; with few symbols only
+    on a CPU, as elsewhere all of them are drawn before those asked for are found.
     """
-    if logits.shape[-1] <= MANY:
-        return jnp.where(where, categorical(keys, logits), 0)
-    batch, sites = where.shape[0], math.prod(where.shape[1:])
-    flat, asked = logits.reshape(batch, sites, -1), where.reshape(batch, sites)
+    batch, sites, symbols = where.shape[0], math.prod(where.shape[1:]), logits.shape[-1]
+    race = _race if symbols <= MANY else _race_in_parts
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    order, rank = jnp.argsort(~asked, axis=1, stable=True), jnp.cumsum(asked, axis=1) - 1
+    flat, asked = logits.reshape(batch, sites, symbols), where.reshape(batch, sites)
 
-    def draw(size: int) -> Int[Array, "batch sites"]:
-        def one(key: Array, row: Array, order: Array) -> Array:
-            each = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(size))
-            return jax.vmap(_race_in_parts)(each, row[order[:size]].astype(dtype))
+    def draw(keys: Keys, rows: Array, index: Array) -> Array:
+        """Of some sites of each example, whose logits are `rows` and whose numbers are `index`."""
 
-        drawn = jax.vmap(one)(keys, flat, order).astype(jnp.int32)
-        return jnp.take_along_axis(drawn, jnp.clip(rank, 0, size - 1), axis=1)
+        def one(key: Array, row: Array, i: Array) -> Array:
+            return race(jax.random.fold_in(key, i), row.astype(dtype)).astype(jnp.int32)
 
-    sizes = sorted({-(-sites // part) for part in (64, 16, 4, 1)})
-    enough = jnp.searchsorted(jnp.asarray(sizes), asked.sum(axis=1).max())
-    drawn = jax.lax.switch(enough, [functools.partial(draw, size) for size in sizes])
+        return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(keys, rows, index)
+
+    def all_of_them() -> Array:
+        return draw(keys, flat, jnp.broadcast_to(jnp.arange(sites), (batch, sites)))
+
+    def some(size: int) -> Array:
+        order = jnp.argsort(~asked, axis=1, stable=True)[:, :size]  # those asked for first
+        drawn = draw(keys, jnp.take_along_axis(flat, order[..., None], axis=1), order)
+        return jax.vmap(lambda i, v: jnp.zeros(sites, jnp.int32).at[i].set(v))(order, drawn)
+
+    def gathered() -> Array:
+        sizes = sorted({-(-sites // part) for part in (64, 16, 4)} - {sites})
+        enough = jnp.searchsorted(jnp.asarray([*sizes, sites]), asked.sum(axis=1).max())
+        return jax.lax.switch(enough, [*(functools.partial(some, size) for size in sizes), all_of_them])
+
+    drawn = gathered() if symbols > MANY else jax.lax.platform_dependent(cpu=gathered, default=all_of_them)
     return jnp.where(where, drawn.reshape(where.shape), 0)
 
 

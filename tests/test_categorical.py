@@ -52,19 +52,23 @@ def test_many_symbols_have_the_law():
     assert abs(error - often.sum()) < 5 * np.sqrt(2 * often.sum())
 
 
-def test_draws_where_asked_do_not_depend_on_the_others():
-    """Of 130 sites, with many symbols: the law where asked, 0 elsewhere, and the same in any batch."""
-    p = np.random.default_rng(1).dirichlet(np.full(600, 0.5))
-    draw = jax.jit(lambda k, where: categorical_where(k, jnp.broadcast_to(jnp.log(p), (*where.shape, 600)), where))
-    counts, rng = np.zeros(600), np.random.default_rng(2)
+@pytest.mark.parametrize("symbols", [5, 600])
+def test_draws_where_asked_do_not_depend_on_the_others(symbols):
+    """Of 130 sites: the law where asked, 0 elsewhere, and the same among any sites and examples."""
+    p = np.random.default_rng(1).dirichlet(np.full(symbols, 0.5))
+    draw = jax.jit(lambda k, where: categorical_where(k, jnp.broadcast_to(jnp.log(p), (*where.shape, symbols)), where))
+    counts, rng = np.zeros(symbols), np.random.default_rng(2)
     for few in (0.0, 0.01, 0.1, 0.2, 0.9, 1.0):
         where = rng.random((8, 130)) < few
         where[0] = rng.random(130) < 0.05  # little, among much
         x = np.asarray(draw(keys(8, seed=int(100 * few)), where))
         assert (x[~where] == 0).all()
-        counts += np.bincount(x[where], minlength=600)
-        alone = np.asarray(draw(keys(8, seed=int(100 * few)), np.where(np.arange(8)[:, None] == 0, where, False)))
-        np.testing.assert_array_equal(alone[0], x[0])
+        counts += np.bincount(x[where], minlength=symbols)
+        first = np.where(np.arange(8)[:, None] == 0, where, False)
+        for others in (first, where & first[0], np.ones((8, 130), bool)):
+            again = np.asarray(draw(keys(8, seed=int(100 * few)), others))
+            both = where & others
+            np.testing.assert_array_equal(again[both], x[both])
     often = p > 0.002
     error = chi_squared(np.append(counts[often], counts[~often].sum()), np.append(p[often], p[~often].sum()))
     assert abs(error - often.sum()) < 5 * np.sqrt(2 * often.sum())
