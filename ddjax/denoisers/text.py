@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax.denoisers.dit import check_state, hard_state
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
+from ddjax.denoisers.states import check_state, hard_state
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
