@@ -142,7 +142,8 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
             pending.clear()
             heartbeat.beat(step, "restoring")
             state = None  # room for the other
-            restored = checkpoints.restore(shape)
+            if (restored := checkpoints.restore(shape)) is None:
+                raise BadStep(f"{error}, and there is no checkpoint in {workdir / CHECKPOINTS} to return to")
             state, place = TrainState(*restored[0]), restored[1]["data"]
             good = int(state.step)
             returns[good] += 1

@@ -201,6 +201,14 @@ def test_a_run_does_not_return_forever(tmp_path, monkeypatch):
     assert "back to step 0" in events(tmp_path / "early")[0]["event"]
 
 
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_were_removed_says_so(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {4})
+    monkeypatch.setattr(loop.Checkpoints, "restore", lambda self, abstract: None)
+    with pytest.raises(BadStep, match=r"at step 5 .*, and there is no checkpoint in .*checkpoints to return to"):
+        train(quick(on_bad_step="roll_back"), tmp_path / "run", show=False)
+
+
 @pytest.mark.parametrize(
     ("train_", "words"),
     [
