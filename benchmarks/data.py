@@ -2,8 +2,9 @@
 
     python benchmarks/data.py --text corpus.txt --images images.npz --out data.json
 
-Prepares the text (as documents by line) and the images in each storage, then `ddjax bench data`: named sizes on a named
-device are a pause of the time that its FLOPs take at 40 % utilisation, the small ones are real steps of this machine.
+Prepares the text (as documents, by paragraph or as asked) and the images in each storage, then `ddjax bench data`:
+named sizes on a named device are a pause of the time that its FLOPs take at 40 % utilisation, the small ones are real
+steps of this machine.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def main():
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--images", required=True)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--document", default="paragraph", help="what a document of the text is (ddjax data prepare)")
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--storage", action="append", default=[])
     parser.add_argument("--out", type=Path)
@@ -46,7 +48,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         images = data.load(arguments.images, "train", tokens=True)
         for storage in storages:
-            prepare_text([arguments.text], f"{folder}/text_{storage}", document="line", storage=storage)
+            prepare_text([arguments.text], f"{folder}/text_{storage}", document=arguments.document, storage=storage)
             prepare_items(images, [], f"{folder}/images_{storage}", storage=storage)
         print("| size | step | storage | pipeline / need | wait |\n|---|---|---|---|---|")
         for name, (file, device, length, changes) in CASES.items():

@@ -3,6 +3,7 @@
     python benchmarks/learned.py mixture --out learned.json
     python benchmarks/learned.py mnist --run RUN --out learned.json --seeds 1 --num 64 --batch 16 --iterations 150
     python benchmarks/learned.py mnist --run RUN --loss joint --out joint.json --seeds 0 --num 256 --batch 64 --fine 100
+    python benchmarks/learned.py mnist --run RUN --loss read --out read.json --seeds 0 --num 256 --batch 64 --fine 100
     python benchmarks/learned.py table --out learned.json
 
 For each seed three sets of noises: one is searched on; on the second, all is chosen (the best solver and its best grid
@@ -16,13 +17,17 @@ looked at by nothing. At equal NFE: solvers of several evaluations a step take f
 
 By `--loss fine` all of this is by the distance to a fine solution from the same noise. By `--loss joint` (pictures) it
 is by the kernel distance of samples and their own labels, together, to training pictures and theirs; nothing but
-`search.General` is searched then, from the fixed grid. What is reported is the same: the kernel distance of pictures
-alone to held-out ones, and the classifier's labels.
+`search.General` is searched then, from the fixed grid. By `--loss read` the cross-entropy of the labels that a small
+network reads off the samples is added; it learned from other pictures, and is another kind of classifier, than the
+judge of what is reported. That is the same by all: the kernel distance of pictures alone to held-out ones, and the
+judge's labels.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -35,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import nfe
 import numpy as np
+import optax
 
 from ddjax import grids, random, schedules, search, solvers
 from ddjax.fixtures import GaussianMixture
@@ -91,6 +97,46 @@ def joint(x0: Any, examples: search.Examples) -> Any:
     return search.squared_mmd(*vectors)
 
 
+@functools.cache
+def reader() -> Any:
+    """A small network, `pictures -> logits`, that reads digits; of the last 20,000 training pictures."""
+    pictures, labels = (x[-20_000:] for x in nfe.mnist_images(60_000))
+    sizes, rng = (pictures[0].size, 256, 128, 10), np.random.default_rng(0)
+    weights = [
+        (jnp.asarray(rng.normal(size=(i, o)) * (2 / i) ** 0.5, jnp.float32), jnp.zeros(o))
+        for i, o in itertools.pairwise(sizes)
+    ]
+    optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, 3000), weight_decay=1e-2)
+
+    def logits(weights, x):
+        h = x.reshape(len(x), -1)
+        for w, b in weights[:-1]:
+            h = jax.nn.relu(h @ w + b)
+        return h @ weights[-1][0] + weights[-1][1]
+
+    @jax.jit
+    def step(weights, state, x, y):
+        def loss(weights):
+            return optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), y).mean()
+
+        change, state = optimizer.update(jax.grad(loss)(weights), state, weights)
+        return optax.apply_updates(weights, change), state
+
+    state = optimizer.init(weights)
+    for _ in range(3000):
+        rows = rng.integers(0, len(pictures), 128)
+        noisy = pictures[rows] + 0.2 * rng.normal(size=(128, *pictures.shape[1:]))  # samples are not quite clean
+        weights, state = step(weights, state, jnp.asarray(noisy, jnp.float32), jnp.asarray(labels[rows]))
+    return functools.partial(logits, weights)
+
+
+def read(x0: Any, examples: search.Examples) -> Any:
+    """`joint`, and the cross-entropy of the samples' own labels as the `reader` reads them, at a tenth."""
+    logits = reader()(x0)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, examples.cond).mean()
+    return joint(x0, examples) + 0.1 * nats
+
+
 def of_labels(labels: Any, seed: int) -> Any:
     """For each label a training picture of it, all different ones."""
     pictures, own = nfe.mnist_images(20_000)
@@ -116,7 +162,7 @@ class Case:
             for which in range(3)
         ]  # fmt: skip
         self.searched, self.choosing, self.reported = sets
-        if by is joint:
+        if by in (joint, read):
             self.searched, self.choosing = (
                 one._replace(target=of_labels(problem.cond, 2 * seed + i)) for i, one in enumerate(sets[:2])
             )
@@ -229,8 +275,11 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=64, help="noises in each set, for mnist")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates of the sampler's search")
     parser.add_argument("--fine", type=int, default=1000, help="steps of the fine solution")
-    parser.add_argument("--loss", choices=("fine", "joint"), default="fine", help="what all is learned and chosen by")
+    parser.add_argument(
+        "--loss", choices=("fine", "joint", "read"), default="fine", help="what all is learned and chosen by"
+    )
     parser.add_argument("--only", nargs="+", metavar="SOLVER", default=list(nfe.DETERMINISTIC), help="hand-made ones")
     arguments = parser.parse_args()
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -243,8 +292,11 @@ def main() -> None:
     else:
         problem, start = nfe.mnist(arguments.run, arguments.num), 1.0
         fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))
+    if arguments.loss == "read":
+        reader()  # now: a search is traced
+    rates = (rates[0], arguments.rates or rates[1])
     for seed in arguments.seeds:
-        by = {"fine": search.to_fine, "joint": joint}[arguments.loss]
+        by = {"fine": search.to_fine, "joint": joint, "read": read}[arguments.loss]
         case = Case(problem, fixed, start, seed, arguments.fine, rates, by)
         for steps in arguments.steps:
             began = time.time()
