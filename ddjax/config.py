@@ -170,6 +170,7 @@ class TrainConfig:
     bad_steps: int = 10  # so many skipped in a row, or returns to one checkpoint, and the run stops
     profile: list = dataclasses.field(default_factory=list)  # numbers of steps to trace, into WORKDIR/profile
     heartbeat_every: float = 10.0  # seconds between two of WORKDIR/heartbeat.json; 0: none
+    notices: str = ""  # gce: the metadata server is asked whether the machine will be taken away; then as on SIGTERM
     tensorboard: bool = False  # needs ddjax[tensorboard]
     wandb: str = ""  # project; needs ddjax[wandb]
 
@@ -255,6 +256,7 @@ CHANGEABLE = (
         "train.bad_steps",
         "train.profile",
         "train.heartbeat_every",
+        "train.notices",
         "train.tensorboard",
         "train.wandb",
         "sample",

@@ -10,11 +10,8 @@ import collections
 import errno
 import json
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from ddjax.training.heartbeat import Heartbeat
 from ddjax.training.lock import locked
 from ddjax.training.manifest import write_atomically
 from ddjax.training.mesh import BATCH_AXES, abstract_state, shard_batch
+from ddjax.training.preemption import notices, stop_signals
 from ddjax.training.profile import Profile
 from ddjax.training.report import Report, Work, require_writers
 from ddjax.training.setup import prepare, step_flops
@@ -82,6 +80,7 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     with (
         locked(workdir),
         stop_signals() as stop,
+        notices(config.train.notices),
         closing(batches),
         Checkpoints(
             workdir / CHECKPOINTS, keep=config.train.keep, best="min" if config.train.keep_best else None
@@ -425,30 +424,6 @@ def write_samples(data: Dataset, x0: np.ndarray, path: Path, stop: str | None = 
         with open(path, "wb") as file:
             np.save(file, x0, allow_pickle=False)
     return path
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second one interrupts as usual.
-
-    Only with one process: with several, `jax.distributed` catches SIGTERM itself, and Orbax agrees on a step.
-    """
-    stop = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> Run:
