@@ -33,7 +33,7 @@ from ddjax.training.checkpoint import Checkpoints
 from ddjax.training.heartbeat import Heartbeat
 from ddjax.training.lock import locked
 from ddjax.training.manifest import write_atomically
-from ddjax.training.mesh import BATCH_AXES, abstract_state, shard_batch
+from ddjax.training.mesh import BATCH_AXES, abstract_state, on_devices, shard_batch
 from ddjax.training.preemption import notices, stop_signals
 from ddjax.training.profile import Profile
 from ddjax.training.report import Report, Work, require_writers
@@ -428,7 +428,7 @@ def write_samples(data: Dataset, x0: np.ndarray, path: Path, stop: str | None = 
 
 def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> Run:
     """The averaged parameters, as they lie on the mesh."""
-    params = jax.tree.map(jnp.copy, state.ema)  # the next step donates the state
+    params = on_devices(jax.tree.map(jnp.copy, state.ema))  # the next step donates the state
     if experiment.learns_process:
         params = {**params, "process": Spread(mesh).whole(params["process"])}
     return Run(*experiment.trained(params), int(state.step), mesh)

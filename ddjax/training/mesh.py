@@ -204,6 +204,16 @@ def compile_step(step: Step, state_shardings: PyTree, mesh: Mesh) -> Step:
 HOST = "pinned_host"
 
 
+def on_devices(arrays: PyTree) -> PyTree:
+    """The arrays in the devices' own memory, wherever they lay."""
+
+    def move(array: jax.Array) -> jax.Array:
+        own = next(iter(array.sharding.device_set)).default_memory().kind
+        return jax.device_put(array, array.sharding.with_memory_kind(own))
+
+    return jax.tree.map(move, arrays)
+
+
 def on_host(shardings: PyTree) -> PyTree:
     """The same places in the memory of the host beside the devices.
 

@@ -54,6 +54,19 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_nothing_had_been(tmp_pat
 
 
 @pytest.mark.slow
+def test_an_average_on_the_host_changes_nothing(tmp_path, monkeypatch):
+    """Evaluated, drawn from, saved, and restored after a kill: the parameters, metrics and samples of the device's."""
+    config = tiny.config(train={"ema_memory": "host"})
+    with monkeypatch.context() as patch:
+        at_batch(patch, 6, kill)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run", show=False)
+    run = train(config, tmp_path / "run", show=False)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(run.params)} == {"device"}
+    tiny.assert_same_run(tmp_path / "run", tiny.trained())
+
+
+@pytest.mark.slow
 def test_a_kill_loses_nothing_but_time(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         whole = at_batch(patch, 0, kill)
@@ -222,7 +235,7 @@ def test_a_huge_learning_rate_never_saves_what_is_not_a_number(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
 def test_the_mesh_does_not_change_the_losses(tmp_path):
-    train(tiny.config(train={"mesh": {"data": 1, "model": -1}}), tmp_path / "run", show=False)
+    train(tiny.config(train={"mesh": {"data": -1, "tensor": 2}}), tmp_path / "run", show=False)
     losses = [[m["loss"] for m in tiny.metrics(w) if "loss" in m] for w in (tmp_path / "run", tiny.trained())]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
