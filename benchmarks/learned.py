@@ -19,8 +19,8 @@ By `--loss fine` all of this is by the distance to a fine solution from the same
 is by the kernel distance of samples and their own labels, together, to training pictures and theirs; nothing but
 `search.General` is searched then, from the fixed grid. By `--loss read` it is that distance to many more training
 pictures, and some of the cross-entropy of the labels that a small network reads off the samples; the network learned
-from other pictures, and is another kind of classifier, than the judge. What is reported is the same by all: the kernel distance of pictures alone to held-out ones, and the
-judge's labels.
+from other pictures, and is another kind of classifier, than the judge. What is reported is the same by all: the kernel
+distance of pictures alone to held-out ones, and the judge's labels.
 """
 
 from __future__ import annotations
