@@ -211,7 +211,7 @@ PROCESSES = {
     "soft_mixture": processes.SoftMixture,
     "adaptive_gaussian": processes.AdaptiveGaussian.initial,
 }
-DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
+DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer, "unet": denoisers.UNet}
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {
     "unit": lambda: objectives.unit,

@@ -8,15 +8,21 @@ logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 from ddjax.denoisers import layers, outputs, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dit import DiT
+from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
+from ddjax.denoisers.unet import UNet
+from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNET_SIZES, UNetDesign
 
 __all__ = [
+    "UNET_DESIGNS",
+    "UNET_SIZES",
     "Coherent",
     "DiT",
+    "FreeU",
     "Functional",
     "OverDraws",
     "Pointed",
@@ -24,6 +30,9 @@ __all__ = [
     "ShownX1",
     "TextTransformer",
     "TruncatedLogistic",
+    "UNet",
+    "UNetDesign",
+    "freeu",
     "from_linen",
     "functional",
     "functional_init",

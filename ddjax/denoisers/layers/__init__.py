@@ -10,6 +10,15 @@ from ddjax.denoisers.layers.attention import (
 )
 from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
+from ddjax.denoisers.layers.convolution import (
+    Conv,
+    GroupNorm,
+    Resampling,
+    ResBlock,
+    SpatialAttention,
+    downsample,
+    upsample,
+)
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
@@ -25,15 +34,21 @@ __all__ = [
     "Attention",
     "Block",
     "Conditioner",
+    "Conv",
     "Experts",
     "FinalLayer",
     "GatedMLP",
+    "GroupNorm",
     "Layout",
     "Linear",
+    "ResBlock",
+    "Resampling",
+    "SpatialAttention",
     "Stack",
     "TokenBits",
     "TokenEmbed",
     "dot_product_attention",
+    "downsample",
     "dropout",
     "group_causal",
     "group_teacher_forced",
@@ -45,4 +60,5 @@ __all__ = [
     "stack_blocks",
     "time_embedding",
     "unstack_blocks",
+    "upsample",
 ]
