@@ -8,6 +8,7 @@ logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 from ddjax.denoisers import layers, outputs, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dit import DiT
+from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
 from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
@@ -18,6 +19,8 @@ from ddjax.denoisers.unet import UNet
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNET_SIZES, UNetDesign
 
 __all__ = [
+    "EDM2",
+    "EDM2_SIZES",
     "UNET_DESIGNS",
     "UNET_SIZES",
     "Coherent",

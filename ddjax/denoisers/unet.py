@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,10 +31,73 @@ class Stage(NamedTuple):
     features_out: int
     resample: str | None = None
     attends: bool = False
+    encodes: bool = False  # it is on the way down
     joined: bool = False  # a skip connection stands beside its input
 
 
-class UNet(ImageNetwork):
+class UShaped(ImageNetwork):
+    """A network of images that goes down in resolution and back up, with skip connections between."""
+
+    def lay(
+        self,
+        encoder: Sequence[Stage],
+        decoder: Sequence[Stage],
+        block: Callable[[Stage], nnx.Module],
+        *,
+        middle_attends: bool,
+        remat: bool | str,
+    ) -> None:
+        """Make the blocks: on the way down, two in the middle, on the way up. Raises ValueError for unknown `remat`."""
+        self.remat = {True: "full", False: "none"}.get(remat, remat)
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={remat!r}: expected True, False or one of {', '.join(map(repr, REMAT))}")
+        last = encoder[-1].features_out
+        self.encoder = nnx.List([block(stage) for stage in encoder])
+        self.middle = nnx.List([block(Stage(last, last, attends=attends)) for attends in (middle_attends, False)])
+        self.decoder = nnx.List([block(stage) for stage in decoder])
+        self.joined = tuple(stage.joined for stage in decoder)
+
+    def walk(
+        self,
+        h: Array,
+        c: Array,
+        keys: Key[Array, " batch"] | None,
+        *,
+        join: Callable[[Array, Array], Array],
+        after: Callable[[nnx.Module, Array], Array] = lambda block, h: h,
+    ) -> Array:
+        """Run the blocks, each `(h, c, keys=, name=)`.
+
+        join: of the backbone and a skip connection. after: a block on the way down, what is made of its result.
+        """
+        made = iter(range(len(self.encoder) + len(self.middle) + len(self.decoder)))
+
+        def run(block: nnx.Module, name: str, h: Array) -> Array:
+            i = next(made)
+            return self._run(block, name, h, c, None if keys is None else random.fold_in(keys, i))
+
+        skips = [h]
+        for i, block in enumerate(self.encoder):
+            skips.append(h := after(block, run(block, f"encoder/{i}", h)))
+        for i, block in enumerate(self.middle):
+            h = run(block, f"middle/{i}", h)
+        for i, block in enumerate(self.decoder):
+            if self.joined[i]:
+                n = sum(self.joined[:i])
+                h = join(tap(f"backbone/{n}", h), tap(f"skip/{n}", skips.pop()))
+            h = run(block, f"decoder/{i}", h)
+        return h
+
+    def _run(self, block: nnx.Module, name: str, h: Array, c: Array, keys: Array | None) -> Array:
+        # A listener needs the values, which remat's inner trace would not let out; remat changes none.
+        if self.remat == "none" or active():
+            return block(h, c, keys=keys, name=name)
+        graphdef, params = nnx.split(block)
+        body = lambda params, h, c, keys: nnx.merge(graphdef, params)(h, c, keys=keys, name=name)  # noqa: E731
+        return jax.checkpoint(body, policy=REMAT[self.remat])(params, h, c, keys)
+
+
+class UNet(UShaped):
     """U-Net of images, continuous or discrete, with the layout that one of the published `UNET_DESIGNS` has.
 
     A convolution; at each resolution some residual blocks, and down to the next; two blocks in the middle; and back up,
@@ -101,12 +164,9 @@ class UNet(ImageNetwork):
         if isinstance(design, str) and design not in UNET_DESIGNS:
             raise ValueError(f"design={design!r}: expected a UNetDesign, or one of {', '.join(UNET_DESIGNS)}")
         self.design = d = UNET_DESIGNS[design] if isinstance(design, str) else design
-        self.remat = {True: "full", False: "none"}.get(remat, remat)
-        if self.remat not in REMAT:
-            raise ValueError(f"remat={remat!r}: expected True, False or one of {', '.join(map(repr, REMAT))}")
         if d.add_input and (symbols_in is not None or self.out_channels != shape[2]):
             raise ValueError("this design adds the state to the output: a continuous state, and as many channels out")
-        _check_sides(shape, len(multipliers), blocks, attend_at)
+        check_sides(shape, len(multipliers), blocks, attend_at)
         self.dropout = dropout
         norm = partial(GroupNorm, groups=d.groups, least=d.least, epsilon=d.epsilon)
         cond_width = d.cond_multiple * width
@@ -127,15 +187,11 @@ class UNet(ImageNetwork):
 
         levels = [(round(m * width), shape[0] >> i in attend_at) for i, m in enumerate(multipliers)]
         first = levels[0][0] if d.scaled_input else width
-        encoder, decoder = _plan(levels, first, blocks, d.up_attention)
+        encoder, decoder = plan(levels, first, blocks, d.up_attention)
         features = self.features_in * (1 + 2 * len(d.input_waves))
         self.embed = Conv(features, first, dtype=dtype, rngs=rngs)
-        self.encoder = nnx.List([block(stage) for stage in encoder])
         self.inputs = _inputs(features, encoder, d, dtype, rngs) if d.residual_input else None
-        last = levels[-1][0]
-        self.middle = nnx.List([block(Stage(last, last, attends=a)) for a in (d.middle_attention, False)])
-        self.decoder = nnx.List([block(stage) for stage in decoder])
-        self.joined = tuple(stage.joined for stage in decoder)
+        self.lay(encoder, decoder, block, middle_attends=d.middle_attention, remat=remat)
         self.final = FinalConv(levels[0][0], self.features_out, norm=norm, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -170,44 +226,19 @@ class UNet(ImageNetwork):
         x = self.features(self.patches(xt)).reshape(batch, *self.grid, -1)
         if waves := self.design.input_waves:
             x = jnp.concatenate([x, input_waves(x, waves)], axis=-1)
-        count = 0
+        shown = iter(self.inputs or ())
 
-        def run(block: ResBlock | Resampling, name: str, h: Array) -> Array:
-            nonlocal count
-            own = None if keys is None else random.fold_in(keys, count)
-            count += 1
-            return self._run(block, name, h, c, own)
-
-        h = tap("embed", self.embed(x).astype(self.dtype))
-        skips, level = [h], 0
-        for i, block in enumerate(self.encoder):
-            h = run(block, f"encoder/{i}", h)
+        def after(block: nnx.Module, h: Array) -> Array:
+            nonlocal x
             if self.inputs is not None and block.resample == "down":
-                x = h = (h + self._input(level, x)) * 0.5**0.5
-                level += 1
-            skips.append(h)
-        for i, block in enumerate(self.middle):
-            h = run(block, f"middle/{i}", h)
-        for i, block in enumerate(self.decoder):
-            if self.joined[i]:
-                n = sum(self.joined[:i])
-                h, skip = tap(f"backbone/{n}", h), tap(f"skip/{n}", skips.pop())
-                h = jnp.concatenate([h, skip], axis=-1)
-            h = run(block, f"decoder/{i}", h)
+                # Beyond the image the convolution goes on, over zeros: the filter sees its results, and no zeros.
+                x = h = (h + downsample(next(shown)(x), self.design.weights, padding=0)) * 0.5**0.5
+            return h
+
+        h = tap("embed", self.embed(x))
+        h = self.walk(h, c, keys, join=lambda h, skip: jnp.concatenate([h, skip], axis=-1), after=after)
         y = self.images(self.final(h).reshape(batch, -1, self.features_out))
         return y + xt if self.design.add_input else y
-
-    def _run(self, block: ResBlock | Resampling, name: str, h: Array, c: Array, keys: Array | None) -> Array:
-        # A listener needs the values, which remat's inner trace would not let out; remat changes none.
-        if self.remat == "none" or active():
-            return block(h, c, keys=keys, name=name)
-        graphdef, params = nnx.split(block)
-        body = lambda params, h, c, keys: nnx.merge(graphdef, params)(h, c, keys=keys, name=name)  # noqa: E731
-        return jax.checkpoint(body, policy=REMAT[self.remat])(params, h, c, keys)
-
-    def _input(self, level: int, x: Array) -> Array:
-        # Beyond the image the convolution goes on, over zeros: the filter sees its results, and no zeros.
-        return downsample(self.inputs[level](x), self.design.weights, padding=0)
 
 
 class FinalConv(nnx.Module):
@@ -311,17 +342,17 @@ def input_waves(x: Float[Array, "... features"], exponents: Sequence[int]) -> Fl
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def _plan(
+def plan(
     levels: Sequence[tuple[int, bool]], first: int, blocks: int, up_attention: str
 ) -> tuple[list[Stage], list[Stage]]:
     """The blocks on the way down and up, for the features of each resolution and whether it attends."""
     encoder, decoder, skips, features = [], [], [first], first
     for i, (width, attends) in enumerate(levels):
         if i:
-            encoder.append(Stage(features, features, "down"))
+            encoder.append(Stage(features, features, "down", encodes=True))
             skips.append(features)
         for _ in range(blocks):
-            encoder.append(Stage(features, width, attends=attends))
+            encoder.append(Stage(features, width, attends=attends, encodes=True))
             features = width
             skips.append(features)
     for i, (width, attends) in reversed(list(enumerate(levels))):
@@ -346,7 +377,8 @@ def _inputs(features: int, encoder: Sequence[Stage], design: UNetDesign, dtype: 
     return nnx.List(convs)
 
 
-def _check_sides(shape: Sequence[int], levels: int, blocks: int, attend_at: Sequence[int]) -> None:
+def check_sides(shape: Sequence[int], levels: int, blocks: int, attend_at: Sequence[int]) -> None:
+    """Raise ValueError for an image that cannot be halved so often, or never has the sides at which blocks attend."""
     if levels < 1 or blocks < 1:
         raise ValueError(f"blocks={blocks} at {levels} resolutions: expected one or more of each")
     if any(side % 2 ** (levels - 1) for side in shape[:2]):

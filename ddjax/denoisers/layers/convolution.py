@@ -131,13 +131,13 @@ class Resampling(nnx.Module):
     """
 
     def __init__(self, features: int, direction: str, *, padding: tuple[int, int], dtype: DType, rngs: nnx.Rngs):
-        self.up = direction == "up"
-        stride, padding = (1, (1, 1)) if self.up else (2, padding)
+        self.resample = direction
+        stride, padding = (1, (1, 1)) if direction == "up" else (2, padding)
         self.conv = Conv(features, features, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str = "") -> Image:
         """Of the image; the rest is for blocks in its place."""
-        return tap(name, self.conv(upsample(x) if self.up else x))
+        return tap(name, self.conv(upsample(x) if self.resample == "up" else x))
 
 
 class SpatialAttention(nnx.Module):
