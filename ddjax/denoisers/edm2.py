@@ -76,6 +76,24 @@ class MPConv(nnx.Module):
         )
 
 
+class MPAttention(nnx.Module):
+    """Self-attention among all pixels: queries, keys and values of each head are normalised (figure 21)."""
+
+    def __init__(self, features: int, heads: int, *, dtype: DType, implementation: str | None, rngs: nnx.Rngs):
+        check_implementation(implementation, dtype, features // heads)
+        self.heads, self.implementation = heads, implementation
+        self.qkv = MPConv(features, 3 * features, 1, dtype=dtype, rngs=rngs)
+        self.out = MPConv(features, features, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image, name: str = "attention") -> Image:
+        """The branch. name: the prefix of the taps."""
+        batch, height, width, features = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, self.heads, 3, features // self.heads)
+        q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, "heads", None) for i in range(3))
+        k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
+        return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
+
+
 class MPBlock(nnx.Module):
     """A residual block, with attention behind it where there are heads (Karras et al. 2024, figure 21).
 
@@ -98,17 +116,14 @@ class MPBlock(nnx.Module):
     ):
         check_rate(dropout)
         a, b = stage.features_in, stage.features_out
-        if heads:
-            check_implementation(attention, dtype, b // heads)
-        self.resample, self.encodes, self.heads, self.dropout = stage.resample, stage.encodes, heads, dropout
-        self.balance, self.clip, self.implementation = balance, clip, attention
+        self.resample, self.encodes, self.dropout = stage.resample, stage.encodes, dropout
+        self.balance, self.clip = balance, clip
         self.conv_in = MPConv(b if stage.encodes else a, b, 3, dtype=dtype, rngs=rngs)
         self.modulation = MPConv(cond_width, b, 0, rngs=rngs)
         self.modulation_gain = nnx.Param(jnp.zeros((), jnp.float32))
         self.conv_out = MPConv(b, b, 3, dtype=dtype, rngs=rngs)
         self.shortcut = MPConv(a, b, 1, dtype=dtype, rngs=rngs) if a != b else None
-        self.qkv = MPConv(b, 3 * b, 1, dtype=dtype, rngs=rngs) if heads else None
-        self.out = MPConv(b, b, 1, dtype=dtype, rngs=rngs) if heads else None
+        self.attention = MPAttention(b, heads, dtype=dtype, implementation=attention, rngs=rngs) if heads else None
 
     def __call__(
         self, x: Image, c: Float[Array, "batch cond"], *, keys: Key[Array, " batch"] | None = None, name: str = "block"
@@ -125,16 +140,9 @@ class MPBlock(nnx.Module):
         if not self.encodes and self.shortcut is not None:
             x = self.shortcut(x)
         x = mp_sum(x, h, self.balance)
-        if self.heads:
-            x = mp_sum(x, tap(f"{name}/attention", self._attention(x, f"{name}/attention")), self.balance)
+        if self.attention is not None:
+            x = mp_sum(x, tap(f"{name}/attention", self.attention(x, f"{name}/attention")), self.balance)
         return tap(name, constrain(jnp.clip(x, -self.clip, self.clip), "batch", None, None, None))
-
-    def _attention(self, x: Image, name: str) -> Image:
-        batch, height, width, features = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, self.heads, 3, features // self.heads)
-        q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, "heads", None) for i in range(3))
-        k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
-        return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
 
 
 class EDM2(UShaped):

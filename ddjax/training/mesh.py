@@ -36,6 +36,8 @@ LAYOUT = (
     (r"/mlp/(shared/)?up/bias$", ("tensor",)),
     (r"/mlp/(shared/)?down/kernel$", ("tensor", "fsdp")),
     (r"/modulation/kernel$", ("tensor", "fsdp")),  # its input has no sites: a sum of it is cheap
+    (r"/conv_in/kernel$", ("fsdp", "tensor")),
+    (r"/conv_out/kernel$", ("tensor", "fsdp")),
     (r"/tokens/table$", ("fsdp", "tensor")),
     (r"/final/out/kernel$", ("fsdp", "tensor")),
 )

@@ -336,3 +336,115 @@ class DhariwalUNet(_EDM):
             x = torch.cat([x, kept.pop()], dim=1) if "block" in name else x
             x = layer(x, c)
         return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def unit(x, dims):
+    """x over its root mean square along dims."""
+    return x / (1e-4 + x.square().mean(dims, keepdim=True).sqrt())
+
+
+class MPConv(nn.Module):
+    def __init__(self, a, b, *kernel):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(b, a, *kernel))
+
+    def forward(self, x, gain=1):
+        w = unit(self.weight, list(range(1, self.weight.ndim))) * gain / self.weight[0].numel() ** 0.5
+        return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+def mp_silu(x):
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t):
+    return torch.lerp(a, b, t) / (t**2 + (1 - t) ** 2) ** 0.5
+
+
+class EDM2Block(nn.Module):
+    def __init__(self, a, b, cond, *, flavor, mode="keep", heads=0):
+        super().__init__()
+        self.out_channels, self.flavor, self.mode, self.heads = b, flavor, mode, heads
+        self.emb_gain = nn.Parameter(torch.empty([]))
+        self.conv_res0 = MPConv(b if flavor == "enc" else a, b, 3, 3)
+        self.emb_linear, self.conv_res1 = MPConv(cond, b), MPConv(b, b, 3, 3)
+        self.conv_skip = MPConv(a, b, 1, 1) if a != b else None
+        self.attn_qkv, self.attn_proj = (MPConv(b, 3 * b, 1, 1), MPConv(b, b, 1, 1)) if heads else (None, None)
+
+    def forward(self, x, c):
+        if self.mode != "keep":
+            x = F.avg_pool2d(x, 2) if self.mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.flavor == "enc":
+            x = unit(x if self.conv_skip is None else self.conv_skip(x), 1)
+        y = self.conv_res0(mp_silu(x)) * (self.emb_linear(c, self.emb_gain) + 1)[:, :, None, None]
+        y = self.conv_res1(mp_silu(y))
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, 0.3)
+        if self.heads:
+            qkv = self.attn_qkv(x).reshape(x.shape[0], self.heads, -1, 3, x.shape[2] * x.shape[3])
+            q, k, v = unit(qkv, 2).unbind(3)
+            weights = torch.softmax(torch.einsum("nhci,nhcj->nhij", q, k) / q.shape[2] ** 0.5, dim=-1)
+            y = torch.einsum("nhij,nhcj->nhci", weights, v).reshape(x.shape)
+            x = mp_sum(x, self.attn_proj(y), 0.3)
+        return x.clip(-256, 256)
+
+
+class EDM2UNet(nn.Module):
+    """NVlabs/edm2's UNet."""
+
+    def __init__(self, *, side, channels, classes, width, multipliers, blocks, attend_at, head_width=64):
+        super().__init__()
+        sizes = [width * m for m in multipliers]
+        cond = max(sizes)
+        block = lambda a, b, flavor, attend=False, **how: EDM2Block(
+            a, b, cond, flavor=flavor, heads=b // head_width if attend else 0, **how
+        )
+        self.out_gain = nn.Parameter(torch.empty([]))
+        self.emb_fourier = nn.Module()
+        for name in ("freqs", "phases"):
+            self.emb_fourier.register_buffer(name, torch.empty(sizes[0]))
+        self.emb_noise = MPConv(sizes[0], cond)
+        self.emb_label = MPConv(classes, cond) if classes else None
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        c, kept = channels + 1, []
+        for level, size in enumerate(sizes):
+            here, attend = f"{side >> level}x{side >> level}", side >> level in attend_at
+            if level == 0:
+                self.enc[f"{here}_conv"] = MPConv(c, size, 3, 3)
+                c = size
+            else:
+                self.enc[f"{here}_down"] = block(c, c, "enc", mode="down")
+            kept.append(c)
+            for i in range(blocks):
+                self.enc[f"{here}_block{i}"] = block(c, size, "enc", attend)
+                c = size
+                kept.append(c)
+        for level, size in reversed(list(enumerate(sizes))):
+            here, attend = f"{side >> level}x{side >> level}", side >> level in attend_at
+            if level == len(sizes) - 1:
+                self.dec[f"{here}_in0"], self.dec[f"{here}_in1"] = block(c, c, "dec", True), block(c, c, "dec")
+            else:
+                self.dec[f"{here}_up"] = block(c, c, "dec", mode="up")
+            for i in range(blocks + 1):
+                self.dec[f"{here}_block{i}"] = block(c + kept.pop(), size, "dec", attend)
+                c = size
+        self.out_conv = MPConv(c, channels, 3, 3)
+
+    def forward(self, x, steps, labels=None):
+        angles = torch.outer(steps, self.emb_fourier.freqs) + self.emb_fourier.phases
+        c = self.emb_noise(2**0.5 * angles.cos())
+        if self.emb_label is not None:
+            c = mp_sum(c, self.emb_label(labels * labels.shape[1] ** 0.5), 0.5)
+        c = mp_silu(c)
+        x, kept = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
+        for layer in self.enc.values():
+            x = layer(x, c) if isinstance(layer, EDM2Block) else layer(x)
+            kept.append(x)
+        for name, layer in self.dec.items():
+            if "block" in name:
+                skip = kept.pop()
+                whole = ((x.shape[1] + skip.shape[1]) / 0.5) ** 0.5 / 2
+                x = torch.cat([x * whole / x.shape[1] ** 0.5, skip * whole / skip.shape[1] ** 0.5], dim=1)
+            x = layer(x, c)
+        return self.out_conv(x, self.out_gain)
