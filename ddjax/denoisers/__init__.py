@@ -17,6 +17,7 @@ from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
 from ddjax.denoisers.unet import UNet
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNET_SIZES, UNetDesign
+from ddjax.denoisers.uvit import UViT
 
 __all__ = [
     "EDM2",
@@ -35,6 +36,7 @@ __all__ = [
     "TruncatedLogistic",
     "UNet",
     "UNetDesign",
+    "UViT",
     "freeu",
     "from_linen",
     "functional",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax.denoisers import EDM2, DiT, TextTransformer, UNet, UNetDesign, functional_init, stack_blocks
+from ddjax.denoisers import EDM2, DiT, TextTransformer, UNet, UNetDesign, UViT, functional_init, stack_blocks
 from ddjax.training.mesh import make_mesh, state_shardings
 
 pytestmark = pytest.mark.slow
@@ -19,6 +19,8 @@ FEW = {"groups": 4}
 NETWORKS = {
     "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
     "text": (TextTransformer, {"length": 8, **TOKENS, "width": 16, "depth": 2, "heads": 2}, ()),
+    "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2}, ()),
+    "uvit-tokens": (UViT, {**PIXELS, **TOKENS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "time_mlp": True}, ()),
     "unet": (UNet, {**PIXELS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-tokens": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),

@@ -8,7 +8,7 @@ from ddjax.denoisers.layers.attention import (
     group_teacher_forced,
     rope,
 )
-from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
+from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
 from ddjax.denoisers.layers.convolution import (
     Conv,
@@ -28,6 +28,7 @@ from ddjax.denoisers.layers.embed import (
     time_embedding,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.long_skips import LongSkips
 
 __all__ = [
     "MLP",
@@ -39,8 +40,10 @@ __all__ = [
     "FinalLayer",
     "GatedMLP",
     "GroupNorm",
+    "LayerNorm",
     "Layout",
     "Linear",
+    "LongSkips",
     "ResBlock",
     "Resampling",
     "SpatialAttention",
