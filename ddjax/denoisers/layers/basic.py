@@ -52,15 +52,18 @@ class Linear(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two layers with a tanh-approximated GELU between."""
+    """Two layers with a GELU between, by default approximated by a tanh."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, hidden: int, *, approximate: bool = True, dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.approximate = approximate
         self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Apply to the last axis."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.nn.gelu(self.up(x), approximate=self.approximate))
 
 
 class GatedMLP(nnx.Module):
@@ -74,6 +77,19 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Apply to the last axis."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a scale and a shift, for layers without adaLN."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Apply to the last axis; the result is at least float32."""
+        return layer_norm(x, self.epsilon) * self.scale[...] + self.bias[...]
 
 
 def layer_norm(x: Float[Array, "*batch width"], epsilon: float = 1e-6) -> Float[Array, "*batch width"]:

@@ -177,7 +177,7 @@ class Stack(nnx.Module):
                     h = nnx.merge(graphdef, params)(h, c, keys=keys, name=name, layout=layout)
                 return h, collector.found()
 
-            h, found = _rematerialised(run, remat)(params, h, c, layer_keys)
+            h, found = rematerialised(run, remat)(params, h, c, layer_keys)
             told.append(found)
         jax.tree.map(lambda *layers: jnp.stack(layers), *told).mean().tell()
         return h
@@ -194,29 +194,39 @@ class Stack(nnx.Module):
             return h, collector.found()
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
-        body = _rematerialised(body, self.remat, prevent_cse=False)
+        body = rematerialised(body, self.remat, prevent_cse=False)
         # What goes round lies as in the blocks, at both ends: else it would be gathered in each.
         h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, jnp.arange(self.depth)))
         told.mean().tell()
         return constrain(h, "batch", "sites", None)
 
 
-def _rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
+def rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
+    """The function, whose backward pass computes again what the policy of this name does not keep."""
     return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], **options)
 
 
 def stack_blocks(params: Params) -> Params:
     """Parameters of an unrolled network (`scan=False`) as those of the same network with `scan=True`."""
-    blocks = params["stack"]["blocks"]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(len(blocks))))
-    return {**params, "stack": {"blocks": stacked}}
+
+    def stacked(blocks: Params) -> Params:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(len(blocks))))
+
+    return {**params, "stack": _each_stack(stacked, params["stack"])}
 
 
 def unstack_blocks(params: Params) -> Params:
     """Parameters of a scanned network (`scan=True`) as those of the same network with `scan=False`."""
-    stacked = params["stack"]["blocks"]
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    return {
-        **params,
-        "stack": {"blocks": {str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}},
-    }
+
+    def unstacked(blocks: Params) -> Params:
+        depth = jax.tree.leaves(blocks)[0].shape[0]
+        return {str(i): jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(depth)}
+
+    return {**params, "stack": _each_stack(unstacked, params["stack"])}
+
+
+def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
+    """A stack's parameters with its blocks changed; of `LongSkips`, those of both its stacks."""
+    if "blocks" in stack:
+        return {**stack, "blocks": change(stack["blocks"])}
+    return {**stack, **{name: _each_stack(change, stack[name]) for name in ("down", "up")}}

@@ -154,8 +154,8 @@ class Conditioner(nnx.Module):
         if self.latent is not None:
             z, cond = _check_latent(cond, batch, self.latent.kernel.shape[0])
         if self.time:
-            total = self.time_out(jax.nn.silu(self.time_in(time_embedding(_check_time(t, batch, sites)))))
-        labels = _check_labels(cond, self.num_classes, batch)
+            total = self.time_out(jax.nn.silu(self.time_in(time_embedding(check_time(t, batch, sites)))))
+        labels = check_labels(cond, self.num_classes, batch)
         if self.labels is not None:
             row = lookup(self.labels[...], labels)
             if keys is not None and self.label_noise:
@@ -170,7 +170,8 @@ def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
-def _check_time(t: Array | None, batch: int, sites: int | None) -> Array:
+def check_time(t: Array | None, batch: int, sites: int | None) -> Array:
+    """One time per example, or per site. Raises ValueError."""
     if t is None:
         raise ValueError(
             f"t is None but the network takes the time: pass shape ({batch},), or build it with time=False"
@@ -195,7 +196,8 @@ def _check_latent(cond: Any, batch: int, bits: int) -> tuple[Float[Array, "batch
     return cond["z"], cond["cond"]
 
 
-def _check_labels(cond: Array | None, num_classes: int, batch: int) -> Int[Array, " batch"]:
+def check_labels(cond: Array | None, num_classes: int, batch: int) -> Int[Array, " batch"]:
+    """Labels, the null one where there are none. Raises ValueError."""
     if cond is None:
         return jnp.full((batch,), num_classes, jnp.int32)
     if num_classes == 0:
