@@ -211,7 +211,13 @@ PROCESSES = {
     "soft_mixture": processes.SoftMixture,
     "adaptive_gaussian": processes.AdaptiveGaussian.initial,
 }
-DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer}
+DENOISERS = {
+    "dit": denoisers.DiT,
+    "text": denoisers.TextTransformer,
+    "unet": denoisers.UNet,
+    "edm2": denoisers.EDM2,
+    "uvit": denoisers.UViT,
+}
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {
     "unit": lambda: objectives.unit,

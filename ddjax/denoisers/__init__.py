@@ -8,15 +8,25 @@ logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 from ddjax.denoisers import layers, outputs, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dit import DiT
+from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
+from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
+from ddjax.denoisers.unet import UNet
+from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNET_SIZES, UNetDesign
+from ddjax.denoisers.uvit import UViT
 
 __all__ = [
+    "EDM2",
+    "EDM2_SIZES",
+    "UNET_DESIGNS",
+    "UNET_SIZES",
     "Coherent",
     "DiT",
+    "FreeU",
     "Functional",
     "OverDraws",
     "Pointed",
@@ -24,6 +34,10 @@ __all__ = [
     "ShownX1",
     "TextTransformer",
     "TruncatedLogistic",
+    "UNet",
+    "UNetDesign",
+    "UViT",
+    "freeu",
     "from_linen",
     "functional",
     "functional_init",

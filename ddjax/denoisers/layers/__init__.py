@@ -8,8 +8,17 @@ from ddjax.denoisers.layers.attention import (
     group_teacher_forced,
     rope,
 )
-from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
+from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
+from ddjax.denoisers.layers.convolution import (
+    Conv,
+    GroupNorm,
+    Resampling,
+    ResBlock,
+    SpatialAttention,
+    downsample,
+    upsample,
+)
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
@@ -19,21 +28,30 @@ from ddjax.denoisers.layers.embed import (
     time_embedding,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.long_skips import LongSkips
 
 __all__ = [
     "MLP",
     "Attention",
     "Block",
     "Conditioner",
+    "Conv",
     "Experts",
     "FinalLayer",
     "GatedMLP",
+    "GroupNorm",
+    "LayerNorm",
     "Layout",
     "Linear",
+    "LongSkips",
+    "ResBlock",
+    "Resampling",
+    "SpatialAttention",
     "Stack",
     "TokenBits",
     "TokenEmbed",
     "dot_product_attention",
+    "downsample",
     "dropout",
     "group_causal",
     "group_teacher_forced",
@@ -45,4 +63,5 @@ __all__ = [
     "stack_blocks",
     "time_embedding",
     "unstack_blocks",
+    "upsample",
 ]

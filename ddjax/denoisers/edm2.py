@@ -1,0 +1,284 @@
+"""EDM2's U-Net, whose layers keep the magnitude of what passes through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention
+from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
+from ddjax.denoisers.layers.convolution import Image, downsample, upsample
+from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.taps import tap
+from ddjax.denoisers.unet import Stage, UShaped, check_sides, plan
+from ddjax.placement import constrain
+from ddjax.types import Params, SoftTokens
+
+EPSILON = 1e-4
+
+
+def normalized(x: Array, axes: int | Sequence[int]) -> Array:
+    """`x` over its root mean square (and a little) along the axes, computed in at least float32 (equation 47)."""
+    wide = x.astype(at_least_float32(x.dtype))
+    return (wide / (EPSILON + jnp.sqrt(jnp.mean(wide * wide, axis=axes, keepdims=True)))).astype(x.dtype)
+
+
+def mp_silu(x: Array) -> Array:
+    """The function silu over 0.596: of unit magnitude for normal inputs (equation 81)."""
+    return jax.nn.silu(x) / 0.596
+
+
+def mp_sum(a: Array, b: Array, t: float) -> Array:
+    """(1 - t) a + t b, of unit magnitude where a and b are, and independent (equation 88)."""
+    return ((1 - t) * a + t * b) / math.hypot(1 - t, t)
+
+
+def mp_concatenate(a: Array, b: Array, t: float) -> Array:
+    """Of the features, both parts with the weights 1 - t and t in the magnitude whatever their sizes (equation 103)."""
+    sizes = a.shape[-1], b.shape[-1]
+    whole = math.sqrt(sum(sizes)) / math.hypot(1 - t, t)
+    return jnp.concatenate([a * (whole * (1 - t) / sizes[0] ** 0.5), b * (whole * t / sizes[1] ** 0.5)], axis=-1)
+
+
+class MPConv(nnx.Module):
+    """A convolution, or with `size` 0 a linear layer, with normalised weights and no bias (equations 47 and 66).
+
+    The weights of each output have unit magnitude, times `gain / sqrt(number of them)`. Kernel `(size, size, in, out)`
+    or `(in, out)`, normal at first.
+    """
+
+    def __init__(self, features_in: int, features_out: int, size: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        shape = (size, size, features_in, features_out) if size else (features_in, features_out)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.dtype = jnp.dtype(dtype)
+
+    def weights(self, gain: float | Array = 1.0) -> Array:
+        """The kernel as it acts."""
+        kernel = self.kernel[...]
+        inputs = tuple(range(kernel.ndim - 1))
+        return normalized(kernel, inputs) * (gain / math.prod(kernel.shape[:-1]) ** 0.5)
+
+    def __call__(self, x: Array, gain: float | Array = 1.0) -> Array:
+        """Apply to the last axis, or to an image."""
+        kernel, x = self.weights(gain).astype(self.dtype), x.astype(self.dtype)
+        if kernel.ndim == 2:
+            return x @ kernel
+        margin = (kernel.shape[0] // 2,) * 2
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), (margin, margin), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+
+class MPAttention(nnx.Module):
+    """Self-attention among all pixels: queries, keys and values of each head are normalised (figure 21)."""
+
+    def __init__(self, features: int, heads: int, *, dtype: DType, implementation: str | None, rngs: nnx.Rngs):
+        check_implementation(implementation, dtype, features // heads)
+        self.heads, self.implementation = heads, implementation
+        self.qkv = MPConv(features, 3 * features, 1, dtype=dtype, rngs=rngs)
+        self.out = MPConv(features, features, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image, name: str = "attention") -> Image:
+        """The branch. name: the prefix of the taps."""
+        batch, height, width, features = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, self.heads, 3, features // self.heads)
+        q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, "heads", None) for i in range(3))
+        k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
+        return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
+
+
+class MPBlock(nnx.Module):
+    """A residual block, with attention behind it where there are heads (Karras et al. 2024, figure 21).
+
+    On the way down (`encodes`) the shortcut's convolution comes first and each pixel is normalised; on the way up the
+    convolution is only in the shortcut. The condition scales, by 1 + gain * (a linear function of it).
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        cond_width: int,
+        heads: int,
+        dropout: float,
+        balance: float,
+        clip: float,
+        dtype: DType,
+        attention: str | None,
+        rngs: nnx.Rngs,
+    ):
+        check_rate(dropout)
+        a, b = stage.features_in, stage.features_out
+        self.resample, self.encodes, self.dropout = stage.resample, stage.encodes, dropout
+        self.balance, self.clip = balance, clip
+        self.conv_in = MPConv(b if stage.encodes else a, b, 3, dtype=dtype, rngs=rngs)
+        self.modulation = MPConv(cond_width, b, 0, rngs=rngs)
+        self.modulation_gain = nnx.Param(jnp.zeros((), jnp.float32))
+        self.conv_out = MPConv(b, b, 3, dtype=dtype, rngs=rngs)
+        self.shortcut = MPConv(a, b, 1, dtype=dtype, rngs=rngs) if a != b else None
+        self.attention = MPAttention(b, heads, dtype=dtype, implementation=attention, rngs=rngs) if heads else None
+
+    def __call__(
+        self, x: Image, c: Float[Array, "batch cond"], *, keys: Key[Array, " batch"] | None = None, name: str = "block"
+    ) -> Image:
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps."""
+        x = constrain(x, "batch", None, None, None)
+        if self.resample is not None:
+            x = downsample(x) if self.resample == "down" else upsample(x)
+        if self.encodes:
+            x = normalized(x if self.shortcut is None else self.shortcut(x), -1)
+        h = self.conv_in(mp_silu(x))
+        scale = 1 + self.modulation(c, self.modulation_gain[...])
+        h = self.conv_out(dropout(mp_silu(h * scale[:, None, None].astype(h.dtype)), self.dropout, keys))
+        if not self.encodes and self.shortcut is not None:
+            x = self.shortcut(x)
+        x = mp_sum(x, h, self.balance)
+        if self.attention is not None:
+            x = mp_sum(x, tap(f"{name}/attention", self.attention(x, f"{name}/attention")), self.balance)
+        return tap(name, constrain(jnp.clip(x, -self.clip, self.clip), "batch", None, None, None))
+
+
+class EDM2(UShaped):
+    """The network of Karras et al. 2024 (arXiv:2312.02696, figure 21, configuration G), continuous or discrete.
+
+    No norm with statistics of the data, no bias: every layer keeps the magnitude of its input. It is made for inputs of
+    unit magnitude and told EDM's c_noise as the time (`kind="edm"`). A gain that starts at zero scales the output.
+    While it trains, its kernels should be normalised after each update (`forced`): the learning rate then means
+    something. Its taps are those of `UNet`.
+
+    Args:
+        shape, symbols_in, symbols_out, out_channels, embed_width, bits: see `DiT`.
+        width, multipliers, blocks, attend_at, num_classes, time, dropout, dtype, attention, remat: see `UNet`.
+        head_width: features of each head.
+        time_scale: the random waves are those of time_scale * t.
+        balance: weight of each branch against its shortcut, 0 to 1.
+        label_balance: weight of the label against the time.
+        skip_balance: weight of the skip connection against the backbone.
+        clip: largest number behind a block.
+        rngs: keys of the initial parameters.
+
+    Raises:
+        ValueError: for sizes that do not divide, or options of the wrong state space.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        symbols_in: int | None = None,
+        symbols_out: int | None = None,
+        out_channels: int | None = None,
+        width: int,
+        multipliers: Sequence[float] = (1, 2, 3, 4),
+        blocks: int = 3,
+        attend_at: Sequence[int] = (),
+        head_width: int = 64,
+        num_classes: int = 0,
+        time: bool = True,
+        time_scale: float = 1.0,
+        dropout: float = 0.0,
+        balance: float = 0.3,
+        label_balance: float = 0.5,
+        skip_balance: float = 0.5,
+        clip: float = 256.0,
+        dtype: DType = jnp.float32,
+        embed_width: int | None = None,
+        bits: int = 0,
+        attention: str | None = None,
+        remat: bool | str = False,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=width,
+            embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        check_sides(shape, len(multipliers), blocks, attend_at)
+        self.dropout, self.skip_balance, self.label_balance = dropout, skip_balance, label_balance
+        self.time, self.time_scale, self.num_classes = time, time_scale, num_classes
+        levels = [(round(m * width), shape[0] >> i in attend_at) for i, m in enumerate(multipliers)]
+        first, cond_width = levels[0][0], max(size for size, _ in levels)
+
+        normal, uniform = (f(rngs.params(), (first,)) for f in (jax.random.normal, jax.random.uniform))
+        self.frequencies = nnx.Param(2 * jnp.pi * normal)  # fixed: they get no gradient
+        self.phases = nnx.Param(2 * jnp.pi * uniform)
+        self.time_in = MPConv(first, cond_width, 0, rngs=rngs)
+        self.labels = MPConv(num_classes, cond_width, 0, rngs=rngs) if num_classes else None
+
+        def block(stage: Stage) -> MPBlock:
+            heads = stage.features_out // head_width if stage.attends else 0
+            if stage.attends and stage.features_out % head_width:
+                raise ValueError(
+                    f"head_width={head_width} does not divide the {stage.features_out} features of a block"
+                )
+            return MPBlock(
+                stage, cond_width=cond_width, heads=heads, dropout=dropout, balance=balance,
+                clip=clip, dtype=dtype, attention=attention, rngs=rngs,
+            )  # fmt: skip
+
+        encoder, decoder = plan(levels, first, blocks, "all")
+        self.embed = MPConv(self.features_in + 1, first, 3, dtype=dtype, rngs=rngs)
+        self.lay(encoder, decoder, block, middle_attends=True, remat=remat)
+        self.final = MPConv(first, self.features_out, 3, dtype=at_least_float32(dtype), rngs=rngs)
+        self.gain = nnx.Param(jnp.zeros((), jnp.float32))
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None = None,
+        *,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
+        """Run the network: arguments, result and errors are those of `UNet`, without a latent."""
+        batch = self.check(xt)
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        c = constrain(tap("condition", self._condition(batch, t, cond)), "batch", None)
+        tap("sites", self.places())
+        x = self.features(self.patches(xt)).reshape(batch, *self.grid, -1)
+        h = tap("embed", self.embed(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)))
+        h = self.walk(h, c, keys, join=lambda h, skip: mp_concatenate(h, skip, self.skip_balance))
+        y = self.final(tap("final", h), self.gain[...])
+        return self.images(y.reshape(batch, -1, self.features_out))
+
+    def _condition(self, batch: int, t: Array | None, cond: Any) -> Float[Array, "batch cond"]:
+        if isinstance(cond, Mapping):
+            raise ValueError(f"cond has entries {', '.join(cond)}; this network takes labels alone, or None")
+        labels = check_labels(cond, self.num_classes, batch)
+        angles = jax.lax.stop_gradient(self.phases[...])
+        if self.time:
+            t = self.time_scale * check_time(t, batch, None).astype(jnp.float32)
+            angles = angles + t[:, None] * jax.lax.stop_gradient(self.frequencies[...])
+        c = self.time_in(2**0.5 * jnp.cos(jnp.broadcast_to(angles, (batch, angles.shape[-1]))))
+        if self.labels is not None:
+            known = (labels != self.num_classes)[:, None]
+            rows = self.labels.weights(self.num_classes**0.5)
+            c = mp_sum(c, jnp.where(known, lookup(rows, labels), 0), self.label_balance)
+        return mp_silu(c)
+
+
+def forced(params: Params) -> Params:
+    """EDM2's parameters with all kernels normalised, which changes no output: for after each update (equation 66)."""
+
+    def one(path: tuple, value: Array) -> Array:
+        kernel = getattr(path[-1], "key", None) == "kernel"
+        return normalized(value, tuple(range(np.ndim(value) - 1))) if kernel else value
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+# Arguments of `EDM2` for the published networks of ImageNet-512, on latents (64, 64, 4), with num_classes=1000.
+EDM2_SIZES: dict[str, dict[str, Any]] = {
+    name: {"width": width, "multipliers": (1, 2, 3, 4), "blocks": 3, "attend_at": (16, 8), "dropout": rate}
+    for name, width, rate in (
+        ("edm2-xs", 128, 0.0), ("edm2-s", 192, 0.0), ("edm2-m", 256, 0.1), ("edm2-l", 320, 0.1),
+        ("edm2-xl", 384, 0.1), ("edm2-xxl", 448, 0.1),
+    )
+}  # fmt: skip

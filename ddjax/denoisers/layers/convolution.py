@@ -1,0 +1,269 @@
+"""Layers of convolutional networks: images are `(batch, height, width, features)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention
+from ddjax.denoisers.layers.basic import (
+    DType,
+    Initializer,
+    Linear,
+    at_least_float32,
+    check_rate,
+    dropout,
+    xavier,
+    zeros,
+)
+from ddjax.denoisers.taps import tap
+from ddjax.placement import constrain
+
+Filter = Sequence[float]
+Image = Float[Array, "batch H W features"]
+
+
+class Conv(nnx.Module):
+    """A convolution with zeros around the image, kernel `(size, size, in, out)`.
+
+    Parameters float32, cast to `dtype` where they are used. padding: rows and columns of zeros before and after the
+    image; default size // 2 each. out_dtype: the result's dtype (default `dtype`), in which it is computed.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        bias: bool = True,
+        kernel_init: Initializer = xavier,
+        dtype: DType = jnp.float32,
+        out_dtype: DType | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, features_in, features_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
+        self.stride, self.padding = stride, tuple(padding or (size // 2, size // 2))
+        self.dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
+
+    def __call__(self, x: Image) -> Image:
+        """Apply to an image."""
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), self.kernel[...].astype(self.dtype), (self.stride,) * 2, (self.padding,) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation with scale and shift (Wu & He 2018), computed and returned in at least float32.
+
+    groups: of neighbouring features, as many in each: fewer where each would have less than `least` features.
+    """
+
+    def __init__(self, features: int, *, groups: int = 32, least: int = 1, epsilon: float = 1e-5):
+        self.groups, self.epsilon = min(groups, features // least), epsilon
+        if self.groups < 1 or features % self.groups:
+            raise ValueError(f"{self.groups} groups of a norm do not divide {features} features: choose another width")
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+
+    def __call__(self, x: Image) -> Image:
+        """Normalise each group over its features and all pixels."""
+        y = x.astype(at_least_float32(x.dtype)).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - y.mean(axis=(1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + self.epsilon)
+        return y.reshape(x.shape) * self.scale[...] + self.bias[...]
+
+
+def downsample(x: Image, weights: Filter = (1, 1), padding: int | None = None) -> Image:
+    """Half as many rows and columns: a weighted mean of neighbours (Zhang 2019; (1, 1): the mean of 2 x 2 pixels).
+
+    weights: along either axis, an even number of them. padding: rows and columns of zeros on each side, by default as
+    many as make the sides half.
+    """
+    total, count = sum(weights), len(weights)
+    padding = (count - 1) // 2 if padding is None else padding
+    y = x.astype(at_least_float32(x.dtype))
+    for axis in (1, 2):
+        y = _padded(y, axis, padding, padding)
+        half = (y.shape[axis] - count) // 2 + 1
+        parts = [_strided(y, axis, k, half) * (w / total) for k, w in enumerate(weights)]
+        y = sum(parts[1:], parts[0])
+    return y.astype(x.dtype)
+
+
+def upsample(x: Image, weights: Filter = (1, 1)) -> Image:
+    """Twice as many rows and columns: zeros between the pixels, and then the filter ((1, 1): each pixel four times).
+
+    weights: as in `downsample`, whose transpose it is, times 4.
+    """
+    total, count = sum(weights), len(weights)
+    padding = (count - 1) // 2
+    y = x.astype(at_least_float32(x.dtype))
+    for axis in (1, 2):
+        size, phases = y.shape[axis], []
+        y = _padded(y, axis, count, count)
+        for phase in (0, 1):  # y[2 m + phase] is a sum over the inputs m + (phase + padding - k) / 2
+            parts = [
+                jax.lax.slice_in_dim(y, first, first + size, axis=axis) * (2 * w / total)
+                for k, w in enumerate(weights)
+                if (phase + padding - k) % 2 == 0
+                for first in [count + (phase + padding - k) // 2]
+            ]
+            phases.append(sum(parts[1:], parts[0]))
+        y = jnp.stack(phases, axis=axis + 1)
+        y = y.reshape(*y.shape[:axis], 2 * size, *y.shape[axis + 2 :])
+    return y.astype(x.dtype)
+
+
+class Resampling(nnx.Module):
+    """Down by a convolution of stride 2, or up by nearest neighbours and a convolution (Ho et al. 2020).
+
+    direction: "down" or "up". padding: of the convolution down.
+    """
+
+    def __init__(self, features: int, direction: str, *, padding: tuple[int, int], dtype: DType, rngs: nnx.Rngs):
+        self.resample = direction
+        stride, padding = (1, (1, 1)) if direction == "up" else (2, padding)
+        self.conv = Conv(features, features, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str = "") -> Image:
+        """Of the image; the rest is for blocks in its place."""
+        return tap(name, self.conv(upsample(x) if self.resample == "up" else x))
+
+
+class SpatialAttention(nnx.Module):
+    """Self-attention among all pixels, behind a norm, with biases; the last layer starts at zero.
+
+    The columns of `qkv` are ordered (head, q/k/v, feature), as in `Attention`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        norm: Callable[[int], GroupNorm] = GroupNorm,
+        dtype: DType = jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if heads < 1 or features % heads:
+            raise ValueError(f"{heads} heads do not divide {features} features")
+        check_implementation(implementation, dtype, features // heads)
+        self.heads, self.implementation = heads, implementation
+        self.norm = norm(features)
+        self.qkv = Linear(features, 3 * features, dtype=dtype, rngs=rngs)
+        self.out = Linear(features, features, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image, name: str = "attention") -> Image:
+        """The branch, to be added to x. name: the prefix of the taps."""
+        batch, height, width, features = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, height * width, self.heads, 3, features // self.heads)
+        q, k, v = (constrain(qkv[..., i, :], "batch", None, "heads", None) for i in range(3))
+        k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
+        return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
+
+
+class ResBlock(nnx.Module):
+    """Two convolutions beside a shortcut, and attention behind them where there are heads.
+
+    norm, silu, (resample,) convolution; the condition added, or scaling and shifting behind the second norm; norm,
+    silu, dropout, convolution (Ho et al. 2020; Dhariwal & Nichol 2021, section 3; Song et al. 2021, appendix H;
+    Karras et al. 2022, table 1 and appendix F.2).
+
+    Args:
+        features_in, features_out: where they differ the shortcut has a convolution of one pixel.
+        cond_width: of the conditioning vector.
+        heads: 0 for no attention.
+        resample: None, "down" or "up": of what the first convolution sees, and of the shortcut.
+        weights: of the resampling filter.
+        scale_shift: whether the condition scales and shifts the second norm's result, or is added before that norm.
+        project: a resampled shortcut has a convolution in any case.
+        gain: times each sum of the branch and the shortcut.
+        modulation_bias: whether the layer of the condition has biases.
+        norm: makes a norm of so many features.
+        dropout: rate.
+        dtype: compute dtype.
+        attention: None, "xla" or "cudnn".
+        rngs: keys of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        cond_width: int,
+        heads: int = 0,
+        resample: str | None = None,
+        weights: Filter = (1, 1),
+        scale_shift: bool = True,
+        project: bool = False,
+        gain: float = 1.0,
+        modulation_bias: bool = True,
+        norm: Callable[[int], GroupNorm] = GroupNorm,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        attention: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_rate(dropout)
+        self.resample, self.weights = resample, tuple(weights)
+        self.scale_shift, self.gain, self.dropout = scale_shift, gain, dropout
+        self.norm_in = norm(features_in)
+        self.conv_in = Conv(features_in, features_out, dtype=dtype, rngs=rngs)
+        numbers = (1 + scale_shift) * features_out
+        self.modulation = Linear(cond_width, numbers, bias=modulation_bias, dtype=dtype, rngs=rngs)
+        self.norm_out = norm(features_out)
+        self.conv_out = Conv(features_out, features_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        projects = features_in != features_out or (project and resample is not None)
+        self.shortcut = Conv(features_in, features_out, 1, dtype=dtype, rngs=rngs) if projects else None
+        self.attention = (
+            SpatialAttention(features_out, heads, norm=norm, dtype=dtype, implementation=attention, rngs=rngs)
+            if heads
+            else None
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch H W in"],
+        c: Float[Array, "batch cond"],
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str = "block",
+    ) -> Float[Array, "batch H2 W2 out"]:
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps."""
+        x = constrain(x, "batch", None, None, None)
+        h = jax.nn.silu(self.norm_in(x)).astype(x.dtype)
+        if self.resample is not None:
+            change = downsample if self.resample == "down" else upsample
+            h, x = change(h, self.weights), change(x, self.weights)
+        h, m = self.conv_in(h), self.modulation(c)[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(m, 2, axis=-1)
+            h = self.norm_out(h) * (1 + scale) + shift
+        else:
+            h = self.norm_out(h + m)
+        h = self.conv_out(dropout(jax.nn.silu(h), self.dropout, keys))
+        x = self.gain * ((x if self.shortcut is None else self.shortcut(x)) + h)
+        if self.attention is not None:
+            y = tap(f"{name}/attention", self.attention(x, f"{name}/attention"))
+            x = self.gain * (x + y)
+        return tap(name, constrain(x, "batch", None, None, None))
+
+
+def _padded(x: Array, axis: int, before: int, after: int) -> Array:
+    return jnp.pad(x, [(before, after) if i == axis else (0, 0) for i in range(x.ndim)])
+
+
+def _strided(x: Array, axis: int, first: int, count: int) -> Array:
+    return jax.lax.slice_in_dim(x, first, first + 2 * count - 1, stride=2, axis=axis)

@@ -1,0 +1,141 @@
+"""What every network of `ddjax.denoisers` must do, one row for each. All weights are random."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddjax.denoisers import EDM2, DiT, TextTransformer, UNet, UNetDesign, UViT, functional_init, stack_blocks
+from ddjax.training.mesh import make_mesh, state_shardings
+
+pytestmark = pytest.mark.slow
+
+PIXELS, TOKENS = {"shape": (8, 8, 2)}, {"symbols_in": 6, "symbols_out": 5}
+LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
+FEW = {"groups": 4}
+# name: the network, its options, which of its parameters get no gradient by design.
+NETWORKS = {
+    "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
+    "text": (TextTransformer, {"length": 8, **TOKENS, "width": 16, "depth": 2, "heads": 2}, ()),
+    "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2}, ()),
+    "uvit-tokens": (UViT, {**PIXELS, **TOKENS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "time_mlp": True}, ()),
+    "unet": (UNet, {**PIXELS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
+    "unet-tokens": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
+    "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),
+    "ddpm++": (UNet, {**PIXELS, **LEVELS, "design": "ddpm++"}, ()),
+    "ncsn++": (UNet, {**PIXELS, **LEVELS, "design": "ncsn++"}, ("frequencies",)),
+    "edm2": (EDM2, {**PIXELS, **LEVELS, "head_width": 8}, ("frequencies", "phases")),
+    "edm2-tokens": (EDM2, {**PIXELS, **TOKENS, **LEVELS, "head_width": 8}, ("frequencies", "phases")),
+}
+every = pytest.mark.parametrize("name", NETWORKS)
+
+
+def takes(name, option):
+    return option in NETWORKS[name][0].__init__.__annotations__
+
+
+@functools.cache
+def network(name, **more):
+    """Parameters of normal weights, and the network."""
+    kind, options, _ = NETWORKS[name]
+    init, apply = functional_init(lambda rngs: kind(**options, num_classes=3, **more, rngs=rngs))
+    rng = np.random.default_rng(7)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes), apply
+
+
+def inputs(name, batch=4):
+    options, rng = NETWORKS[name][1], np.random.default_rng(1)
+    shape = (batch, *options.get("shape", (options.get("length"),)))
+    xt = rng.integers(0, 6, shape, np.int32) if "symbols_in" in options else rng.normal(size=shape).astype(np.float32)
+    return xt, rng.uniform(size=batch).astype(np.float32), rng.integers(0, 4, batch, np.int32)
+
+
+@functools.cache
+def output(name):
+    """Of the plain network."""
+    params, apply = network(name)
+    return np.asarray(jax.jit(apply)(params, *inputs(name)))
+
+
+def close(a, b, tolerance=2e-5):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@every
+def test_it_starts_at_zero_with_float32_outputs(name):
+    kind, options, _ = NETWORKS[name]
+    init, apply = functional_init(lambda rngs: kind(**options, num_classes=3, dtype=jnp.bfloat16, rngs=rngs))
+    params = jax.jit(init)(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    out = jax.jit(apply)(params, *inputs(name))
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, 0)
+
+
+@every
+def test_gradients_reach_every_parameter(name):
+    params, apply = network(name)
+    target = np.random.default_rng(3).normal(size=output(name).shape)
+    loss = lambda p: ((apply(p, *inputs(name)) - target) ** 2).mean()
+    grads = jax.jit(jax.grad(loss))(params)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        fixed = path[-1].key in NETWORKS[name][2]
+        assert np.isfinite(g).all(), path
+        assert (np.abs(g).max() == 0) == fixed, path
+
+
+@every
+def test_bfloat16_is_the_same_network(name):
+    params, apply = network(name, dtype=jnp.bfloat16)
+    out, exact = jax.jit(apply)(params, *inputs(name)), output(name)
+    assert 1e-4 < np.abs(out - exact).max() / np.abs(exact).max() < 0.15
+
+
+@every
+def test_an_example_does_not_depend_on_its_neighbours(name):
+    params, apply = network(name)
+    call, args = jax.jit(apply), inputs(name)
+    for i in (0, 2):
+        close(call(params, *(x[i : i + 1] for x in args))[0], output(name)[i])
+    assert np.abs(output(name)[0] - output(name)[2]).max() > 1e-2
+
+
+@every
+def test_vmap_is_a_loop(name):
+    params, apply = network(name)
+    args = [x.reshape(2, 2, *x.shape[1:]) for x in inputs(name)]
+    out = jax.jit(jax.vmap(apply, in_axes=(None, 0, 0, 0)))(params, *args)
+    close(np.concatenate(out), output(name))
+
+
+@every
+@pytest.mark.parametrize("option", ["remat", "scan"])
+def test_options_that_change_nothing(name, option):
+    if not takes(name, option):
+        pytest.skip(f"{name} has no {option}")
+    plain, apply = network(name)
+    _, other = network(name, **{option: True})
+    params = stack_blocks(plain) if option == "scan" else plain
+    assert other != apply
+    value = lambda apply: lambda p: (apply(p, *inputs(name)) ** 2).mean()
+    one, two = (jax.jit(jax.value_and_grad(value(f)))(p) for f, p in ((apply, plain), (other, params)))
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
+    same = stack_blocks(one[1]) if option == "scan" else one[1]
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), two[1], same)
+
+
+@every
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
+def test_eight_devices_are_one_network(name):
+    params, apply = network(name)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    shardings = state_shardings({"params": params}, mesh, fsdp_min_size=64)["params"]
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        spec = functools.reduce(lambda tree, key: tree[key.key], path, shardings).spec
+        assert x.size < 2**10 or any(spec), path  # every large parameter is cut
+    with jax.set_mesh(mesh):
+        out = jax.jit(apply)(jax.device_put(params, shardings), *inputs(name))
+        close(np.asarray(out), output(name))
