@@ -290,12 +290,10 @@ class NoiseConditioner(nnx.Module):
         self.time_in = Linear(features, hidden, rngs=rngs)
         self.time_out = Linear(hidden, design.cond_multiple * width, rngs=rngs)
         self.latent = Linear(latent, features, bias=False, rngs=rngs) if latent else None
-        self.labels = self.label_bias = None
-        if num_classes:
-            at_input = design.labels == "input"
-            size = features if at_input else design.cond_multiple * width
-            self.labels = nnx.Param(normal(rngs.params(), (num_classes, size), jnp.float32))
-            self.label_bias = nnx.Param(jnp.zeros((size,), jnp.float32)) if at_input else None
+        at_input = design.labels == "input"
+        size = features if at_input else design.cond_multiple * width
+        self.labels = nnx.Param(normal(rngs.params(), (num_classes, size), jnp.float32)) if num_classes else None
+        self.label_bias = nnx.Param(jnp.zeros((size,), jnp.float32)) if num_classes and at_input else None
 
     def __call__(self, batch: int, t: Array | None, cond: Any) -> Float[Array, "batch width"]:
         """The vector of each example. `t` is `()` or `(batch,)`."""
