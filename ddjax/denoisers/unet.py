@@ -167,7 +167,7 @@ class UNet(UShaped):
         if d.add_input and (symbols_in is not None or self.out_channels != shape[2]):
             raise ValueError("this design adds the state to the output: a continuous state, and as many channels out")
         check_sides(shape, len(multipliers), blocks, attend_at)
-        self.dropout = dropout
+        self.dropout, self.num_classes = dropout, num_classes
         norm = partial(GroupNorm, groups=d.groups, least=d.least, epsilon=d.epsilon)
         cond_width = d.cond_multiple * width
         self.condition = NoiseConditioner(
