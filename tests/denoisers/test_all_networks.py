@@ -21,13 +21,10 @@ NETWORKS = {
     "text": (TextTransformer, {"length": 8, **TOKENS, "width": 16, "depth": 2, "heads": 2}, ()),
     "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2}, ()),
     "uvit-tokens": (UViT, {**PIXELS, **TOKENS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "time_mlp": True}, ()),
-    "unet": (UNet, {**PIXELS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
-    "unet-tokens": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
+    "unet": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),
-    "ddpm++": (UNet, {**PIXELS, **LEVELS, "design": "ddpm++"}, ()),
     "ncsn++": (UNet, {**PIXELS, **LEVELS, "design": "ncsn++"}, ("frequencies",)),
     "edm2": (EDM2, {**PIXELS, **LEVELS, "head_width": 8}, ("frequencies", "phases")),
-    "edm2-tokens": (EDM2, {**PIXELS, **TOKENS, **LEVELS, "head_width": 8}, ("frequencies", "phases")),
 }
 every = pytest.mark.parametrize("name", NETWORKS)
 
