@@ -9,6 +9,7 @@ from ddjax.denoisers import layers, outputs, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
+from ddjax.denoisers.given import nulls
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.text import TextTransformer
@@ -28,6 +29,7 @@ __all__ = [
     "functional",
     "functional_init",
     "layers",
+    "nulls",
     "outputs",
     "stack_blocks",
     "taps",

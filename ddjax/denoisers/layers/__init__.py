@@ -10,11 +10,13 @@ from ddjax.denoisers.layers.attention import (
 )
 from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
+from ddjax.denoisers.layers.cross import CrossAttention
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
     TokenEmbed,
     lookup,
+    sincos,
     sincos_2d,
     time_embedding,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "Attention",
     "Block",
     "Conditioner",
+    "CrossAttention",
     "Experts",
     "FinalLayer",
     "GatedMLP",
@@ -41,6 +44,7 @@ __all__ = [
     "lookup",
     "modulate",
     "rope",
+    "sincos",
     "sincos_2d",
     "stack_blocks",
     "time_embedding",
