@@ -62,9 +62,7 @@ def wrap(
     adapters: Params = {}
     for i, (name, leaf) in enumerate(chosen.items()):
         if leaf.ndim < 2 or not 1 <= rank <= min(leaf.shape[-2:]):
-            raise ValueError(
-                f"{name} has shape {leaf.shape}: expected a matrix with sides of at least rank={rank} >= 1"
-            )
+            raise ValueError(f"{name} has shape {leaf.shape}: expected a matrix, and 1 <= rank={rank} <= its sides")
         *axes, features_in, features_out = leaf.shape
         down = jax.random.normal(jax.random.fold_in(key, i), (*axes, features_in, rank), leaf.dtype)
         *path, last = name.split("/")

@@ -57,6 +57,7 @@ def test_a_layer_by_the_papers_formula(x64):
     assert abs(np.var(down[1]["layer"]["kernel"]["down"]) * 400 - 1) < 0.15
 
 
+@pytest.mark.slow
 def test_a_network_beside_and_merged(x64):
     """What the branch adds inside a running network; then the same from merged weights, and with scanned blocks."""
     apply, params = text()
@@ -104,6 +105,7 @@ def test_only_adapters_learn():
         assert np.abs(np.asarray(now) - old).max() > 1e-4, path
 
 
+@pytest.mark.slow
 def test_experts_have_one_each():
     options = {"mlp": "experts", "experts": {"experts": 4, "top_k": 2}}
     init, apply = functional_init(

@@ -53,7 +53,8 @@ class DiT(ImageNetwork):
         relations: None, or for each of some relations a label of every patch, row by row: the heads, in turn, attend
             only to patches with the same label (`layers.attention.among_related`).
         neighbours: None, or for each patch the patches that it attends to, itself among them, as a graphical model of
-            the data says (`graphs.GraphicalModel`). Where few of many, only these are computed.
+            the data says (`graphs.GraphicalModel`), or blocks (`graphs.unidirectional`). Where they are few of many,
+            only these are computed.
         kinds: None, or a number of each patch: those of one number share one position, and are exchangeable.
         latent: numbers of a latent that the network is told, `cond = {"z": (batch, latent), "cond": labels}`
             (`processes.AdaptiveGaussian`). 0: none.
@@ -201,11 +202,9 @@ class DiT(ImageNetwork):
         view.check(xt, len(self.shape) + 1, self.stack.depth, length, self.condition.time)
         if view.segments is not None:
             raise ValueError('cond["segments"] is for windows of text: an image is one document')
-        own = self._own_layout(length)
-        if own is not None and (view.groups is not None or (own.neighbours is not None and view.past is not None)):
-            raise ValueError(
-                "relations and neighbours say who sees whom, and so do groups and a past: build the network without"
-            )
+        own = self._own_layout(length, sparse=view.past is None)
+        if own is not None and view.groups is not None:
+            raise ValueError("relations say who sees whom, or neighbours, and so do groups: build the network without")
         layout = view.layout(length, view.groups, own)
         if self.downsample > 1 and not train:
             layout = self._downsampled(layout, view)
@@ -238,14 +237,14 @@ class DiT(ImageNetwork):
         h = self.stack(h, c, keys, layout, context=context, channels=channels, route_keys=routes)
         return h if view.clean is None else h[:, :length], c, view
 
-    def _own_layout(self, length: int) -> Layout | None:
+    def _own_layout(self, length: int, *, sparse: bool) -> Layout | None:
         """Who sees whom, as the network itself says (None: all)."""
         if self.relations:
             return among_related(self.relations, self.heads)
         if self.neighbours is None:
             return None
         few, there = graphs.padded(self.neighbours)
-        if 4 * few.shape[1] <= length:  # gathered keys cost more than those of one product, each
+        if sparse and 4 * few.shape[1] <= length:  # gathered keys cost more than those of one product, each
             return Layout(jnp.arange(length), jnp.asarray(there), neighbours=few)
         return Layout(jnp.arange(length), jnp.asarray(graphs.mask(self.neighbours)))
 

@@ -82,6 +82,22 @@ class GraphicalModel:
         return tuple(tuple(sorted(sites)) for sites in seen)
 
 
+def unidirectional(grid: Sequence[int], block: int) -> tuple[tuple[int, ...], ...]:
+    """Patches in square blocks, each of which sees itself and the blocks before it that touch it.
+
+    (Yang et al. 2024, Inf-DiT, section 3.2: of an image those to the left, above, and above to the left; what lies
+    farther is seen through them, layer by layer.) So an image is denoised block by block, behind keys and values of the
+    blocks that touch it alone: `cond = {"past": ..., "sites": ...}` (`views.View`).
+
+    grid: of patches. Raises ValueError for a block that does not divide its sides.
+    """
+    if block < 1 or any(side % block for side in grid):
+        raise ValueError(f"block={block} does not divide the grid {tuple(grid)}")
+    places = np.stack(np.unravel_index(np.arange(math.prod(grid)), tuple(grid)), axis=-1) // block
+    before = places[:, None] - places[None]
+    return tuple(tuple(np.flatnonzero(row).tolist()) for row in ((before >= 0) & (before <= 1)).all(-1))
+
+
 def check_neighbours(neighbours: Sequence[Sequence[int]], sites: int) -> tuple[tuple[int, ...], ...]:
     """As tuples. Raises ValueError unless each of the sites has some, all of them sites."""
     neighbours = tuple(tuple(int(i) for i in own) for own in neighbours)

@@ -33,6 +33,7 @@ def case(request, noise):
     return case
 
 
+@pytest.mark.slow
 def test_weights_are_the_softmax_and_what_the_branch_is_made_of(case):
     call, params = case()
     with taps.record() as seen:
@@ -49,6 +50,7 @@ def test_weights_are_the_softmax_and_what_the_branch_is_made_of(case):
         np.testing.assert_allclose(branch, y, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_overridden_with_themselves_they_change_no_bit(case, implementation):
     call, params = case(attention=implementation)
@@ -108,6 +110,7 @@ def sampler(noise):
     return denoise, functools.partial(ddjax.sample, jax.random.key(3), process=process, **settings), settings["times"]
 
 
+@pytest.mark.slow
 def test_sampling_returns_taps_over_steps(sampler):
     denoise, draw, times = sampler
     plain = draw(denoise=denoise, trajectory=True)

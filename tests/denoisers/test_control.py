@@ -27,6 +27,7 @@ def trunk(noise):
     return apply, noise(jax.eval_shape(init, jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_a_new_one_is_the_trunk_bit_for_bit(trunk):
     plain, params = trunk
     apply, side = attach(make, params, blocks=2, channels=2, key=jax.random.key(1))
@@ -40,6 +41,7 @@ def test_a_new_one_is_the_trunk_bit_for_bit(trunk):
         jax.tree.map(np.testing.assert_array_equal, side["side"]["stack"]["blocks"][i], blocks[i])
 
 
+@pytest.mark.slow
 def test_what_it_adds_is_made_of_its_own_blocks(trunk, noise):
     """Every layer by hand: the copy fed with the image's patches, its blocks' outputs added to the trunk's."""
     plain, params = trunk

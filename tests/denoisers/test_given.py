@@ -66,6 +66,7 @@ def test_the_vector_of_all_conditions_by_definition(x64, noise):
     )
 
 
+@pytest.mark.slow
 def test_a_new_network_ignores_the_sequence(build, net):
     """Its output layers are zero; with everything else random, the network is the one without, bit for bit."""
     run, params = net
@@ -110,6 +111,7 @@ def test_an_image_is_further_channels(build):
     assert largest(out, zeros) > 1e-2
 
 
+@pytest.mark.slow
 def test_an_image_beside_tokens_and_their_clean_copy(build):
     run, params = build(maker(image_channels=1, symbols_in=5, symbols_out=4, time=False))
     xt, x0 = (RNG.integers(0, 4, (3, 4, 4, 1), np.int32) for _ in range(2))
@@ -135,6 +137,7 @@ def test_entries_stand_side_by_side_or_in_each_other():
     assert Given.of(None) == Given()
 
 
+@pytest.mark.slow
 def test_guidance_away_from_all_conditions_or_some(net):
     run, params = net
     denoise = lambda x, t, cond: Prediction(run(params, x, t, cond), "x0")

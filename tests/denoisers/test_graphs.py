@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ddjax.denoisers import DiT, functional_init
-from ddjax.denoisers.graphs import GraphicalModel, mask, padded
+from ddjax.denoisers import DiT, functional_init, taps
+from ddjax.denoisers.graphs import GraphicalModel, mask, padded, unidirectional
 from ddjax.denoisers.layers.attention import attention_to_neighbours, dot_product_attention
 
 RNG = np.random.default_rng(1)
@@ -60,6 +60,7 @@ def test_sparse_attention_is_masked_attention():
     np.testing.assert_allclose(attention_to_neighbours(q, k, v, few, jnp.asarray(there)), dense, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sites_are_moved_by_their_neighbours_in_as_many_layers(build):
     model = factorisation(True)
     config = {"width": 16, "heads": 2, "neighbours": model.neighbours(), "kinds": model.kinds}
@@ -75,6 +76,7 @@ def test_sites_are_moved_by_their_neighbours_in_as_many_layers(build):
     assert params["position"].shape == (4, 16)
 
 
+@pytest.mark.slow
 def test_exchangeable_variables_may_be_exchanged(build):
     """Another order of the rows of R and of the columns of E: the outputs in that order."""
     for intermediate in (False, True):  # dense, sparse
@@ -89,6 +91,43 @@ def test_exchangeable_variables_may_be_exchanged(build):
         order += [model.site("R", t, rows[n]) for t in range(T) for n in range(N)]
         x, t = RNG.normal(size=(2, model.count, 1)).astype(np.float32), np.float32([0.3, 0.8])
         np.testing.assert_allclose(run(params, x[:, order], t), run(params, x, t)[:, order], atol=1e-4)
+
+
+def test_blocks_see_those_that_touch_them_before():
+    seen = mask(unidirectional((4, 6), 2))
+    for q, k in itertools.product(range(24), repeat=2):
+        (row, column), (other, beside) = ((i // 6 // 2, i % 6 // 2) for i in (q, k))
+        touches = (other, beside) in [(row, column), (row - 1, column), (row, column - 1), (row - 1, column - 1)]
+        assert seen[q, k] == touches
+    with pytest.raises(ValueError, match=r"block=4 does not divide the grid \(4, 6\)"):
+        unidirectional((4, 6), 4)
+
+
+@pytest.mark.slow
+def test_block_by_block_behind_its_neighbours_keys_and_values_is_the_whole(noise):
+    """Inf-DiT: every block is run once, all layers, with the past of the three before it and of no other."""
+    depth, grid = 3, (6, 6)
+    config = {"width": 16, "heads": 2, "depth": depth, "neighbours": unidirectional(grid, 2)}
+    init, apply = functional_init(lambda rngs: DiT(shape=(*grid, 1), **config, rngs=rngs))
+    params = noise(jax.eval_shape(init, jax.random.key(0)))
+    x, t = RNG.normal(size=(2, *grid, 1)).astype(np.float32), np.float32([0.3, 0.8])
+    whole, out = np.asarray(apply(params, x, t)), np.zeros((2, *grid, 1), np.float32)
+    past = np.full((2, 2, depth, 36, 2, 8), np.nan, np.float32)  # keys and values
+    names = [f"block/{i}/{part}" for part in ("keys", "values") for i in range(depth)]
+    for row, column in itertools.product(range(3), repeat=2):
+        sites = np.array([(2 * row + i) * 6 + 2 * column + j for i in range(2) for j in range(2)])
+        near = np.zeros(36, bool)
+        for i, j in ((0, 1), (1, 0), (1, 1)):
+            if row >= i and column >= j:
+                near[(sites - 12 * i - 2 * j)] = True
+        carried = np.where(near[:, None, None], past, 0)  # nothing else need be kept
+        assert np.isfinite(carried).all()
+        with taps.record(*names) as seen:
+            some = apply(params, x, t, {"past": tuple(carried), "sites": np.tile(sites, (2, 1))})
+        new = np.asarray([seen[name] for name in names]).reshape(2, depth, 2, 4, 2, 8)
+        past[:, :, :, sites] = new.swapaxes(1, 2)
+        out.reshape(2, 36)[:, sites] = np.asarray(some).reshape(2, 36)[:, sites]
+    np.testing.assert_allclose(out, whole, atol=1e-4)
 
 
 def test_errors():

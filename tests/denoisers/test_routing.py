@@ -31,6 +31,7 @@ def made(name, noise, **options):
     return apply, noise(jax.eval_shape(init, jax.random.key(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_where_none_bypass_it_is_the_plain_network_bit_for_bit(name, noise):
     plain, params = made(name, noise)
@@ -44,6 +45,7 @@ def test_where_none_bypass_it_is_the_plain_network_bit_for_bit(name, noise):
     assert np.abs(apply(params, states(name), T, rng=KEY, train=True) - expected).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_kept_sites_are_by_themselves_and_the_others_stay(name, noise):
     apply, params = made(name, noise, route=(1, 3, 0.5))
@@ -86,6 +88,7 @@ def test_scanned_rematerialised_and_row_by_row_it_is_the_same(name, noise, jit):
     np.testing.assert_allclose(one, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_behind_a_clean_past_every_site_sees_its_own_past(noise):
     """Routes and masks together: a kept site attends to the kept ones of those that it saw."""
     apply, params = made("text", noise, block=2, route=(0, 4, 0.5))
@@ -101,6 +104,7 @@ def test_behind_a_clean_past_every_site_sees_its_own_past(noise):
     np.testing.assert_array_equal(weights > 0, np.broadcast_to(see[:, None], weights.shape))
 
 
+@pytest.mark.slow
 def test_what_layers_tell_is_a_mean_over_all_of_them(noise):
     experts = {"mlp": "experts", "experts": {"experts": 4, "top_k": 1}}
     for scan in (False, True):
@@ -114,6 +118,7 @@ def test_what_layers_tell_is_a_mean_over_all_of_them(noise):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
 
 
+@pytest.mark.slow
 def test_as_many_are_kept_as_in_the_authors_code():
     for sites, share in ((10, 0.3), (10, 0.9), (7, 0.5), (6, 0.0)):
         kept = np.asarray(routed(random.example_keys(KEY, 50), sites, share))
@@ -133,6 +138,7 @@ def test_channels_of_a_time_are_the_authors_table(x64):
     np.testing.assert_array_equal(channel_mask(jnp.linspace(0, 1, tasks), width, beta, alpha), expected)
 
 
+@pytest.mark.slow
 def test_masked_channels_pass_every_block_by(noise):
     apply, params = made("dit", noise, task_share=0.5)
     t = np.float32([0.1, 0.8, 0.95])
@@ -156,6 +162,7 @@ def test_the_nearest_grid_is_that_of_interpolation():
         nearest_grid((2, 4), 3)
 
 
+@pytest.mark.slow
 def test_sites_attend_to_every_second_one_only(noise):
     build = lambda **o: functional_init(lambda rngs: DiT(shape=(4, 4, 1), **{**SMALL, "depth": 1}, **o, rngs=rngs))
     (init, plain), (_, thin) = build(), build(downsample=2)

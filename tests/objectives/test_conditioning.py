@@ -65,6 +65,7 @@ def test_a_tree_is_dropped_whole():
     np.testing.assert_array_equal(np.asarray(seen["text"])[~dropped], 1.0)
 
 
+@pytest.mark.slow
 def test_entries_are_dropped_each_by_itself():
     batch = 2000
     cond = {
