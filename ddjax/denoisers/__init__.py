@@ -11,6 +11,7 @@ from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
 from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
+from ddjax.denoisers.given import nulls
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.text import TextTransformer
@@ -42,6 +43,7 @@ __all__ = [
     "functional",
     "functional_init",
     "layers",
+    "nulls",
     "outputs",
     "stack_blocks",
     "taps",

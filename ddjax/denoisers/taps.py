@@ -12,7 +12,11 @@ compiled program) unless someone outside listens:
 
 Both act while Python runs the network, that is at trace time. Inside a compiled function, put the `with`
 inside it too and return what was recorded; a `with` around a call of an already compiled function cannot act,
-and raises.
+and raises. Over the steps of a sampler: `ddjax.sample(..., taps=("block/0/mlp",))`.
+
+A transformer's block i has the points `block/i/queries`, `/keys`, `/values`, `/attention` (the branch), `/mlp` and
+`block/i` itself; and `/attention/weights`, `(batch, heads, queries, keys)`, a softmax that no fused kernel would
+write down: it is made where someone listens for it and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +98,35 @@ def override(overrides: Mapping[str, Override]) -> Iterator[None]:
     """
     with _listen(frozenset(overrides), dict(overrides)):
         yield
+
+
+def wanted(name: str) -> bool:
+    """Whether anyone listens for this name: what costs to make is made only then."""
+    return any(listener.wants(name) for listener in _LISTENERS.get())
+
+
+class Below(NamedTuple):
+    """The taps of a part of a network, below a prefix: `Below("block/3")("/mlp", h)`. Without a prefix: none."""
+
+    prefix: str | None = None
+
+    def __call__(self, point: str, value: Array) -> Array:
+        """See `tap`."""
+        return value if self.prefix is None else tap(f"{self.prefix}{point}", value)
+
+    def wanted(self, point: str) -> bool:
+        """See `wanted`."""
+        return self.prefix is not None and wanted(f"{self.prefix}{point}")
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nobody outside listens to what runs inside the context: a network inside another, with the same names."""
+    token = _LISTENERS.set(())
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(token)
 
 
 def active() -> bool:

@@ -19,11 +19,13 @@ from ddjax.denoisers.layers.convolution import (
     downsample,
     upsample,
 )
+from ddjax.denoisers.layers.cross import CrossAttention
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
     TokenEmbed,
     lookup,
+    sincos,
     sincos_2d,
     time_embedding,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "Block",
     "Conditioner",
     "Conv",
+    "CrossAttention",
     "Experts",
     "FinalLayer",
     "GatedMLP",
@@ -59,6 +62,7 @@ __all__ = [
     "lookup",
     "modulate",
     "rope",
+    "sincos",
     "sincos_2d",
     "stack_blocks",
     "time_embedding",
