@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax.denoisers import EDM2, DiT, TextTransformer, UNet, UNetDesign, UViT, functional_init, stack_blocks
+from ddjax.denoisers import (
+    EDM2,
+    DiCo,
+    DiT,
+    StateSpace,
+    TextTransformer,
+    UNet,
+    UNetDesign,
+    UViT,
+    functional_init,
+    stack_blocks,
+)
 from ddjax.training.mesh import make_mesh, state_shardings
 
 pytestmark = pytest.mark.slow
@@ -21,6 +32,10 @@ NETWORKS = {
     "text": (TextTransformer, {"length": 8, **TOKENS, "width": 16, "depth": 2, "heads": 2}, ()),
     "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2}, ()),
     "uvit-tokens": (UViT, {**PIXELS, **TOKENS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "time_mlp": True}, ()),
+    "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),
+    "dico-attention": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 8}, ()),
+    "state-space": (StateSpace, {**PIXELS, "width": 16, "depth": 5, "patch": 2}, ()),
+    "state-space-tokens": (StateSpace, {**PIXELS, **TOKENS, "width": 16, "depth": 3, "patch": 2, "state": 4}, ()),
     "unet": (UNet, {**PIXELS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-tokens": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),

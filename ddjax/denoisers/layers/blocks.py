@@ -25,6 +25,7 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.taps import active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
@@ -49,6 +50,7 @@ class Block(nnx.Module):
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
 
     mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
+    attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Block(nnx.Module):
         dtype: DType = jnp.float32,
         attention: str | None = None,
         experts: Mapping[str, Any] | None = None,
+        grid: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
@@ -72,7 +75,13 @@ class Block(nnx.Module):
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout = dropout
-        self.attention = Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
+        if attention == "linear" and (grid is None or rotary):
+            raise ValueError("attention='linear' is for the patches of images")
+        self.attention = (
+            LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
+            if attention == "linear"
+            else Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
+        )
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
         self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
@@ -226,7 +235,7 @@ def unstack_blocks(params: Params) -> Params:
 
 
 def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
-    """A stack's parameters with its blocks changed; of `LongSkips`, those of both its stacks."""
+    """A stack's parameters with its blocks changed; of several stacks, those of each."""
     if "blocks" in stack:
         return {**stack, "blocks": change(stack["blocks"])}
-    return {**stack, **{name: _each_stack(change, stack[name]) for name in ("down", "up")}}
+    return {name: _each_stack(change, part) if isinstance(part, dict) else part for name, part in stack.items()}
