@@ -220,6 +220,7 @@ DENOISERS = {
     "dico": denoisers.DiCo,
     "state_space": denoisers.StateSpace,
     "tabular": denoisers.TabularMLP,
+    "graph": denoisers.GraphTransformer,
 }
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {

@@ -67,6 +67,8 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
         options["columns"] = (1 + shows) * state_shape(process, data.shape)[0]
         if data.num_symbols is None:
             options["out_columns"] = output_shape(process, data.shape, c.kind)[-1]
+    elif c.name == "graph":
+        options["nodes"] = _nodes(data, bool(options.get("typed", False)))
     else:
         if len(data.shape) != 3:
             raise ConfigError(
@@ -99,6 +101,18 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if shared is not None:
         apply = _sharing_times(apply, process, data, config, shared)
     return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _nodes(data: Dataset, typed: bool) -> int:
+    """Of the graphs that the items are: a site for each pair of nodes, and for each node if these have types."""
+    sites = data.shape[0] if len(data.shape) == 1 and data.num_symbols is not None else 0
+    nodes = next((n for n in range(2, sites + 2) if n * (n - 1) // 2 + n * typed == sites), None)
+    if nodes is None:
+        raise ConfigError(
+            "config.denoiser.name='graph' is for graphs, tokens of pairs of nodes (1, 3, 6, 10, ...; with typed=True, "
+            f"of nodes before them), not for {data.name!r} of shape {data.shape}"
+        )
+    return nodes
 
 
 def _sized(network: str, options: Mapping[str, Any]) -> dict[str, Any]:

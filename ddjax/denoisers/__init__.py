@@ -12,9 +12,12 @@ from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
 from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
+from ddjax.denoisers.graph import GraphTransformer
+from ddjax.denoisers.graph_features import graph_features
 from ddjax.denoisers.inheritance import inherited
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
+from ddjax.denoisers.low_rank import LowRankGaussian
 from ddjax.denoisers.neural_process import NeuralProcess
 from ddjax.denoisers.state_space import StateSpace
 from ddjax.denoisers.tabular import TabularMLP
@@ -34,6 +37,8 @@ __all__ = [
     "DiT",
     "FreeU",
     "Functional",
+    "GraphTransformer",
+    "LowRankGaussian",
     "NeuralProcess",
     "OverDraws",
     "Pointed",
@@ -50,6 +55,7 @@ __all__ = [
     "from_linen",
     "functional",
     "functional_init",
+    "graph_features",
     "inherited",
     "layers",
     "outputs",

@@ -60,7 +60,7 @@ def test_a_table_of_a_config(categorical):
         }
     built = experiment(typed(settings), items)
     params = built.init(jax.random.key(0))
-    loss, _ = built.objective(jax.random.key(1), built.apply, params, rows[:8])
+    loss, _ = built.objective()(jax.random.key(1), built.apply, params, rows[:8])
     assert np.isfinite(loss)
     images = data.from_arrays(np.zeros((4, 4, 4, 1), rows.dtype), **({"num_symbols": 4} if categorical else {}))
     with pytest.raises(ConfigError, match="'tabular' is for rows of columns"):
