@@ -58,7 +58,7 @@ class DiT(ImageNetwork):
         bits: of a token, if tokens are fed as their bits, without embeddings (`layers.embed.TokenBits`): there are
             2**bits symbols, and a mask or not. 0: embeddings.
         cond_width: width of the conditioning vector, default `width`.
-        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
+        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`), or "linear" (`layers.LinearAttention`).
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -112,7 +112,7 @@ class DiT(ImageNetwork):
         )  # fmt: skip
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
-            qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts,
+            qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
         )  # fmt: skip
         self.heads = heads
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)

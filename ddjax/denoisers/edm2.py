@@ -89,7 +89,8 @@ class MPAttention(nnx.Module):
         """The branch. name: the prefix of the taps."""
         batch, height, width, features = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, self.heads, 3, features // self.heads)
-        q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, "heads", None) for i in range(3))
+        heads = "heads" if self.heads > 1 else None  # a single one is on every device
+        q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, heads, None) for i in range(3))
         k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
         return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
 

@@ -167,7 +167,7 @@ class UNet(UShaped):
         if d.add_input and (symbols_in is not None or self.out_channels != shape[2]):
             raise ValueError("this design adds the state to the output: a continuous state, and as many channels out")
         check_sides(shape, len(multipliers), blocks, attend_at)
-        self.dropout = dropout
+        self.dropout, self.num_classes = dropout, num_classes
         norm = partial(GroupNorm, groups=d.groups, least=d.least, epsilon=d.epsilon)
         cond_width = d.cond_multiple * width
         self.condition = NoiseConditioner(
@@ -290,12 +290,10 @@ class NoiseConditioner(nnx.Module):
         self.time_in = Linear(features, hidden, rngs=rngs)
         self.time_out = Linear(hidden, design.cond_multiple * width, rngs=rngs)
         self.latent = Linear(latent, features, bias=False, rngs=rngs) if latent else None
-        self.labels = self.label_bias = None
-        if num_classes:
-            at_input = design.labels == "input"
-            size = features if at_input else design.cond_multiple * width
-            self.labels = nnx.Param(normal(rngs.params(), (num_classes, size), jnp.float32))
-            self.label_bias = nnx.Param(jnp.zeros((size,), jnp.float32)) if at_input else None
+        at_input = design.labels == "input"
+        size = features if at_input else design.cond_multiple * width
+        self.labels = nnx.Param(normal(rngs.params(), (num_classes, size), jnp.float32)) if num_classes else None
+        self.label_bias = nnx.Param(jnp.zeros((size,), jnp.float32)) if num_classes and at_input else None
 
     def __call__(self, batch: int, t: Array | None, cond: Any) -> Float[Array, "batch width"]:
         """The vector of each example. `t` is `()` or `(batch,)`."""

@@ -26,6 +26,7 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.taps import active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
@@ -54,6 +55,7 @@ class Block(nnx.Module):
     rotary, qkv_bias, out_bias: of `layers.Attention`.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
+    attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Block(nnx.Module):
         dtype: DType = jnp.float32,
         attention: str | None = None,
         experts: Mapping[str, Any] | None = None,
+        grid: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
@@ -81,9 +84,15 @@ class Block(nnx.Module):
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout = dropout
-        self.attention = Attention(
-            width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype, implementation=attention,
-            rngs=rngs,
+        if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
+            raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
+        self.attention = (
+            LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
+            if attention == "linear"
+            else Attention(
+                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype,
+                implementation=attention, rngs=rngs,
+            )
         )  # fmt: skip
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
         self.norm_a, self.norm_m = (make_norm(norm, width, epsilon) for _ in range(2))
@@ -269,7 +278,7 @@ def unstack_blocks(params: Params) -> Params:
 
 
 def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
-    """A stack's parameters with its blocks changed; of `LongSkips`, those of both its stacks."""
+    """A stack's parameters with its blocks changed; of several stacks, those of each."""
     if "blocks" in stack:
         return {**stack, "blocks": change(stack["blocks"])}
-    return {**stack, **{name: _each_stack(change, stack[name]) for name in ("down", "up")}}
+    return {name: _each_stack(change, part) if isinstance(part, dict) else part for name, part in stack.items()}

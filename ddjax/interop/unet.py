@@ -1,0 +1,308 @@
+"""Names of the published U-Nets' weights: guided-diffusion, EDM, EDM2, diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ddjax.denoisers.edm2 import EDM2
+from ddjax.denoisers.unet import UNet
+from ddjax.denoisers.unet_designs import UNetDesign
+from ddjax.interop.mapping import (
+    CONVOLUTION,
+    SAME,
+    TRANSPOSED,
+    Change,
+    Entry,
+    Fixed,
+    by_heads,
+    convolution,
+    joined,
+    linear,
+    norm,
+)
+
+Entries = list[Entry | Fixed]
+
+
+def adm(net: UNet, *, new_order: bool = False) -> Entries:
+    """openai/guided-diffusion and improved-diffusion (`UNetModel`; designs "adm" and "improved").
+
+    new_order: their `use_new_attention_order`: queries, keys and values of all heads stand together.
+    """
+    names = {
+        "norm_in": "in_layers.0", "conv_in": "in_layers.2", "modulation": "emb_layers.1", "norm_out": "out_layers.0",
+        "conv_out": "out_layers.3", "shortcut": "skip_connection",
+    }  # fmt: skip
+
+    def block(ours: str, module: Any, theirs: str, attention: str) -> Entries:
+        if not hasattr(module, "conv_in"):
+            return convolution(f"{ours}/conv", f"{theirs}.{'op' if module.resample == 'down' else 'conv'}")
+        entries = _res_block(ours, module, theirs, names)
+        if module.attention is not None:
+            order = by_heads(module.attention.heads) if new_order else SAME
+            entries += _attention(f"{ours}/attention", attention, ("norm", "qkv", "proj_out"), order, axes=1)
+        return entries
+
+    entries = [
+        *linear("condition/time_in", "time_embed.0"),
+        *linear("condition/time_out", "time_embed.2"),
+        *convolution("embed", "input_blocks.0.0"),
+        *norm("final/norm", "out.0"),
+        *convolution("final/out", "out.2"),
+    ]
+    if net.num_classes:
+        entries.append(Entry("condition/labels", "label_emb.weight"))
+    for i, module in enumerate(net.encoder):
+        entries += block(f"encoder/{i}", module, f"input_blocks.{i + 1}.0", f"input_blocks.{i + 1}.1")
+    for i, module in enumerate(net.middle):
+        entries += block(f"middle/{i}", module, f"middle_block.{2 * i}", "middle_block.1")
+    n = -1
+    for i, module in enumerate(net.decoder):
+        n += net.joined[i]  # a block that resamples is the last layer of the one before it
+        layer = 0 if net.joined[i] else 1 + (net.decoder[i - 1].attention is not None)
+        entries += block(f"decoder/{i}", module, f"output_blocks.{n}.{layer}", f"output_blocks.{n}.1")
+    return entries
+
+
+def edm(net: UNet) -> Entries:
+    """NVlabs/edm: `SongUNet` (designs "ddpm++" and "ncsn++") and `DhariwalUNet` ("adm_edm").
+
+    A network without a latent leaves the layer of augmentation labels out: they are zero where nothing is augmented.
+    """
+    song, side = net.design.labels == "input", net.shape[0]
+    names = {
+        "norm_in": "norm0", "conv_in": "conv0", "modulation": "affine", "norm_out": "norm1", "conv_out": "conv1",
+        "shortcut": "skip",
+    }  # fmt: skip
+
+    def block(ours: str, module: Any, theirs: str) -> Entries:
+        entries = _res_block(ours, module, theirs, names)
+        if module.attention is not None:
+            order = _parts_last(module.attention.heads)
+            entries += _attention(f"{ours}/attention", theirs, ("norm2", "qkv", "proj"), order, axes=2)
+        if module.resample is not None:
+            entries += [_filter(f"{theirs}.{layer}", net.design) for layer in ("conv0", "skip")]
+        return entries
+
+    entries = [*linear("condition/time_in", "map_layer0"), *linear("condition/time_out", "map_layer1")]
+    if net.condition.frequencies is not None:
+        entries.append(Entry("condition/frequencies", "map_noise.freqs"))
+    if net.condition.latent is not None:
+        entries += linear("condition/latent", "map_augment", bias=False)
+    else:
+        entries.append(Fixed("map_augment.weight"))
+    if net.num_classes:
+        entries.append(Entry("condition/labels", "map_label.weight", TRANSPOSED))
+        entries += [Entry("condition/label_bias", "map_label.bias")] if song else []
+    entries += convolution("embed", f"enc.{side}x{side}_conv") + _by_side(net, block)
+    for level in range(len(net.inputs or ())):
+        here = side >> (level + 1)
+        entries += convolution(f"inputs/{level}", f"enc.{here}x{here}_aux_residual")
+        entries.append(_filter(f"enc.{here}x{here}_aux_residual", net.design))
+    last = f"dec.{side}x{side}_aux" if song else "out"
+    return [*entries, *norm("final/norm", f"{last}_norm"), *convolution("final/out", f"{last}_conv")]
+
+
+def edm2(net: EDM2) -> Entries:
+    """NVlabs/edm2 (`UNet`)."""
+
+    def conv(ours: str, theirs: str, change: Change = SAME) -> Entry:
+        return Entry(f"{ours}/kernel", f"{theirs}.weight", change.then(CONVOLUTION))
+
+    def block(ours: str, module: Any, theirs: str) -> Entries:
+        entries = [
+            *linear(f"{ours}/modulation", f"{theirs}.emb_linear", bias=False),
+            Entry(f"{ours}/modulation_gain", f"{theirs}.emb_gain"),
+        ]
+        for own, other in (("conv_in", "conv_res0"), ("conv_out", "conv_res1"), ("shortcut", "conv_skip")):
+            entries += [] if getattr(module, own) is None else [conv(f"{ours}/{own}", f"{theirs}.{other}")]
+        if module.attention is not None:
+            order = _parts_last(module.attention.heads)
+            entries.append(conv(f"{ours}/attention/qkv", f"{theirs}.attn_qkv", order))
+            entries.append(conv(f"{ours}/attention/out", f"{theirs}.attn_proj"))
+        return entries
+
+    side = net.shape[0]
+    entries = [
+        Entry("frequencies", "emb_fourier.freqs"),
+        Entry("phases", "emb_fourier.phases"),
+        *linear("time_in", "emb_noise", bias=False),
+        conv("embed", f"enc.{side}x{side}_conv"),
+        conv("final", "out_conv"),
+        Entry("gain", "out_gain"),
+    ]
+    entries += linear("labels", "emb_label", bias=False) if net.num_classes else []
+    return entries + _by_side(net, block)
+
+
+def diffusers(net: UNet) -> Entries:
+    """Diffusers' `UNet2DModel`: a network of `diffusers_options`."""
+    names = {
+        "norm_in": "norm1", "conv_in": "conv1", "modulation": "time_emb_proj", "norm_out": "norm2",
+        "conv_out": "conv2", "shortcut": "conv_shortcut",
+    }  # fmt: skip
+
+    def block(ours: str, module: Any, theirs: str, i: int, change: str) -> Entries:
+        if not hasattr(module, "conv_in"):
+            return convolution(f"{ours}/conv", f"{theirs}.{change}.0.conv")
+        at = f"{theirs}.{change}.0" if module.resample is not None else f"{theirs}.resnets.{i}"
+        entries = _res_block(ours, module, at, names)
+        if module.attention is not None:
+            at, heads, width = f"{theirs}.attentions.{i}", module.attention.heads, module.conv_out.kernel.shape[-1]
+            order = joined((width,) * 3).then(by_heads(heads))
+            weights, biases = (tuple(f"{at}.to_{letter}.{part}" for letter in "qkv") for part in ("weight", "bias"))
+            entries += norm(f"{ours}/attention/norm", f"{at}.group_norm")
+            entries.append(Entry(f"{ours}/attention/qkv/kernel", weights, order.then(TRANSPOSED)))
+            entries.append(Entry(f"{ours}/attention/qkv/bias", biases, order))
+            entries += linear(f"{ours}/attention/out", f"{at}.to_out.0")
+        return entries
+
+    entries = [
+        *linear("condition/time_in", "time_embedding.linear_1"),
+        *linear("condition/time_out", "time_embedding.linear_2"),
+        *convolution("embed", "conv_in"),
+        *norm("final/norm", "conv_norm_out"),
+        *convolution("final/out", "conv_out"),
+    ]
+    if net.num_classes:
+        entries.append(Entry("condition/labels", "class_embedding.weight"))
+    for n, module, level, i in _numbered(net.encoder, "down"):
+        entries += block(f"encoder/{n}", module, f"down_blocks.{level}", i, "downsamplers")
+    for n, module in enumerate(net.middle):
+        entries += block(f"middle/{n}", module, "mid_block", n, "")
+    for n, module, level, i in _numbered(net.decoder, "up"):
+        entries += block(f"decoder/{n}", module, f"up_blocks.{level}", i, "upsamplers")
+    return entries
+
+
+# What a UNet2DModel must have in its config.json to be one of ours, where it is not the default.
+_DEFAULTS = {
+    "center_input_sample": (False,), "time_embedding_type": ("positional",), "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,), "act_fn": ("silu", "swish"), "class_embed_type": (None,),
+    "time_embedding_dim": (None,), "resnet_time_scale_shift": ("default", "scale_shift"), "freq_shift": (0, 1),
+}  # fmt: skip
+_BLOCKS = {
+    "DownBlock2D": (False, "conv"), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, "resnet"),
+    "UpBlock2D": (False, "conv"), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, "resnet"),
+}  # fmt: skip
+
+
+def diffusers_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `UNet` for the config.json of a `UNet2DModel`, whose times are steps: time_scale is 999.
+
+    Raises ValueError for what is not a `UNet`: other blocks than residual ones with or without attention, blocks up
+    that are not those down in a mirror, Fourier features of the time, another middle.
+    """
+    given = {
+        "down_block_types": ("DownBlock2D", *("AttnDownBlock2D",) * 3), "attention_head_dim": 8, "dropout": 0.0,
+        "up_block_types": (*("AttnUpBlock2D",) * 3, "UpBlock2D"), "block_out_channels": (224, 448, 672, 896),
+        "layers_per_block": 2, "norm_num_groups": 32, "norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0,
+        "downsample_type": "conv", "upsample_type": "conv", "resnet_time_scale_shift": "default", "in_channels": 3,
+        "out_channels": 3, "flip_sin_to_cos": True, "add_attention": True, **config,
+    }  # fmt: skip
+    for key, values in _DEFAULTS.items():
+        if key in given and given[key] not in values:
+            raise ValueError(f"a UNet2DModel with {key}={given[key]!r} is no UNet of ours: expected {values}")
+    down, up = given["down_block_types"], given["up_block_types"][::-1]
+    kinds = [[_BLOCKS.get(name) for name in names] for names in (down, up)]
+    if None in kinds[0] or kinds[0] != kinds[1]:
+        raise ValueError(f"blocks {down} down and {up[::-1]} up are not residual blocks, the same in a mirror")
+    resamplers = {kind or given[f"{way}sample_type"] for way in ("down", "up") for _, kind in kinds[0][:-1]}
+    if len(resamplers) > 1 or not resamplers <= {"conv", "resnet"}:
+        raise ValueError(f"resolutions change by {sorted(resamplers)}: expected all by 'conv', or all by 'resnet'")
+    scale_shift = given["resnet_time_scale_shift"] == "scale_shift"
+    groups = given["norm_num_groups"]
+    if given.get("attn_norm_num_groups") != groups and (scale_shift or given.get("attn_norm_num_groups") is not None):
+        raise ValueError(f"attn_norm_num_groups={given.get('attn_norm_num_groups')}: expected {groups}, as elsewhere")
+    side, widths = given.get("sample_size"), given["block_out_channels"]
+    if not side:
+        raise ValueError("sample_size is not given: it says of which images the network is")
+    shape = (side, side) if isinstance(side, int) else tuple(side)
+    return {
+        "shape": (*shape, given["in_channels"]),
+        "out_channels": given["out_channels"],
+        "design": UNetDesign(
+            resample="block" if resamplers == {"resnet"} else "conv",
+            padding=(1, 1) if given["downsample_padding"] else (0, 1),
+            scale_shift=scale_shift,
+            groups=groups,
+            epsilon=given["norm_eps"],
+            middle_attention=given["add_attention"],
+            time="cos_sin" if given["flip_sin_to_cos"] else "sin_cos",
+            endpoint=given["freq_shift"] == 1,
+        ),
+        "width": widths[0],
+        "multipliers": tuple(width / widths[0] for width in widths),
+        "blocks": given["layers_per_block"],
+        "attend_at": tuple(shape[0] >> i for i, (attends, _) in enumerate(kinds[0]) if attends),
+        **({"heads": 1} if given["attention_head_dim"] is None else {"head_width": given["attention_head_dim"]}),
+        "num_classes": given.get("num_class_embeds") or 0,
+        "dropout": given["dropout"],
+        "time_scale": 999.0,
+    }
+
+
+def _res_block(ours: str, module: Any, theirs: str, names: Mapping[str, str]) -> Entries:
+    entries: Entries = []
+    for name, other in names.items():
+        if (layer := getattr(module, name)) is not None:
+            kind = norm if "norm" in name else linear if name == "modulation" else convolution
+            entries += kind(f"{ours}/{name}", f"{theirs}.{other}", bias=layer.bias is not None)
+    return entries
+
+
+def _attention(ours: str, theirs: str, names: tuple[str, str, str], order: Change, axes: int) -> Entries:
+    """Their layers are convolutions of one pixel, in so many axes."""
+    point = Change(
+        lambda w: w.reshape(w.shape[:2]).T,
+        lambda w: w.T.reshape(*w.shape[::-1], *(1,) * axes),
+    )
+    before, qkv, out = (f"{theirs}.{name}" for name in names)
+    return [
+        *norm(f"{ours}/norm", before),
+        Entry(f"{ours}/qkv/kernel", f"{qkv}.weight", order.then(point)),
+        Entry(f"{ours}/qkv/bias", f"{qkv}.bias", order),
+        Entry(f"{ours}/out/kernel", f"{out}.weight", point),
+        Entry(f"{ours}/out/bias", f"{out}.bias"),
+    ]
+
+
+def _parts_last(heads: int) -> Change:
+    """Rows (head, feature, q/k/v) in our order, (head, q/k/v, feature)."""
+
+    def order(w: np.ndarray, *sizes: int) -> np.ndarray:
+        w = w.reshape(heads, *sizes, *w.shape[1:]).swapaxes(1, 2)
+        return w.reshape(-1, *w.shape[3:])
+
+    return Change(lambda w: order(w, -1, 3), lambda w: order(w, 3, -1))
+
+
+def _filter(theirs: str, design: UNetDesign) -> Fixed:
+    weights = np.asarray(design.weights, np.float32)
+    return Fixed(f"{theirs}.resample_filter", (np.outer(weights, weights) / weights.sum() ** 2)[None, None], True)
+
+
+def _numbered(blocks: Any, change: str) -> Iterator[tuple[int, Any, int, int]]:
+    """Number, block, resolution, number at this resolution; a block that resamples is the last of one."""
+    level, i = 0, 0
+    for n, module in enumerate(blocks):
+        yield n, module, level, i
+        level, i = (level + 1, 0) if module.resample == change else (level, i + 1)
+
+
+def _by_side(net: Any, block: Callable[[str, Any, str], Entries]) -> Entries:
+    """Of blocks that are called by the side of the image that they give (NVlabs)."""
+    entries: Entries = []
+    for n, module, level, i in _numbered(net.encoder, "down"):
+        here = net.shape[0] >> (level + (module.resample is not None))
+        entries += block(f"encoder/{n}", module, f"enc.{here}x{here}_{'down' if module.resample else f'block{i}'}")
+    for n, module in enumerate(net.middle):
+        entries += block(f"middle/{n}", module, f"dec.{here}x{here}_in{n}")
+    least = here
+    for n, module, level, i in _numbered(net.decoder, "up"):
+        here = least << (level + (module.resample is not None))
+        entries += block(f"decoder/{n}", module, f"dec.{here}x{here}_{'up' if module.resample else f'block{i}'}")
+    return entries

@@ -1,0 +1,245 @@
+"""Weights of the published U-Nets: the same outputs from the same tensors, all of them random, and back exactly."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="install ddjax[parity] to compare with published networks")
+
+import published_unets as published  # noqa: E402
+
+from ddjax.denoisers import EDM2, UNet, functional, functional_init  # noqa: E402
+from ddjax.interop import mapping, unet  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+SIDE, CHANNELS, BATCH, CLASSES = 16, 3, 3, 5
+EDM = {"channels": CHANNELS, "side": SIDE, "blocks": 1, "classes": CLASSES}
+SIZES = {"width": 32, "multipliers": (1, 2, 2), "blocks": 1}
+LABELLED = {"shape": (SIDE, SIDE, CHANNELS), "num_classes": CLASSES, "time_scale": 999.0}
+
+
+def adm(ours, theirs, new_order=False):
+    """Of ADM's module: ours for theirs."""
+    module = published.ADM(channels=CHANNELS, classes=CLASSES, **SIZES, **theirs)
+    return {**LABELLED, **SIZES, **ours}, module, lambda net: unet.adm(net, new_order=new_order)
+
+
+def edm(kind, design, **sizes):
+    theirs = {k: v for k, v in sizes.items() if k != "latent"}
+    module = kind(
+        **EDM, out=4, **theirs, augment=sizes.get("latent", 0), **({"ncsn": True} if design == "ncsn++" else {})
+    )
+    heads = {} if "head_width" not in sizes else {"head_width": sizes["head_width"]}
+    ours = {"blocks": 1, "attend_at": sizes["attend_at"], **heads, "latent": sizes.get("latent", 0)}
+    ours |= {"width": sizes["width"], "multipliers": sizes["multipliers"], "design": design, "out_channels": 4}
+    return {**LABELLED, "time_scale": 1.0, **ours}, module, unet.edm
+
+
+def cases():
+    narrow = {"width": 32, "multipliers": (2, 2, 1), "attend_at": (8,), "latent": 9}
+    yield (
+        "adm",
+        *adm(
+            {"design": "adm", "attend_at": (8, 4), "head_width": 16, "out_channels": 6},
+            {"attend_at": (2, 4), "head_width": 16, "out": 6},
+        ),
+    )
+    yield (
+        "adm-new-order",
+        *adm(
+            {"design": "adm", "attend_at": (8,), "head_width": 16},
+            {"attend_at": (2,), "head_width": 16, "out": 3, "new_order": True},
+            new_order=True,
+        ),
+    )
+    yield (
+        "improved",
+        *adm(
+            {"design": "improved", "attend_at": (8,), "heads": 4},
+            {"attend_at": (2,), "heads": 4, "out": 3, "updown": False},
+        ),
+    )
+    yield "ddpm++", *edm(published.SongUNet, "ddpm++", **narrow)
+    yield "ncsn++", *edm(published.SongUNet, "ncsn++", **narrow)
+    yield (
+        "dhariwal",
+        *edm(published.DhariwalUNet, "adm_edm", width=16, multipliers=(1, 2, 3), attend_at=(8, 4), head_width=16),
+    )
+    module = published.EDM2UNet(**EDM, width=16, multipliers=(1, 2, 3), attend_at=(8, 4), head_width=16)
+    ours = {"width": 16, "multipliers": (1, 2, 3), "blocks": 1, "attend_at": (8, 4), "head_width": 16}
+    yield "edm2", {**LABELLED, "time_scale": 1.0, **ours, "kind": EDM2}, module, unet.edm2
+
+
+CASES = {name: case for name, *case in cases()}
+every = pytest.mark.parametrize("name", CASES)
+
+
+def randomised(module, scale=0.2):
+    """Every parameter and buffer normal, but for filters."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        if "resample_filter" not in name:
+            with torch.no_grad():
+                tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
+    return module.eval(), {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def loaded(options, entries, tensors):
+    options = dict(options)
+    kind = options.pop("kind", UNet)
+    make = lambda rngs: kind(**options, rngs=rngs)
+    net = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    init, apply = functional_init(make)
+    rows = entries(net)
+    params, report = mapping.load(rows, tensors, mapping.shapes_of(init))
+    assert report.whole
+    return rows, params, apply
+
+
+def inputs(scale):
+    rng = np.random.default_rng(0)
+    xt = rng.normal(size=(BATCH, SIDE, SIDE, CHANNELS)).astype(np.float32)
+    t = np.float32([0.1, 0.6, 0.9]) if scale > 1 else np.float32([-1.2, 0.2, 0.9])
+    return xt, t, np.int32([0, 3, 4])
+
+
+def close(ours, theirs):
+    theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
+    assert np.abs(theirs).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+@every
+def test_the_same_outputs_and_the_same_tensors_again(name):
+    options, module, entries = CASES[name]
+    module, tensors = randomised(module)
+    rows, params, apply = loaded(options, entries, tensors)
+    xt, t, labels = inputs(options["time_scale"])
+    given = torch.from_numpy(xt.transpose(0, 3, 1, 2)), torch.from_numpy(options["time_scale"] * t)
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), CLASSES).float()
+    more = (torch.from_numpy(labels).long() if "map" not in "".join(tensors) and name != "edm2" else one_hot,)
+    cond, call = labels, jax.jit(apply)
+    if options.get("latent"):
+        z = np.random.default_rng(5).normal(size=(BATCH, options["latent"])).astype(np.float32)
+        more, cond = (*more, torch.from_numpy(z)), {"z": z, "cond": labels}
+    close(call(params, xt, t, cond), module(*given, *more))
+    if "map" in "".join(tensors) or name == "edm2":  # no label and no latent
+        close(call(params, xt, t, None), module(*given, 0 * one_hot))
+    again = mapping.save(rows, params)
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor, err_msg=key)
+
+
+@every
+def test_tensors_that_are_not_the_networks_are_refused_by_name(name):
+    options, module, entries = CASES[name]
+    _, tensors = randomised(module)
+    convolutions = [key for key in sorted(tensors) if tensors[key].ndim == 4 and "filter" not in key]
+    first, last = min(tensors), convolutions[-1]
+    wrong = {**tensors, "extra.weight": tensors[first], last: tensors[last][:, :, :0]}
+    del wrong[first]
+    message = "(?s)" + "".join(
+        f"(?=.*{re.escape(line)})" for line in ("unknown: extra.weight", f"missing: {first}", f"mis-shaped: {last}")
+    )
+    with pytest.raises(ValueError, match=message):
+        loaded(options, entries, wrong)
+
+
+def test_augmentation_labels_may_be_left_out():
+    options, module, entries = CASES["ddpm++"]
+    module, tensors = randomised(module)
+    rows, params, apply = loaded({**options, "latent": 0}, entries, tensors)
+    xt, t, labels = inputs(1.0)
+    given = torch.from_numpy(xt.transpose(0, 3, 1, 2)), torch.from_numpy(t)
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), CLASSES).float()
+    close(jax.jit(apply)(params, xt, t, labels), module(*given, one_hot))
+    assert "map_augment.weight" not in mapping.save(rows, params)
+
+
+DIFFUSERS = {
+    "ddpm": {  # google/ddpm-cifar10-32
+        "block_out_channels": (32, 64, 64), "layers_per_block": 2, "downsample_padding": 0, "freq_shift": 1,
+        "flip_sin_to_cos": False, "norm_eps": 1e-6, "attention_head_dim": None,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "default": {
+        "block_out_channels": (32, 96), "layers_per_block": 1, "num_class_embeds": CLASSES,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+    "adm": {  # openai/diffusers-cd_imagenet64_l2
+        "block_out_channels": (32, 64, 64), "layers_per_block": 1, "num_class_embeds": CLASSES,
+        "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet",
+        "attention_head_dim": 16, "attn_norm_num_groups": 32, "out_channels": 6,
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    },
+    "no-attention": {
+        "block_out_channels": (32, 32), "layers_per_block": 1, "add_attention": False, "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers(name):
+    diffusers = pytest.importorskip("diffusers", reason="install ddjax[parity] to compare with diffusers")
+    config = {"sample_size": SIDE, **DIFFUSERS[name]}
+    module, tensors = randomised(diffusers.UNet2DModel(**config), 0.15)
+    options = unet.diffusers_options(dict(module.config))
+    rows, params, apply = loaded(options, unet.diffusers, tensors)
+    xt, t, labels = inputs(999)
+    labels = labels if "num_class_embeds" in config else None
+    theirs = module(
+        torch.from_numpy(xt.transpose(0, 3, 1, 2)), torch.from_numpy(999 * t),
+        class_labels=None if labels is None else torch.from_numpy(labels),
+    ).sample  # fmt: skip
+    close(jax.jit(apply)(params, xt, t, labels), theirs)
+    again = mapping.save(rows, params)
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
+        ({"down_block_types": ("SkipDownBlock2D", "DownBlock2D")}, "not residual blocks"),
+        ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "in a mirror"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None"),
+        ({"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}, "in a mirror"),
+        ({"sample_size": None}, "sample_size is not given"),
+    ],
+)
+def test_configs_of_diffusers_that_are_no_such_network_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        unet.diffusers_options({"sample_size": SIDE, **DIFFUSERS["default"], **wrong})
+
+
+def test_sizes_are_those_of_the_published_modules():
+    # At full width, without numbers: EDM's of CIFAR-10 (Karras et al. 2022) and ADM of ImageNet-64.
+    from ddjax.denoisers import UNET_SIZES
+
+    with torch.device("meta"):
+        wide = {"channels": 3, "out": 3, "width": 128, "multipliers": (2, 2, 2), "blocks": 4, "attend_at": (16,)}
+        modules = {
+            "ddpm++-cifar10": (published.SongUNet(side=32, **wide), 32, {"latent": 0}),
+            "ncsn++-cifar10": (published.SongUNet(side=32, ncsn=True, **wide), 32, {}),
+            "adm-imagenet64": (
+                published.ADM(
+                    channels=3, out=6, width=192, multipliers=(1, 2, 3, 4), blocks=3, attend_at=(2, 4, 8),
+                    head_width=64, classes=1000,
+                ), 64, {"num_classes": 1000, "out_channels": 6},
+            ),
+        }  # fmt: skip
+    for name, (module, side, more) in modules.items():
+        net = nnx.eval_shape(lambda: UNet(shape=(side, side, 3), **UNET_SIZES[name], **more, rngs=nnx.Rngs(0)))  # noqa: B023
+        ours = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(functional(net)[1]))
+        buffers = sum(b.numel() for key, b in module.named_buffers() if "freqs" in key)
+        assert ours == sum(p.numel() for p in module.parameters()) + buffers, name
