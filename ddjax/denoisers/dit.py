@@ -21,6 +21,7 @@ from ddjax.denoisers.layers.attention import Layout, among_related
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, sincos
+from ddjax.denoisers.layers.merging import Sizes, check_sizes
 from ddjax.denoisers.layers.routing import Route, channel_mask, nearest_grid
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
@@ -78,6 +79,9 @@ class DiT(ImageNetwork):
             `layers.routing.channel_mask`). 1: all.
         downsample: when not training, sites attend to every `downsample`-th place along each axis only (ToDo, Smith et
             al. 2024); no other weights. 1: to all.
+        merge: None, or (pool, targets, kept), numbers of patches: when not training, and told how important each is,
+            `cond = {"importance": (batch, patches), ...}`, only `kept` of them attend (`layers.merging`;
+            `solvers.Merging` tells it). No other weights.
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -118,6 +122,7 @@ class DiT(ImageNetwork):
         route: Route | None = None,
         task_share: float = 1.0,
         downsample: int = 1,
+        merge: Sizes | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
@@ -148,9 +153,10 @@ class DiT(ImageNetwork):
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
             dropout=dropout, dtype=dtype, attention=attention, experts=experts, context_width=context_width,
+            merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
         )  # fmt: skip
         self.heads, self.width = heads, width
-        self.task_share, self.downsample = task_share, downsample
+        self.task_share, self.downsample, self.merges = task_share, downsample, merge is not None
         nearest_grid(self.grid, downsample)  # raises for what cannot be
         if downsample > 1 and relations:
             raise ValueError("downsample thins out keys, and relations may need all: build the network without one")
@@ -217,6 +223,14 @@ class DiT(ImageNetwork):
             told, context = told.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
         if self.image_channels:
             told = told.without("image")
+        importance = None
+        if self.merges:
+            told, importance = told.without("importance"), None if train else given.importance
+        if importance is not None and (layout is not None or importance.shape != (batch, length)):
+            raise ValueError(
+                f'cond["importance"] has shape {importance.shape}; expected {(batch, length)}, for a network whose '
+                "patches all attend to all"
+            )
         c = constrain(tap("condition", self.condition(batch, t, told, keys=label_keys)), "batch", None)
         tap("sites", self.places())
         x = self.features(view.seen(self.patches(xt), self.patches(view.clean)))
@@ -234,7 +248,8 @@ class DiT(ImageNetwork):
         if self.task_share < 1:
             channels = channel_mask(jnp.broadcast_to(t, (batch,)), self.width, self.task_share)
         routes = self.stack.route_keys(batch, rng, train)
-        h = self.stack(h, c, keys, layout, context=context, channels=channels, route_keys=routes)
+        more = {"context": context, "channels": channels, "importance": importance}
+        h = self.stack(h, c, keys, layout, route_keys=routes, **more)
         return h if view.clean is None else h[:, :length], c, view
 
     def _own_layout(self, length: int, *, sparse: bool) -> Layout | None:

@@ -27,6 +27,7 @@ from ddjax.denoisers.layers.basic import (
 )
 from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.merging import Sizes, merging
 from ddjax.denoisers.layers.routing import Route, check_route, routed
 from ddjax.denoisers.taps import Below, active, refuse, tap
 from ddjax.placement import constrain
@@ -54,6 +55,7 @@ class Block(nnx.Module):
 
     mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
     context_width: of the entries of a sequence that sites attend to between the two (`CrossAttention`); 0: none.
+    merge: (pool, targets, kept), numbers of sites (`layers.merging`).
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         experts: Mapping[str, Any] | None = None,
         context_width: int = 0,
+        merge: Sizes | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
@@ -77,7 +80,7 @@ class Block(nnx.Module):
         if experts and mlp != "experts":
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
         check_rate(dropout)
-        self.dropout = dropout
+        self.dropout, self.merge = dropout, merge
         self.attention = Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
         self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
@@ -97,11 +100,13 @@ class Block(nnx.Module):
         layout: Layout | None = None,
         context: Context | None = None,
         channels: Float[Array, "batch width"] | None = None,
+        importance: Float[Array, "batch sites"] | None = None,
     ) -> Float[Array, "batch sites width"]:
         """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
 
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
         context: the sequence, with `context_width`. channels: 0 at those that pass the block by, else 1.
+        importance: of each site, with `merge`, where all attend to all: which may join others in attention.
         """
         h = constrain(h, "batch", "sites", None)
         if channels is not None:
@@ -110,7 +115,13 @@ class Block(nnx.Module):
         named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c), 6, axis=-1)
-        y = named("/attention", self.attention(modulate(h, shift_a, scale_a), layout, named))
+        x = modulate(h, shift_a, scale_a)
+        if importance is None:
+            y = self.attention(x, layout, named)
+        else:
+            merged = merging(h, importance, self.merge)
+            y = merged.spread(self.attention(merged.mean(x), layout, named))
+        y = named("/attention", y)
         h = constrain(h + per_site(gate_a, h.shape[1]) * dropout(y, self.dropout, keys_a), "batch", "sites", None)
         if self.cross is not None:
             below = Below(name and f"{name}/cross")
@@ -186,17 +197,17 @@ class Stack(nnx.Module):
         keys: Key[Array, " batch"] | None = None,
         layout: Layout | None = None,
         *,
-        context: Context | None = None,
-        channels: Float[Array, "batch width"] | None = None,
         route_keys: Key[Array, " batch"] | None = None,
+        **more: Any,
     ) -> Float[Array, "batch sites width"]:
-        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest as in `Block`.
+        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest, not None, as in `Block`.
 
         route_keys: one per example, turn on the route.
         """
+        more = {name: value for name, value in more.items() if value is not None}
         run = self._scanned if self.scan else self._unrolled
         if self.route is None or route_keys is None:
-            h, told = run(h, c, keys, layout, context, channels, range(self.depth))
+            h, told = run(h, c, keys, layout, more, range(self.depth))
             told.mean().tell()
             return h
         start, stop, share = self.route
@@ -206,13 +217,13 @@ class Stack(nnx.Module):
         c_there = c if c.ndim == 2 else at(per_site(c, h.shape[1]), sites)
         parts = []
         if start > 0:
-            h, told = run(h, c, keys, layout, context, channels, range(start))
+            h, told = run(h, c, keys, layout, more, range(start))
             parts.append(told)
-        kept, told = run(at(h, sites), c_there, keys, there, context, channels, range(start, stop))
+        kept, told = run(at(h, sites), c_there, keys, there, more, range(start, stop))
         parts.append(told)
         h = constrain(jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, kept), "batch", "sites", None)
         if stop < self.depth:
-            h, told = run(h, c, keys, layout, context, channels, range(stop, self.depth))
+            h, told = run(h, c, keys, layout, more, range(stop, self.depth))
             parts.append(told)
         jax.tree.map(lambda *found: jnp.concatenate(found), *parts).mean().tell()
         return h
@@ -226,8 +237,8 @@ class Stack(nnx.Module):
         return random.fold_in(example_keys(batch, rng, f"route={self.route}"), ROUTE)
 
     def _unrolled(
-        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, context: Context | None,
-        channels: Array | None, layers: range,
+        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
+        layers: range,
     ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         # A listener needs the values, which remat's inner trace would not let out; remat changes none.
         remat = "none" if active() else self.remat
@@ -237,19 +248,19 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
             own = layout and layout.layer(i)
 
-            def run(params, h, c, context, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
+            def run(params, h, c, more, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
                 with auxiliary.collect() as collector:
                     block = nnx.merge(graphdef, params)
-                    h = block(h, c, keys=keys, name=name, layout=layout, **_given(context, channels))
+                    h = block(h, c, keys=keys, name=name, layout=layout, **more)
                 return h, collector.found()
 
-            h, found = _rematerialised(run, remat)(params, h, c, context, layer_keys)
+            h, found = _rematerialised(run, remat)(params, h, c, more, layer_keys)
             told.append(found)
         return h, jax.tree.map(lambda *found: jnp.stack(found), *told)
 
     def _scanned(
-        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, context: Context | None,
-        channels: Array | None, layers: range,
+        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
+        layers: range,
     ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         refuse("block", "the blocks are scanned; build the network with scan=False (see `unstack_blocks`)")
         graphdef, stacked = nnx.split(self.blocks)
@@ -261,7 +272,7 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
             with auxiliary.collect() as collector:
                 block, own = nnx.merge(graphdef, params), layout and layout.layer(i)
-                h = block(h, c, keys=layer_keys, layout=own, **_given(context, channels))
+                h = block(h, c, keys=layer_keys, layout=own, **more)
             return h, collector.found()
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
@@ -270,12 +281,6 @@ class Stack(nnx.Module):
         numbers = jnp.arange(layers.start, layers.stop)
         h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, numbers))
         return constrain(h, "batch", "sites", None), told
-
-
-def _given(context: Context | None, channels: Array | None) -> dict[str, Any]:
-    """What a block is told of these: blocks of other networks may take neither."""
-    given = {"context": context, "channels": channels}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
