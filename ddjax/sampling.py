@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from ddjax import random
+from ddjax.denoisers.taps import record
 from ddjax.grids import check_grids
 from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
@@ -44,6 +46,7 @@ def sample(
     init: State | None = None,
     observed: Observed | None = None,
     trajectory: bool = False,
+    taps: Sequence[str] = (),
     rows: Int[Array, " batch"] | None = None,
     python_loop: bool = False,
 ) -> Sample:
@@ -58,6 +61,10 @@ def sample(
     observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
         copy, as in RePaint, Lugmayr et al. 2022, without its resampling).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
+    taps: also return what the network had at these points (`denoisers.taps`) in every step, `{name: (steps, batch,
+        ...)}`: of a step that evaluates the network more than once its last time, and of guidance, which evaluates
+        several conditions in one batch, that batch. Not for solvers that call the network inside a loop or branch of
+        their own, nor with grids for each example.
     rows: row numbers that seed the examples, default 0 ... batch - 1; drawing rows 0-63 and then 64-127 gives the
         same samples as drawing 128 at once.
     python_loop: for debugging: a plain Python loop calls the steps one by one, so that a debugger can stop between
@@ -72,6 +79,9 @@ def sample(
     """
     times, rows, shape = checked(solver, shape, times, cond, init, observed, rows)
     arguments = (key, as_pytree(denoise), times, cond, init, observed, rows)
+    taps = tuple(taps)
+    if taps and (python_loop or times.ndim == 2):
+        raise ValueError("taps are of the compiled loop, one step for all: leave out python_loop, and give one grid")
     if python_loop:
         static = {"process": process, "shape": shape, "solver": solver}
         states = [_begin(*arguments, **static)]
@@ -80,7 +90,7 @@ def sample(
             states = [*states, state] if trajectory else [state]
         x0, _, nfe = states[-1]
         return Sample(x0, nfe, jnp.stack([state[0] for state in states]) if trajectory else None)
-    return _sample(*arguments, process, shape, solver, trajectory)
+    return _sample(*arguments, process, shape, solver, trajectory, taps)
 
 
 class Partial(NamedTuple):
@@ -225,20 +235,21 @@ def _but_for(rest: Bool[Array, " batch"], move: Callable[[Any], Any], state: Any
     return jax.lax.cond(jnp.all(rest), lambda state: state, some, state)
 
 
-@functools.partial(jax.jit, static_argnames=("process", "shape", "solver", "trajectory"))
-def _sample(key, denoise, times, cond, init, observed, rows, process, shape, solver, trajectory):
+@functools.partial(jax.jit, static_argnames=("process", "shape", "solver", "trajectory", "taps"))
+def _sample(key, denoise, times, cond, init, observed, rows, process, shape, solver, trajectory, taps):
     loop = Loop.of(key, denoise, times, cond, init, observed, rows, process, shape, solver)
 
     def step(state, _):
         i, state = state
-        state = loop.step(state, i)
-        return (i + 1, state), (state[0] if trajectory else None)
+        with record(*taps) if taps else contextlib.nullcontext() as seen:
+            state = loop.step(state, i)
+        return (i + 1, state), (state[0] if trajectory else None, seen)
 
     first = loop.begin()
     # Counted on the way: a list of the steps would be memory that grows with them.
-    (_, (x0, _, nfe)), states = jax.lax.scan(step, (jnp.int32(0), first), length=times.shape[-1] - 1)
+    (_, (x0, _, nfe)), (states, seen) = jax.lax.scan(step, (jnp.int32(0), first), length=times.shape[-1] - 1)
     path = jnp.concatenate([first[0][None], states]) if trajectory else None
-    return Sample(x0, nfe, path)
+    return Sample(x0, nfe, path, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("process", "shape", "solver"))

@@ -64,6 +64,7 @@ class Sample(NamedTuple):
     x0: State  # (batch, *sites)
     nfe: Int[Array, " batch"]  # network evaluations spent on each example
     trajectory: Array | None = None  # (steps + 1, batch, *sites), only on request
+    taps: dict[str, Array] | None = None  # (steps, ...) of each that was asked for
 
 
 class Bound(NamedTuple):

@@ -12,6 +12,7 @@ from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
 from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
+from ddjax.denoisers.given import nulls
 from ddjax.denoisers.graph import GraphTransformer
 from ddjax.denoisers.graph_features import graph_features
 from ddjax.denoisers.inheritance import inherited
@@ -58,6 +59,7 @@ __all__ = [
     "graph_features",
     "inherited",
     "layers",
+    "nulls",
     "outputs",
     "sizes",
     "stack_blocks",

@@ -29,7 +29,7 @@ from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.convolution import Conv, Image
 from ddjax.denoisers.layers.embed import Conditioner
 from ddjax.denoisers.layers.long_skips import run_blocks
-from ddjax.denoisers.taps import tap
+from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
@@ -190,7 +190,7 @@ class ConvBlock(nnx.Module):
         name: str | None = None,
     ) -> tuple[Image, None]:
         """The next image, and nothing for a long connection. See `layers.LongSkips`."""
-        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         h = constrain(h, "batch", None, None, None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c)[:, None, None], 6, axis=-1)

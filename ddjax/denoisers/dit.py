@@ -1,4 +1,4 @@
-"""A diffusion transformer for images, continuous or discrete."""
+"""A diffusion transformer for images, sequences and volumes, continuous or discrete."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax import random
+from ddjax.denoisers import graphs
+from ddjax.denoisers.given import Given, at_least_one
 from ddjax.denoisers.images import ImageNetwork
-from ddjax.denoisers.layers.attention import among_related
+from ddjax.denoisers.layers.attention import Layout, among_related
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
-from ddjax.denoisers.layers.embed import Conditioner, sincos_2d
+from ddjax.denoisers.layers.embed import Conditioner, sincos
+from ddjax.denoisers.layers.merging import Sizes, check_sizes
+from ddjax.denoisers.layers.routing import Route, channel_mask, nearest_grid
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
@@ -30,24 +36,35 @@ class DiT(ImageNetwork):
 
     An image `(batch, H, W, C)` is cut into `patch` x `patch` patches, one transformer site each. A continuous
     patch is projected linearly; the tokens of a discrete one are embedded, each channel in its own table,
-    concatenated and projected. Positions are a learned table that starts as 2-D sines and cosines, so that
-    a short run has them from the first step. The output layer starts at zero.
+    concatenated and projected. Positions are a learned table that starts as sines and cosines along each axis, so that
+    a short run has them from the first step. The output layer starts at zero. A sequence `(batch, L, C)` and a volume
+    `(batch, D, H, W, C)` are images of one side and of three.
 
     Args:
-        shape: (H, W, C) of one example.
+        shape: (H, W, C) of one example; or (L, C), or (D, H, W, C).
         symbols_in: None for a continuous state (float xt); else xt is int in `[0, symbols_in)`
             (`process.num_states`: the mask counts).
         symbols_out: number of logits per site, for a discrete state only (`process.num_symbols`).
         out_channels: channels of a continuous output, default C.
-        patch: side of a patch, divides H and W.
+        patch: side of a patch, divides all sides.
         width, depth, heads: of the transformer; heads divides width.
         mlp: "gelu", "gated" (SwiGLU), or "experts", with options of `layers.Experts` in `experts`.
         mlp_ratio: hidden width of the MLP (of each expert) over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         relations: None, or for each of some relations a label of every patch, row by row: the heads, in turn, attend
             only to patches with the same label (`layers.attention.among_related`).
+        neighbours: None, or for each patch the patches that it attends to, itself among them, as a graphical model of
+            the data says (`graphs.GraphicalModel`), or blocks (`graphs.unidirectional`). Where they are few of many,
+            only these are computed.
+        kinds: None, or a number of each patch: those of one number share one position, and are exchangeable.
         latent: numbers of a latent that the network is told, `cond = {"z": (batch, latent), "cond": labels}`
             (`processes.AdaptiveGaussian`). 0: none.
+        vector: numbers of a vector that is a condition, `cond = {"vector": (batch, vector), ...}`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, `cond = {"sequence": (batch, entries,
+            context_width), "valid": which there are, ...}`: every block attends to them (`layers.CrossAttention`);
+            without a valid entry to a learned one. A new network ignores it. 0: none.
+        image_channels: of an image that is a condition, `cond = {"image": (batch, H, W, image_channels), ...}`, values
+            beside those of the state. 0: none. What a condition may hold, and its nulls: `given.Given`.
         time: False ignores t.
         qkv_bias: whether queries, keys and values have biases (the authors' have).
         closed_times: of the time's frequencies, `closed` of `layers.time_embedding`.
@@ -59,6 +76,14 @@ class DiT(ImageNetwork):
             2**bits symbols, and a mask or not. 0: embeddings.
         cond_width: width of the conditioning vector, default `width`.
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`), or "linear" (`layers.LinearAttention`).
+        route: None, or (start, stop, share) of the sites that bypass these blocks in training (TREAD; `layers.Stack`).
+        task_share: share of the channels that blocks use at a time, a window that moves with t (denoising task routing;
+            `layers.routing.channel_mask`). 1: all.
+        downsample: when not training, sites attend to every `downsample`-th place along each axis only (ToDo, Smith et
+            al. 2024); no other weights. 1: to all.
+        merge: None, or (pool, targets, kept), numbers of patches: when not training, and told how important each is,
+            `cond = {"importance": (batch, patches), ...}`, only `kept` of them attend (`layers.merging`;
+            `solvers.Merging` tells it). No other weights.
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -69,7 +94,7 @@ class DiT(ImageNetwork):
     def __init__(
         self,
         *,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         symbols_in: int | None = None,
         symbols_out: int | None = None,
         out_channels: int | None = None,
@@ -82,7 +107,12 @@ class DiT(ImageNetwork):
         experts: Mapping[str, Any] | None = None,
         num_classes: int = 0,
         relations: Sequence[Sequence[int]] | None = None,
+        neighbours: Sequence[Sequence[int]] | None = None,
+        kinds: Sequence[int] | None = None,
         latent: int = 0,
+        vector: int = 0,
+        context_width: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         qkv_bias: bool = False,
         closed_times: bool = False,
@@ -93,30 +123,54 @@ class DiT(ImageNetwork):
         bits: int = 0,
         cond_width: int | None = None,
         attention: str | None = None,
+        route: Route | None = None,
+        task_share: float = 1.0,
+        downsample: int = 1,
+        merge: Sizes | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, patch=patch,
-            width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            width=width, embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
+        if not 0 < task_share <= 1 or (task_share < 1 and not time):
+            raise ValueError(f"task_share={task_share}, time={time}: expected a share in (0, 1], 1 without time")
         cond_width = cond_width or width
         self.dropout = dropout
         self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
-        self.relations = _relations(relations, heads, math.prod(self.grid))
-        self.position = nnx.Param(jnp.asarray(sincos_2d(*self.grid, width)))
+        patches = math.prod(self.grid)
+        self.relations = _relations(relations, heads, patches)
+        self.neighbours = None if neighbours is None else graphs.check_neighbours(neighbours, patches)
+        self.kinds = None if kinds is None else tuple(int(kind) for kind in kinds)
+        if self.kinds is not None and (len(self.kinds) != patches or min(self.kinds) < 0):
+            raise ValueError(f"kinds: expected a number from 0 on for each of {patches} patches, got {len(self.kinds)}")
+        if (relations or downsample > 1) and neighbours is not None:
+            raise ValueError("neighbours say who sees whom: build the network without relations and downsample")
+        rows = self.grid if self.kinds is None else (max(self.kinds) + 1,)
+        self.position = nnx.Param(jnp.asarray(sincos(rows, width)))
         self.condition = Conditioner(
-            cond_width, num_classes=num_classes, time=time, latent=latent, label_noise=label_noise,
+            cond_width, num_classes=num_classes, time=time, latent=latent, vector=vector, label_noise=label_noise,
             closed=closed_times, rngs=rngs,
         )  # fmt: skip
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
             qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
+            context_width=context_width,
+            merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
         )  # fmt: skip
-        self.heads = heads
-        self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
+        self.heads, self.width = heads, width
+        self.task_share, self.downsample, self.merges = task_share, downsample, merge is not None
+        nearest_grid(self.grid, downsample)  # raises for what cannot be
+        if downsample > 1 and relations:
+            raise ValueError("downsample thins out keys, and relations may need all: build the network without one")
+        self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
         self.final = FinalLayer(width, self.features_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
+        # Last, so that a network without it has the initial weights that it had.
+        self.nothing = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
+        )
 
     def __call__(
         self,
@@ -133,11 +187,12 @@ class DiT(ImageNetwork):
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens,
                 embedded by their expectation: probabilities over the symbols, or `SoftTokens`.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label. With `latent` `{"z": ..., "cond": labels}`. Or
-                a dict of "groups" and "clean", or of "past" and "sites", patch by patch, and the rest as "cond"
-                (`views.View`).
-            rng: one key, or one per example, for dropout and label_noise; needed when train=True and one is not 0.
-            train: whether dropout acts.
+            cond: labels in `[0, num_classes]`; None is the null label. Or a dict of what else the network is told
+                (`given.Given`: "z", "vector", "sequence", "valid", "image"), and of how it runs: "groups" and "clean",
+                or "past" and "sites", patch by patch (`views.View`); with labels, or the rest, as "cond".
+            rng: one key, or one per example, for dropout, label_noise and a route; needed when train=True and one is
+                there.
+            train: whether dropout acts, and the route.
 
         Returns:
             float32, `(batch, H, W, out_channels)`, or logits `(batch, H, W, C, symbols_out)`; 0 where it did not run.
@@ -145,27 +200,79 @@ class DiT(ImageNetwork):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        batch, length = self.check(xt), self.position[...].shape[0]
+        h, c, view = self.hidden(xt, t, cond, rng=rng, train=train)
+        return self.images(view.everywhere(self.final(h, c), math.prod(self.grid)))
+
+    def hidden(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch sites width"], Float[Array, "batch cond"], View]:
+        """What leaves the last block, with the vector of the condition and how it was run. Arguments as above."""
+        batch, length = self.check(xt), math.prod(self.grid)
         view = View.of(cond)
-        view.check(xt, 4, self.stack.depth, length, self.condition.time)
+        given = Given.of(view.cond)
+        view.check(xt, len(self.shape) + 1, self.stack.depth, length, self.condition.time)
         if view.segments is not None:
             raise ValueError('cond["segments"] is for windows of text: an image is one document')
-        if self.relations and view.groups is not None:
-            raise ValueError("relations say who sees whom, and so do groups: build the network without relations")
-        layout = view.layout(length, view.groups, among_related(self.relations, self.heads) if self.relations else None)
+        own = self._own_layout(length, sparse=view.past is None)
+        if own is not None and view.groups is not None:
+            raise ValueError("relations say who sees whom, or neighbours, and so do groups: build the network without")
+        layout = view.layout(length, view.groups, own)
+        if self.downsample > 1 and not train:
+            layout = self._downsampled(layout, view)
         keys = dropout_keys(self.dropout, batch, rng, train)
         label_keys = dropout_keys(self.condition.label_noise, batch, rng, train)
         label_keys = None if label_keys is None else random.fold_in(label_keys, LABELS)
-        c = constrain(tap("condition", self.condition(batch, t, view.cond, keys=label_keys)), "batch", None)
+        told, context = given, None
+        if self.nothing is not None:
+            sequence, valid = at_least_one(given.sequence, given.valid, self.nothing[...], batch)
+            told, context = told.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
+        if self.image_channels:
+            told = told.without("image")
+        importance = None
+        if self.merges:
+            told, importance = told.without("importance"), None if train else given.importance
+        if importance is not None and (layout is not None or importance.shape != (batch, length)):
+            raise ValueError(
+                f'cond["importance"] has shape {importance.shape}; expected {(batch, length)}, for a network whose '
+                "patches all attend to all"
+            )
+        c = constrain(tap("condition", self.condition(batch, t, told, keys=label_keys)), "batch", None)
         tap("sites", self.places())
         x = self.features(view.seen(self.patches(xt), self.patches(view.clean)))
+        if self.image_channels:
+            image = self.beside(given.image, batch, self.image_channels)
+            image = view.seen(image, None if view.clean is None else image)
+            x = jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
         position = self.position[...].astype(self.dtype)
+        if self.kinds is not None:
+            position = position[np.asarray(self.kinds)]
         if layout is not None:
             position = jnp.take(position, layout.positions, axis=0, mode="clip")
         h = tap("embed", self.embed(x) + position)
-        h = self.stack(h, c, keys, layout)
-        h = h if view.clean is None else h[:, :length]
-        return self.images(view.everywhere(self.final(h, c), length))
+        channels = None
+        if self.task_share < 1:
+            channels = channel_mask(jnp.broadcast_to(t, (batch,)), self.width, self.task_share)
+        routes = self.stack.route_keys(batch, rng, train)
+        more = {"context": context, "channels": channels, "importance": importance}
+        h = self.stack(h, c, keys, layout, route_keys=routes, **more)
+        return h if view.clean is None else h[:, :length], c, view
+
+    def _own_layout(self, length: int, *, sparse: bool) -> Layout | None:
+        """Who sees whom, as the network itself says (None: all)."""
+        if self.relations:
+            return among_related(self.relations, self.heads)
+        if self.neighbours is None:
+            return None
+        few, there = graphs.padded(self.neighbours)
+        if sparse and 4 * few.shape[1] <= length:  # gathered keys cost more than those of one product, each
+            return Layout(jnp.arange(length), jnp.asarray(there), neighbours=few)
+        return Layout(jnp.arange(length), jnp.asarray(graphs.mask(self.neighbours)))
+
+    def _downsampled(self, layout: Layout | None, view: View) -> Layout:
+        if view.groups is not None or view.past is not None:
+            raise ValueError("downsample thins out keys: it goes with neither groups of sites nor a past")
+        layout = Layout(jnp.arange(math.prod(self.grid)), None) if layout is None else layout
+        return layout.seeing(nearest_grid(self.grid, self.downsample))
 
 
 def _relations(relations: Sequence[Sequence[int]] | None, heads: int, patches: int) -> tuple[tuple[int, ...], ...]:

@@ -27,7 +27,7 @@ from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
 from ddjax.denoisers.layers.long_skips import run_blocks
 from ddjax.denoisers.states import check_state, hard_state
-from ddjax.denoisers.taps import tap
+from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 from ddjax.symmetric import pack, unpack
 from ddjax.types import SoftTokens
@@ -254,7 +254,7 @@ class GraphLayer(nnx.Module):
         name: str | None = None,
     ) -> tuple[Parts, None]:
         """The next features, and nothing for a long connection. See `layers.LongSkips`."""
-        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        named = Below(name)
         keys = (None, None, None) if keys is None else random.split(keys, 3)
         x, e, y = h
         x, e = constrain(x, "batch", None, None), constrain(e, "batch", None, None, None)

@@ -17,7 +17,7 @@ from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import TIME_SCALE, check_time
 from ddjax.denoisers.layers.long_skips import run_blocks
 from ddjax.denoisers.states import check_state
-from ddjax.denoisers.taps import tap
+from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 
 
@@ -139,7 +139,7 @@ class BiDimensionalBlock(nnx.Module):
         name: str | None = None,
     ) -> tuple[Array, Array]:
         """The next features, and those for the output. See `layers.LongSkips`."""
-        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        named = Below(name)
         h = constrain(h, "batch", None, None, None)
         y = h if self.time is None else h + self.time(c)[:, None, None]
         along_points = self._attended("points", y.swapaxes(1, 2)).swapaxes(1, 2)

@@ -25,7 +25,7 @@ from ddjax.denoisers.layers.basic import (
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.selective_scan import Mamba
 from ddjax.denoisers.layers.told import ConditionTokens
-from ddjax.denoisers.taps import tap
+from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
@@ -156,7 +156,7 @@ class StateSpaceBlock(nnx.Module):
         name: str | None = None,
     ) -> tuple[tuple[Array, Array], Array]:
         """h: what was made, and the total before it. Returns the same, and what was made. See `layers.LongSkips`."""
-        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        named = Below(name)
         made, total = h
         if self.skip is not None:
             made = self.skip(jnp.concatenate([made, named("/skip", skip)], axis=-1))

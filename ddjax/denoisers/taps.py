@@ -12,7 +12,11 @@ compiled program) unless someone outside listens:
 
 Both act while Python runs the network, that is at trace time. Inside a compiled function, put the `with`
 inside it too and return what was recorded; a `with` around a call of an already compiled function cannot act,
-and raises.
+and raises. Over the steps of a sampler: `ddjax.sample(..., taps=("block/0/mlp",))`.
+
+A transformer's block i has the points `block/i/queries`, `/keys`, `/values`, `/attention` (the branch), `/mlp` and
+`block/i` itself; and `/attention/weights`, `(batch, heads, queries, keys)`, a softmax that no fused kernel would
+write down: it is made where someone asks for it by name and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array
+
+GUIDANCE = "guidance/change"  # what a condition changes, shaped like the prediction, of guidance between two
 
 Override = Callable[[Array], Array] | Array
 
@@ -73,7 +80,7 @@ def tap(name: str, value: Array) -> Array:
 
 @contextlib.contextmanager
 def record(*names: str) -> Iterator[dict[str, Array]]:
-    """Record the named points (all, where none is named) of the networks run inside the context.
+    """Record the named points (where none is named all, but for those made on demand) of the networks run inside.
 
     Yields a dict from name to array, filled as the network runs; of a network called twice it holds the last
     call. Raises ValueError where a named point was never reached, or is inside a scanned stack or a later
@@ -93,6 +100,35 @@ def override(overrides: Mapping[str, Override]) -> Iterator[None]:
     """
     with _listen(frozenset(overrides), dict(overrides)):
         yield
+
+
+def wanted(name: str) -> bool:
+    """Whether anyone asks for this point by its name: what costs to make is made only then."""
+    return any(listener.names is not None and name in listener.names for listener in _LISTENERS.get())
+
+
+class Below(NamedTuple):
+    """The taps of a part of a network, below a prefix: `Below("block/3")("/mlp", h)`. Without a prefix: none."""
+
+    prefix: str | None = None
+
+    def __call__(self, point: str, value: Array) -> Array:
+        """See `tap`."""
+        return value if self.prefix is None else tap(f"{self.prefix}{point}", value)
+
+    def wanted(self, point: str) -> bool:
+        """See `wanted`."""
+        return self.prefix is not None and wanted(f"{self.prefix}{point}")
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nobody outside listens to what runs inside the context: a network inside another, with the same names."""
+    token = _LISTENERS.set(())
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(token)
 
 
 def active() -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
+from ddjax.denoisers.layers.routing import Route
 from ddjax.denoisers.states import check_state, hard_state
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
@@ -67,7 +68,7 @@ class TextTransformer(nnx.Module):
         dtype: compute dtype; parameters stay float32, the logits at least float32.
         cond_width: width of the conditioning vector, default `width` (MDLM: 128).
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
-        scan, remat: see `layers.Stack`.
+        scan, remat, route: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
     Raises:
@@ -100,6 +101,7 @@ class TextTransformer(nnx.Module):
         dtype: DType = jnp.float32,
         cond_width: int | None = None,
         attention: str | None = None,
+        route: Route | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
@@ -122,7 +124,7 @@ class TextTransformer(nnx.Module):
             out_bias=out_bias, norm=norm, epsilon=epsilon, dropout=dropout, dtype=dtype, attention=attention,
             experts=experts,
         )  # fmt: skip
-        self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
+        self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
         self.final = FinalLayer(
             width,
             symbols_out,
@@ -152,8 +154,8 @@ class TextTransformer(nnx.Module):
             cond: labels in `[0, num_classes]`; None is the null label. Or a dict of "clean" (with `block` or groups:
                 the clean sequence), "groups", "segments", "past" and "sites" (where to run; a site beyond the sequence
                 counts for nothing), and labels as "cond".
-            rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
-            train: whether dropout acts.
+            rng: one key, or one per example, for dropout and a route; needed when train=True and one is there.
+            train: whether dropout acts, and the route.
 
         Returns:
             Logits, at least float32; 0 at sites where the network did not run.
@@ -183,7 +185,8 @@ class TextTransformer(nnx.Module):
             c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
         if view.clean is not None and c is not None:
             c = self._with_clean(own, view.cond)
-        h = self.stack(self._embedded(view.seen(xt, view.clean)), c, keys, layout)
+        h = self._embedded(view.seen(xt, view.clean))
+        h = self.stack(h, c, keys, layout, route_keys=self.stack.route_keys(batch, rng, train))
         return view.everywhere(self.final(h[:, :some], own), length)
 
     def _embedded(self, seen: Any) -> Float[Array, "batch sites width"]:

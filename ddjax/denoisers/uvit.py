@@ -27,7 +27,7 @@ from ddjax.denoisers.layers.basic import (
 from ddjax.denoisers.layers.convolution import Conv
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.told import ConditionTokens
-from ddjax.denoisers.taps import tap
+from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
@@ -177,7 +177,7 @@ class SkipBlock(nnx.Module):
         name: str | None = None,
     ) -> tuple[Array, Array]:
         """The result, twice: for the next block, and for a long connection. See `layers.LongSkips`."""
-        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         h = constrain(h, "batch", "sites", None)
         if self.skip is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.attention import Layout, Past, everywhere, group_causal, group_teacher_forced, put, within
 from ddjax.types import SoftTokens, State
 
@@ -24,7 +25,7 @@ class View(NamedTuple):
         earlier pass had them at the taps `block/i/keys` and `/values`. A site beyond the last counts for nothing.
     """
 
-    cond: Any = None  # the rest: labels, ...
+    cond: Any = None  # the rest, what the network is told: labels, ... (`given.Given`)
     clean: State | None = None
     groups: Int[Array, "batch length"] | None = None
     segments: Int[Array, "batch length"] | None = None
@@ -34,15 +35,16 @@ class View(NamedTuple):
     @classmethod
     def of(cls, cond: Any) -> View:
         """Of entries side by side, or each in another's "cond". Raises ValueError for what does not go together."""
-        given, names = {}, set(cls._fields)
-        while isinstance(cond, Mapping) and cond.keys() & (names - {"cond"}):
-            if unknown := sorted(cond.keys() - names):
-                raise ValueError(
-                    f"cond has entries {', '.join(unknown)}; beside {', '.join(cls._fields)} there are none"
-                )
-            given |= {name: value for name, value in cond.items() if name != "cond"}
+        how, what = set(cls._fields) - {"cond"}, set(Given._fields) - {"cond"}
+        given, told = {}, {}
+        while isinstance(cond, Mapping) and cond.keys() & (how | what):
+            if unknown := sorted(cond.keys() - how - what - {"cond"}):
+                known = ", ".join((*cls._fields, *Given._fields[1:]))
+                raise ValueError(f"cond has entries {', '.join(unknown)}; beside {known} there are none")
+            given |= {name: value for name, value in cond.items() if name in how}
+            told |= {name: value for name, value in cond.items() if name in what}
             cond = cond.get("cond")
-        view = cls(cond, **given)
+        view = cls({**told, "cond": cond} if told else cond, **given)
         if (view.past is None) != (view.sites is None) or (view.past is not None and view.clean is not None):
             raise ValueError('cond["past"] and cond["sites"] go together, and without cond["clean"]')
         if view.segments is not None and view.sites is not None:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddjax.denoisers.taps import GUIDANCE, tap
+from ddjax.nulls import nullified
 from ddjax.predictions import LOGIT_KINDS, Prediction
 from ddjax.predictions import evaluations as cost
 from ddjax.pytrees import as_pytree
@@ -63,7 +65,7 @@ def _extrapolated(
     with_cond, without = jnp.split(value, 2)
     # A symbol impossible on either side is judged by the condition alone: -inf - -inf would be NaN.
     impossible = jnp.isneginf(with_cond) | jnp.isneginf(without)
-    change = jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without)
+    change = tap(GUIDANCE, jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without))
     return Prediction(jnp.where(impossible, with_cond, without + scale * change), out.kind)
 
 
@@ -89,9 +91,7 @@ def _without(cond: Any, null: Any) -> Any:
         raise ValueError(
             "classifier-free guidance needs a condition; for unconditional samples use the denoiser without it"
         )
-    if isinstance(cond, dict) and "cond" in cond:
-        return {**cond, "cond": _without(cond["cond"], null)}
-    return jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null, cond)
+    return nullified(cond, null, lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape))
 
 
 def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
@@ -104,7 +104,8 @@ def classifier_free(denoise: Denoise, *, null: Any, scale: float) -> Denoise:
     eq. 12, for absorbing noise). With scale other than 1 the result is not the law of any diffusion.
 
     null: the condition that stands for none, as in `objectives.with_condition_dropout` (of a dict with an entry "cond",
-    that entry; the others, such as a latent, stay). scale: 1 is off, and returns
+    that entry; the others, such as a latent, stay; or a dict of nulls by the names of entries, `denoisers.nulls`: away
+    from all that it names at once). scale: 1 is off, and returns
     `denoise` itself at no cost; 0 is unconditional. Each call costs two network evaluations, made as one batch.
     """
     if isinstance(scale, (int, float)) and scale == 1.0:

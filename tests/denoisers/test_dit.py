@@ -219,7 +219,7 @@ def test_small_integer_tokens_do_not_overflow(build):
     [
         ({"patch": 3}, "patch=3 does not divide"),
         ({"heads": 3}, "heads=3 does not divide width=16"),
-        ({"shape": (4, 6)}, "expected .height, width, channels."),
+        ({"shape": (4,)}, "expected .height, width, channels."),
         ({"symbols_out": None}, "give both for a discrete state"),
         ({"symbols_in": None}, "neither for a continuous one"),
         ({"out_channels": 3}, "out_channels=3 is for a continuous state"),

@@ -160,6 +160,6 @@ def test_a_latent_joins_the_condition():
     for cond, rows in ((labels, table[[0, 2]]), (None, table[[3, 3]])):
         expected = jax.nn.silu(rows + z @ kernel)
         np.testing.assert_allclose(told(2, None, {"z": z, "cond": cond}), expected, rtol=1e-5)
-    for wrong in (labels, {"z": z}, {"z": z[:, :1], "cond": labels}):
+    for wrong in (labels, {"z": z[:, :1], "cond": labels}):
         with pytest.raises(ValueError, match="a latent"):
             told(2, None, wrong)

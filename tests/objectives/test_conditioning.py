@@ -66,6 +66,29 @@ def test_a_tree_is_dropped_whole():
 
 
 @pytest.mark.slow
+def test_entries_are_dropped_each_by_itself():
+    batch = 2000
+    cond = {
+        "vector": jnp.ones((batch, 3)),
+        "cond": {"valid": jnp.ones((batch, 2), bool), "cond": jnp.arange(batch) % 9},
+    }
+    null, rates = {"vector": 0.0, "valid": False, "cond": 10}, {"vector": 0.2, "valid": 0.5}
+    seen = conditions_seen(rates, batch, cond, null)
+    dropped = {"vector": seen["vector"] == 0, "valid": ~seen["cond"]["valid"]}
+    for name, mask in dropped.items():
+        mask = np.asarray(mask)
+        np.testing.assert_array_equal(mask.all(1), mask.any(1))  # an example's whole entry
+        rate = rates[name]
+        assert abs(mask[:, 0].mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / batch)
+    both = np.asarray(dropped["vector"][:, 0] & dropped["valid"][:, 0]).mean()
+    assert abs(both - 0.1) < 4 * np.sqrt(0.1 * 0.9 / batch)  # independent of each other
+    np.testing.assert_array_equal(seen["cond"]["cond"], cond["cond"]["cond"])  # its rate is 0
+    part = jax.tree.map(lambda x: x[500:600], cond)
+    some = conditions_seen(rates, 100, part, null, ddjax.Rows(jnp.arange(500, 600), batch))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[500:600]), some, seen)
+
+
+@pytest.mark.slow
 def test_condition_noise_has_gammas_size():
     """N(0, gamma^2 / d) on each embedding; labels and evaluation untouched; split rows as the whole."""
     embeddings = jnp.zeros((4000, 3, 16))
@@ -108,3 +131,6 @@ def test_errors():
     for rate in (-0.1, 1.1):
         with pytest.raises(ValueError, match="probability"):
             with_condition_dropout(elbo(PROCESS, "posterior"), rate, 0)
+    for null in (10, {"cond": 10}):
+        with pytest.raises(ValueError, match="give a null for each"):
+            with_condition_dropout(elbo(PROCESS, "posterior"), {"cond": 0.1, "valid": 0.2}, null)

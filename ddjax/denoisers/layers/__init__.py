@@ -19,11 +19,13 @@ from ddjax.denoisers.layers.convolution import (
     downsample,
     upsample,
 )
+from ddjax.denoisers.layers.cross import CrossAttention
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
     TokenEmbed,
     lookup,
+    sincos,
     sincos_2d,
     time_embedding,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "Block",
     "Conditioner",
     "Conv",
+    "CrossAttention",
     "Experts",
     "FinalLayer",
     "GatedMLP",
@@ -65,6 +68,7 @@ __all__ = [
     "modulate",
     "rope",
     "selective_scan",
+    "sincos",
     "sincos_2d",
     "stack_blocks",
     "time_embedding",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32
+from ddjax.denoisers.taps import Below
 from ddjax.placement import constrain
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
-
+WEIGHTS = "/attention/weights"  # the tap
 
 Past = tuple[Float[Array, "batch depth length heads head"], Float[Array, "batch depth length heads head"]]
 
@@ -23,8 +26,12 @@ class Layout(NamedTuple):
     """Where the sites that a network sees stand, and which of them each attends to."""
 
     positions: Int[Array, "*batch sites"]
-    mask: Bool[Array, "*batch sites keys"]  # (queries, keys), or (batch or 1, heads, queries, keys); none without a key
+    # (queries, keys), or (batch or 1, heads, queries, keys); no query without a key. None: all see all.
+    mask: Bool[Array, "*batch sites keys"] | None
     past: Past | None = None  # keys and values of sites that the network does not see now: keys before its own
+    keys: Int[np.ndarray, " some"] | None = None  # only these sites are seen, by all; None: all are
+    # Each site's own few keys: mask is then of these, `(sites, few)`.
+    neighbours: Int[np.ndarray, "sites few"] | None = None
 
     def layer(self, i: int | Array) -> Layout:
         """With the past of one layer, `(batch, length, heads, head)` each."""
@@ -44,6 +51,23 @@ class Layout(NamedTuple):
         rows = rows & ~again.reshape(-1, *(1,) * (rows.ndim - 2), length)
         both = jnp.concatenate([rows, new], axis=-1)
         return Layout(sites, both if both.ndim == 4 else both[:, None], past)
+
+    def among(self, sites: Int[Array, "batch some"]) -> Layout:
+        """At some sites only, each of which attends to whom it did among them."""
+        if self.past is not None or self.keys is not None or self.neighbours is not None:
+            raise ValueError("routed sites attend to whoever is there: without a past, without neighbours of their own")
+        mask = self.mask
+        if mask is not None:
+            mask = mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
+            shared = None if mask.ndim == 2 or self.mask.shape[0] == 1 else 0
+            cut = lambda m, s: jnp.take(jnp.take(m, s, axis=-2), s, axis=-1)  # noqa: E731
+            mask = jax.vmap(cut, (shared, 0))(mask, sites)
+        own = jnp.broadcast_to(self.positions, (sites.shape[0], self.positions.shape[-1]))
+        return Layout(jnp.take_along_axis(own, sites, axis=1), mask)
+
+    def seeing(self, keys: Int[np.ndarray, " some"]) -> Layout:
+        """As before, but sites attend to these only."""
+        return self._replace(keys=keys, mask=None if self.mask is None else self.mask[..., keys])
 
 
 def put(new: Array, sites: Int[Array, "batch some"], old: Array, axis: int = 1) -> Array:
@@ -135,11 +159,14 @@ def dot_product_attention(
     v: Float[Array, "batch keys heads head"],
     implementation: str | None = None,
     mask: Bool[Array, "*batch sites keys"] | None = None,
+    weights: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "batch sites heads head"]:
     """`softmax(q k' / sqrt(head)) v`, scores and softmax in float32 (on a CPU, of float64 in float64).
 
     mask: `(queries, keys)`, one for each example, or `(1, heads, queries, keys)`, true where a query attends; every
         query needs a key. None: everywhere, at no cost.
+    weights: what is done to the weights of the sum, `(batch, heads, sites, keys)`, which are then written down whatever
+        the implementation; None: nothing.
 
     implementation: `"xla"` and `"cudnn"` are `jax.nn.dot_product_attention`'s. None is two batched
     products on a CPU, where they are faster (the same arithmetic), and `"xla"` elsewhere. `"cudnn"` never falls back.
@@ -153,15 +180,38 @@ def dot_product_attention(
         )
     if mask is not None and mask.ndim < 4:
         mask = mask.reshape(-1, 1, *mask.shape[-2:])
-    if implementation is None and jax.default_backend() == "cpu":
-        # Heads first by hand: XLA's CPU backend then runs plain batched products, faster than one einsum.
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        sums = at_least_float32(q.dtype)
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=sums)
-        scores = scores if mask is None else jnp.where(mask, scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bhqk,bhkd->bhqd", weights, v).swapaxes(1, 2)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation or "xla")
+    by_hand = implementation is None and jax.default_backend() == "cpu"
+    if not by_hand and weights is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation or "xla")
+    # Heads first by hand: XLA's CPU backend then runs plain batched products, faster than one einsum.
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    sums, scale = at_least_float32(q.dtype), q.shape[-1] ** -0.5
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q * scale if by_hand else q, k, preferred_element_type=sums)
+    scores = scores if by_hand else scores * scale  # where `jax.nn` does: a listener changes no bit
+    scores = scores if mask is None else jnp.where(mask, scores, -1e30)
+    shares = jax.nn.softmax(scores, axis=-1)
+    shares = (shares if weights is None else weights(shares)).astype(v.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", shares, v).swapaxes(1, 2)
+
+
+def attention_to_neighbours(
+    q: Float[Array, "batch sites heads head"],
+    k: Float[Array, "batch sites heads head"],
+    v: Float[Array, "batch sites heads head"],
+    neighbours: Int[np.ndarray, "sites few"],
+    mask: Bool[Array, "sites few"],
+    weights: Callable[[Array], Array] | None = None,
+) -> Float[Array, "batch sites heads head"]:
+    """`dot_product_attention` where each site has a few keys: the work and the memory of these alone.
+
+    weights: as there, of the few, `(batch, heads, sites, few)`.
+    """
+    k, v = k[:, neighbours], v[:, neighbours]
+    sums = at_least_float32(q.dtype)
+    scores = jnp.einsum("bqhd,bqfhd->bhqf", q * q.shape[-1] ** -0.5, k, preferred_element_type=sums)
+    shares = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    shares = (shares if weights is None else weights(shares)).astype(v.dtype)
+    return jnp.einsum("bhqf,bqfhd->bqhd", shares, v)
 
 
 def check_implementation(implementation: str | None, dtype: DType, head: int) -> None:
@@ -213,9 +263,12 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch sites width"],
         layout: Layout | None = None,
-        named: Callable[[str, Array], Array] = lambda point, x: x,
+        named: Below = Below(),
     ) -> Float[Array, "batch sites width"]:
-        """Every site attends to every site, or as the layout (of one layer) says. `named` taps keys and values."""
+        """Every site attends to every site, or as the layout (of one layer) says.
+
+        named: taps queries, keys, values and, where someone asks for them, weights.
+        """
         batch, sites, width = x.shape
         qkv = self.qkv(x).reshape(batch, sites, self.heads, 3, width // self.heads)
         q, k, v = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
@@ -223,10 +276,16 @@ class Attention(nnx.Module):
         if self.rotary:
             base = 1e4 if self.rotary is True else self.rotary
             q, k = (rope(x, layout and layout.positions, base) for x in (q, k))
-        k, v = named("/keys", k), named("/values", v)
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
+        if layout is not None and layout.keys is not None:
+            k, v = k[:, layout.keys], v[:, layout.keys]
         if layout is not None and layout.past is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(layout.past, (k, v), strict=True))
         # Every query meets all keys: where sites are cut over devices, keys and values travel, and queries stay.
         k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
-        y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask)
+        weights = partial(named, WEIGHTS) if named.wanted(WEIGHTS) else None
+        if layout is not None and layout.neighbours is not None:
+            y = attention_to_neighbours(q, k, v, layout.neighbours, layout.mask, weights)
+            return self.out(y.reshape(batch, sites, width))
+        y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask, weights)
         return self.out(y.reshape(batch, sites, width))

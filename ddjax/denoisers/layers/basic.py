@@ -178,10 +178,13 @@ def dropout_keys(
 
     Raises ValueError where a key is needed and missing, or is not a typed key of shape `()` or `(batch,)`.
     """
-    if not train or rate == 0:
-        return None
+    return example_keys(batch, rng, f"dropout={rate}") if train and rate else None
+
+
+def example_keys(batch: int, rng: Key[Array, ""] | Key[Array, " batch"] | None, what: str) -> Key[Array, " batch"]:
+    """One key per example, of one key or of as many; `what` needs them. Raises ValueError as `dropout_keys` does."""
     if rng is None:
-        raise ValueError(f"dropout={rate} with train=True needs a key: apply(..., rng=jax.random.key(0), train=True)")
+        raise ValueError(f"{what} with train=True needs a key: apply(..., rng=jax.random.key(0), train=True)")
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         raise ValueError(f"rng has dtype {rng.dtype}; pass a typed key (jax.random.key, not jax.random.PRNGKey)")
     if rng.shape not in ((), (batch,)):

@@ -20,17 +20,22 @@ from ddjax.denoisers.layers.basic import (
     at_least_float32,
     check_rate,
     dropout,
+    example_keys,
     make_norm,
     modulate,
     per_site,
     zeros,
 )
+from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.layers.linear_attention import LinearAttention
-from ddjax.denoisers.taps import active, refuse, tap
+from ddjax.denoisers.layers.merging import Sizes, merging
+from ddjax.denoisers.layers.routing import Route, check_route, routed
+from ddjax.denoisers.taps import Below, active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
 
+ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
 MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts}
 
 # What the forward pass keeps for the backward pass, which computes the rest again.
@@ -56,6 +61,8 @@ class Block(nnx.Module):
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
     attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
+    context_width: of the entries of a sequence that sites attend to between the two (`CrossAttention`); 0: none.
+    merge: (pool, targets, kept), numbers of sites (`layers.merging`).
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Block(nnx.Module):
         attention: str | None = None,
         experts: Mapping[str, Any] | None = None,
         grid: tuple[int, ...] | None = None,
+        context_width: int = 0,
+        merge: Sizes | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
@@ -83,7 +92,7 @@ class Block(nnx.Module):
         if experts and mlp != "experts":
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
         check_rate(dropout)
-        self.dropout = dropout
+        self.dropout, self.merge = dropout, merge
         if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
             raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
         self.attention = (
@@ -99,6 +108,11 @@ class Block(nnx.Module):
         self.modulation = (
             Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None
         )
+        self.cross = (
+            CrossAttention(width, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+            if context_width
+            else None
+        )
 
     def __call__(
         self,
@@ -108,21 +122,38 @@ class Block(nnx.Module):
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
         layout: Layout | None = None,
+        context: Context | None = None,
+        channels: Float[Array, "batch width"] | None = None,
+        importance: Float[Array, "batch sites"] | None = None,
     ) -> Float[Array, "batch sites width"]:
         """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
 
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
+        context: the sequence, with `context_width`. channels: 0 at those that pass the block by, else 1.
+        importance: of each site, with `merge`, where all attend to all: which may join others in attention.
         """
         h = constrain(h, "batch", "sites", None)
-        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        if channels is not None:
+            channels = channels[:, None].astype(h.dtype)
+            h, beside = channels * h, (1 - channels) * h
+        named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         told = (None,) * 6 if self.modulation is None else jnp.split(self.modulation(c), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
-        y = named("/attention", self.attention(_normed(h, shift_a, scale_a, self.norm_a), layout, named))
+        x = _normed(h, shift_a, scale_a, self.norm_a)
+        if importance is None:
+            y = self.attention(x, layout, named)
+        else:
+            merged = merging(h, importance, self.merge)
+            y = merged.spread(self.attention(merged.mean(x), layout, named))
+        y = named("/attention", y)
         h = constrain(h + _gated(dropout(y, self.dropout, keys_a), gate_a), "batch", "sites", None)
+        if self.cross is not None:
+            below = Below(name and f"{name}/cross")
+            h = constrain(h + below("", self.cross(h, context, below)), "batch", "sites", None)
         y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m)))
         h = constrain(h + _gated(dropout(y, self.dropout, keys_m), gate_m), "batch", "sites", None)
-        return named("", h)
+        return named("", h if channels is None else h + beside)
 
 
 def _normed(h: Array, shift: Array | None, scale: Array | None, norm: Callable[[Array], Array]) -> Array:
@@ -175,6 +206,9 @@ class Stack(nnx.Module):
     (`jax.checkpoint`): "none" recomputes nothing, "full" all but the block's input; "dots" keeps the results of matrix
     products, "dots_no_batch" those without batch axes (not attention's), "offload_dots" these in the host's pinned
     memory, "everything" all that JAX would. True is "full", False "none".
+    route: None, or (start, stop, share): in training a share of the sites, drawn for each example, bypasses blocks
+    start to stop - 1 and stays as it is (Krause et al. 2025, "TREAD"; theirs from the third block to the fourth last,
+    share 1/2). Otherwise all sites go through all blocks.
     """
 
     def __init__(
@@ -184,6 +218,7 @@ class Stack(nnx.Module):
         *,
         scan: bool = False,
         remat: bool | str = False,
+        route: Route | None = None,
         rngs: nnx.Rngs,
     ):
         if depth < 1:
@@ -192,6 +227,7 @@ class Stack(nnx.Module):
         if remat not in REMAT:
             raise ValueError(f"remat={remat!r}: expected True, False or one of {', '.join(map(repr, REMAT))}")
         self.depth, self.scan, self.remat = depth, scan, remat
+        self.route = None if route is None else check_route(route, depth)
         keys = jax.random.split(rngs.params(), depth)
         if scan:
             structure = []
@@ -212,45 +248,91 @@ class Stack(nnx.Module):
         c: Float[Array, "batch *groups cond"],
         keys: Key[Array, " batch"] | None = None,
         layout: Layout | None = None,
+        *,
+        route_keys: Key[Array, " batch"] | None = None,
+        **more: Any,
     ) -> Float[Array, "batch sites width"]:
-        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest as in `Block`."""
-        if self.scan:
-            return self._scanned(h, c, keys, layout)
+        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest, not None, as in `Block`.
+
+        route_keys: one per example, turn on the route.
+        """
+        more = {name: value for name, value in more.items() if value is not None}
+        run = self._scanned if self.scan else self._unrolled
+        if self.route is None or route_keys is None:
+            h, told = run(h, c, keys, layout, more, range(self.depth))
+            told.mean().tell()
+            return h
+        start, stop, share = self.route
+        sites = routed(route_keys, h.shape[1], share)
+        at = jax.vmap(lambda x, s: x[s])
+        there = (Layout(jnp.arange(h.shape[1]), None) if layout is None else layout).among(sites)
+        c_there = c if c.ndim == 2 else at(per_site(c, h.shape[1]), sites)
+        parts = []
+        if start > 0:
+            h, told = run(h, c, keys, layout, more, range(start))
+            parts.append(told)
+        kept, told = run(at(h, sites), c_there, keys, there, more, range(start, stop))
+        parts.append(told)
+        h = constrain(jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, kept), "batch", "sites", None)
+        if stop < self.depth:
+            h, told = run(h, c, keys, layout, more, range(stop, self.depth))
+            parts.append(told)
+        jax.tree.map(lambda *found: jnp.concatenate(found), *parts).mean().tell()
+        return h
+
+    def route_keys(
+        self, batch: int, rng: Key[Array, ""] | Key[Array, " batch"] | None, train: bool
+    ) -> Key[Array, " batch"] | None:
+        """For a call: None but in training with a route. Raises ValueError without the key that it needs."""
+        if self.route is None or not train:
+            return None
+        return random.fold_in(example_keys(batch, rng, f"route={self.route}"), ROUTE)
+
+    def _unrolled(
+        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
+        layers: range,
+    ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         # A listener needs the values, which remat's inner trace would not let out; remat changes none.
         remat = "none" if active() else self.remat
         told = []
-        for i, block in enumerate(self.blocks):
-            graphdef, params = nnx.split(block)
+        for i in layers:
+            graphdef, params = nnx.split(self.blocks[i])
             layer_keys = None if keys is None else random.fold_in(keys, i)
             own = layout and layout.layer(i)
 
-            def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
+            def run(params, h, c, more, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
                 with auxiliary.collect() as collector:
-                    h = nnx.merge(graphdef, params)(h, c, keys=keys, name=name, layout=layout)
+                    block = nnx.merge(graphdef, params)
+                    h = block(h, c, keys=keys, name=name, layout=layout, **more)
                 return h, collector.found()
 
-            h, found = rematerialised(run, remat)(params, h, c, layer_keys)
+            h, found = rematerialised(run, remat)(params, h, c, more, layer_keys)
             told.append(found)
-        jax.tree.map(lambda *layers: jnp.stack(layers), *told).mean().tell()
-        return h
+        return h, jax.tree.map(lambda *found: jnp.stack(found), *told)
 
-    def _scanned(self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None) -> Array:
+    def _scanned(
+        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
+        layers: range,
+    ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         refuse("block", "the blocks are scanned; build the network with scan=False (see `unstack_blocks`)")
         graphdef, stacked = nnx.split(self.blocks)
+        if len(layers) < self.depth:
+            stacked = jax.tree.map(lambda x: x[layers.start : layers.stop], stacked)
 
         def body(h: Array, layer: tuple) -> tuple[Array, auxiliary.Found]:
             params, i = layer
             layer_keys = None if keys is None else random.fold_in(keys, i)
             with auxiliary.collect() as collector:
-                h = nnx.merge(graphdef, params)(h, c, keys=layer_keys, layout=layout and layout.layer(i))
+                block, own = nnx.merge(graphdef, params), layout and layout.layer(i)
+                h = block(h, c, keys=layer_keys, layout=own, **more)
             return h, collector.found()
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
         body = rematerialised(body, self.remat, prevent_cse=False)
         # What goes round lies as in the blocks, at both ends: else it would be gathered in each.
-        h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, jnp.arange(self.depth)))
-        told.mean().tell()
-        return constrain(h, "batch", "sites", None)
+        numbers = jnp.arange(layers.start, layers.stop)
+        h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, numbers))
+        return constrain(h, "batch", "sites", None), told
 
 
 def rematerialised(function: Callable, remat: str, **options: Any) -> Callable:

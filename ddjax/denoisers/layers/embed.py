@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ddjax import random
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import Linear
 from ddjax.types import Keys, SoftTokens
 
@@ -39,17 +40,22 @@ def lookup(table: Float[Array, "rows features"], ids: Int[Array, "*batch"]) -> F
     return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
-    """Sines and cosines of the row and of the column, `(height * width, features)`, half of them each."""
+def sincos(grid: Sequence[int], features: int) -> np.ndarray:
+    """Sines and cosines of the place along each axis of a grid, `(places, features)`, an equal share of them each."""
 
     def axis(positions: np.ndarray, size: int) -> np.ndarray:
         half = (size + 1) // 2
         angles = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)[:, :size]
 
-    rows, columns = np.divmod(np.arange(height * width), width)
-    first = features // 2
-    return np.concatenate([axis(rows, first), axis(columns, features - first)], axis=-1).astype(np.float32)
+    places = np.unravel_index(np.arange(math.prod(grid)), tuple(grid))
+    shares = np.diff([i * features // len(grid) for i in range(len(grid) + 1)])
+    return np.concatenate([axis(*pair) for pair in zip(places, shares, strict=True)], axis=-1).astype(np.float32)
+
+
+def sincos_2d(height: int, width: int, features: int) -> np.ndarray:
+    """`sincos` of rows and columns, `(height * width, features)`."""
+    return sincos((height, width), features)
 
 
 class TokenEmbed(nnx.Module):
@@ -114,6 +120,7 @@ class Conditioner(nnx.Module):
 
     latent: numbers of a latent that comes along, `cond = {"z": (batch, latent), "cond": label}`, and is added too.
     closed: of the time's frequencies (`time_embedding`).
+    vector: numbers of a vector that is a condition, `cond = {"vector": (batch, vector), "cond": label}`, zeros: none.
     label_noise: in training the label's row gets N(0, label_noise^2 / width) (condition embedding perturbation, Chen et
         al. 2024, "Slight corruption in pre-training data makes better diffusion models").
     """
@@ -125,6 +132,7 @@ class Conditioner(nnx.Module):
         num_classes: int,
         time: bool,
         latent: int = 0,
+        vector: int = 0,
         label_noise: float = 0.0,
         closed: bool = False,
         rngs: nnx.Rngs,
@@ -140,35 +148,41 @@ class Conditioner(nnx.Module):
         labelled = num_classes > 0 or not time
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
         self.latent = Linear(latent, width, kernel_init=_normal, rngs=rngs) if latent else None
+        self.vector = Linear(vector, width, kernel_init=_normal, rngs=rngs) if vector else None
         self.label_noise, self.closed = label_noise, closed
 
     def __call__(
         self,
         batch: int,
         t: Array | None,
-        cond: Array | Mapping[str, Array | None] | None,
+        cond: Array | Mapping[str, Array | None] | Given | None,
         sites: int | None = None,
         keys: Keys | None = None,
     ) -> Float[Array, "batch *sites width"]:
-        """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)` or None (null).
+        """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)`, None (null), or `Given`'s dict.
 
         sites: where given, `t` may also be `(batch, sites)`, and there is then a vector for each site.
         keys: of the noise on labels, one per example; None for none.
         """
-        total, z = jnp.zeros((), jnp.float32), None
-        if self.latent is not None:
-            z, cond = _check_latent(cond, batch, self.latent.kernel.shape[0])
+        given = Given.of(cond)
+        given.check_taken(*("z",) * (self.latent is not None), *("vector",) * (self.vector is not None))
+        total = jnp.zeros((), jnp.float32)
         if self.time:
             features = time_embedding(check_time(t, batch, sites), closed=self.closed)
             total = self.time_out(jax.nn.silu(self.time_in(features)))
-        labels = check_labels(cond, self.num_classes, batch)
+        labels = check_labels(given.cond, self.num_classes, batch)
+        told = []
         if self.labels is not None:
             row = lookup(self.labels[...], labels)
             if keys is not None and self.label_noise:
                 row = row + self.label_noise * row.shape[-1] ** -0.5 * random.normal(keys, row.shape[1:])
-            total = total + (row[:, None] if total.ndim == 3 else row)
-        if z is not None:
-            total = total + (self.latent(z)[:, None] if total.ndim == 3 else self.latent(z))
+            told.append(row)
+        if self.latent is not None:
+            told.append(self.latent(_check_latent(given.z, batch, self.latent.kernel.shape[0])))
+        if self.vector is not None:
+            told.append(self.vector(_check_vector(given.vector, batch, self.vector.kernel.shape[0])))
+        for v in told:
+            total = total + (v[:, None] if total.ndim == 3 else v)
         return jax.nn.silu(total)
 
 
@@ -193,13 +207,20 @@ def check_time(t: Array | None, batch: int, sites: int | None) -> Array:
     return jnp.broadcast_to(t, (batch,))
 
 
-def _check_latent(cond: Any, batch: int, bits: int) -> tuple[Float[Array, "batch bits"], Array | None]:
-    """The latent and the labels."""
-    if not isinstance(cond, Mapping) or set(cond) != {"z", "cond"} or cond["z"].shape != (batch, bits):
+def _check_latent(z: Array | None, batch: int, numbers: int) -> Float[Array, "batch latent"]:
+    if z is None or z.shape != (batch, numbers):
         raise ValueError(
-            f'the network knows a latent: expected cond={{"z": ({batch}, {bits}), "cond": labels or None}}'
+            f'the network knows a latent: expected cond={{"z": ({batch}, {numbers}), "cond": labels or None}}'
         )
-    return cond["z"], cond["cond"]
+    return z
+
+
+def _check_vector(vector: Array | None, batch: int, numbers: int) -> Float[Array, "batch vector"]:
+    if vector is None:
+        return jnp.zeros((batch, numbers), jnp.float32)
+    if vector.shape != (batch, numbers):
+        raise ValueError(f'cond["vector"] has shape {vector.shape}; expected ({batch}, {numbers})')
+    return vector
 
 
 def check_labels(cond: Array | None, num_classes: int, batch: int) -> Int[Array, " batch"]:
