@@ -137,7 +137,7 @@ def test_features_are_those_by_hand():
         np.testing.assert_allclose(whole[i], of_all, atol=1e-4)
 
 
-@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("features", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_is_the_published_network(features, build):
     run, params = build(lambda rngs: GraphTransformer(**SMALL, typed=True, skip=True, features=features, rngs=rngs))
     xt = inputs()

@@ -40,7 +40,7 @@ def dit(name):
     return measured(DiT, {**sizes.DIT[name], **LATENT, "out_channels": 8, "scan": True})
 
 
-@pytest.mark.parametrize("name", ["S/2", "XL/2", *(pytest.param(n, marks=pytest.mark.slow) for n in DIT)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "S/2")) for n in DIT])
 def test_dit(name):
     """To the digits given, but for their biases of q, k and v; and a table of positions that they do not learn."""
     number, products = dit(name)

@@ -71,6 +71,7 @@ def test_the_scan_is_the_recurrence(x64):
     np.testing.assert_allclose(layers.selective_scan(x, step, decay, write, read), np.stack(want, 1), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_steps_begin_between_a_thousandth_and_a_tenth():
     mixer = layers.Mamba(16, rngs=nnx.Rngs(0))
     for direction in (mixer.onward, mixer.backward):
@@ -80,7 +81,7 @@ def test_steps_begin_between_a_thousandth_and_a_tenth():
         np.testing.assert_allclose(jnp.exp(direction.log_decay[...])[5], np.arange(1, 17), rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_classes", [3, 0])
+@pytest.mark.parametrize("num_classes", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_it_is_the_published_network(num_classes, build):
     run, params = build(lambda rngs: StateSpace(**{**SMALL, "num_classes": num_classes}, rngs=rngs))
     xt, t, labels = inputs()
