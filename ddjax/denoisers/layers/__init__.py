@@ -21,6 +21,7 @@ from ddjax.denoisers.layers.embed import (
     time_embedding,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.pooled_experts import PooledExperts
 
 __all__ = [
     "MLP",
@@ -33,6 +34,7 @@ __all__ = [
     "GatedMLP",
     "Layout",
     "Linear",
+    "PooledExperts",
     "Stack",
     "TokenBits",
     "TokenEmbed",

@@ -28,13 +28,14 @@ from ddjax.denoisers.layers.basic import (
 from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.layers.merging import Sizes, merging
+from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.routing import Route, check_route, routed
 from ddjax.denoisers.taps import Below, active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
 
 ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
-MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts}
+MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts, "pooled": PooledExperts}
 
 # What the forward pass keeps for the backward pass, which computes the rest again.
 REMAT = {
@@ -53,7 +54,8 @@ class Block(nnx.Module):
     The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
 
-    mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
+    mlp: "gelu", "gated" (SwiGLU), or "experts" or "pooled", of which `experts` are the options (`layers.Experts`,
+        `layers.PooledExperts`).
     context_width: of the entries of a sequence that sites attend to between the two (`CrossAttention`); 0: none.
     merge: (pool, targets, kept), numbers of sites (`layers.merging`).
     """
@@ -77,10 +79,10 @@ class Block(nnx.Module):
     ):
         if mlp not in MLPS:
             raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
-        if experts and mlp != "experts":
-            raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
+        if experts and mlp not in ("experts", "pooled"):
+            raise ValueError(f'experts={dict(experts)} are options of mlp="experts" or "pooled", not of mlp={mlp!r}')
         check_rate(dropout)
-        self.dropout, self.merge = dropout, merge
+        self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
         self.attention = Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
         self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
@@ -101,12 +103,14 @@ class Block(nnx.Module):
         context: Context | None = None,
         channels: Float[Array, "batch width"] | None = None,
         importance: Float[Array, "batch sites"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "batch sites width"]:
         """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
 
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
         context: the sequence, with `context_width`. channels: 0 at those that pass the block by, else 1.
         importance: of each site, with `merge`, where all attend to all: which may join others in attention.
+        train: whether "pooled" experts choose from the batch.
         """
         h = constrain(h, "batch", "sites", None)
         if channels is not None:
@@ -126,7 +130,8 @@ class Block(nnx.Module):
         if self.cross is not None:
             below = Below(name and f"{name}/cross")
             h = constrain(h + below("", self.cross(h, context, below)), "batch", "sites", None)
-        y = named("/mlp", self.mlp(modulate(h, shift_m, scale_m)))
+        pool = {"train": train} if self.pooled else {}
+        y = named("/mlp", self.mlp(modulate(h, shift_m, scale_m), **pool))
         h = constrain(h + per_site(gate_m, h.shape[1]) * dropout(y, self.dropout, keys_m), "batch", "sites", None)
         return named("", h if channels is None else h + beside)
 
@@ -248,13 +253,13 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
             own = layout and layout.layer(i)
 
-            def run(params, h, c, more, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
+            def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
                 with auxiliary.collect() as collector:
                     block = nnx.merge(graphdef, params)
                     h = block(h, c, keys=keys, name=name, layout=layout, **more)
                 return h, collector.found()
 
-            h, found = _rematerialised(run, remat)(params, h, c, more, layer_keys)
+            h, found = _rematerialised(run, remat)(params, h, c, layer_keys)
             told.append(found)
         return h, jax.tree.map(lambda *found: jnp.stack(found), *told)
 
