@@ -48,7 +48,8 @@ class DiT(ImageNetwork):
         out_channels: channels of a continuous output, default C.
         patch: side of a patch, divides all sides.
         width, depth, heads: of the transformer; heads divides width.
-        mlp: "gelu", "gated" (SwiGLU), or "experts", with options of `layers.Experts` in `experts`.
+        mlp: "gelu", "gated" (SwiGLU), "experts" or "pooled", with options of `layers.Experts` or
+            `PooledExperts` in `experts`.
         mlp_ratio: hidden width of the MLP (of each expert) over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         relations: None, or for each of some relations a label of every patch, row by row: the heads, in turn, attend
@@ -253,7 +254,7 @@ class DiT(ImageNetwork):
         if self.task_share < 1:
             channels = channel_mask(jnp.broadcast_to(t, (batch,)), self.width, self.task_share)
         routes = self.stack.route_keys(batch, rng, train)
-        more = {"context": context, "channels": channels, "importance": importance}
+        more = {"context": context, "channels": channels, "importance": importance, "train": train}
         h = self.stack(h, c, keys, layout, route_keys=routes, **more)
         return h if view.clean is None else h[:, :length], c, view
 

@@ -32,6 +32,7 @@ from ddjax.denoisers.layers.embed import (
 from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "LinearAttention",
     "LongSkips",
     "Mamba",
+    "PooledExperts",
     "RMSNorm",
     "ResBlock",
     "Resampling",

@@ -30,13 +30,14 @@ from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.merging import Sizes, merging
+from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.routing import Route, check_route, routed
 from ddjax.denoisers.taps import Below, active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
 
 ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
-MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts}
+MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts, "pooled": PooledExperts}
 
 # What the forward pass keeps for the backward pass, which computes the rest again.
 REMAT = {
@@ -55,7 +56,8 @@ class Block(nnx.Module):
     The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
 
-    mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
+    mlp: "gelu", "gated" (SwiGLU), or "experts" or "pooled", of which `experts` are the options (`layers.Experts`,
+        `layers.PooledExperts`).
     cond_width: of the condition. 0: there is none, no modulation and no gate: `h + attention(norm(h))`, then the MLP.
     rotary, qkv_bias, out_bias: of `layers.Attention`.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
@@ -89,10 +91,10 @@ class Block(nnx.Module):
     ):
         if mlp not in MLPS:
             raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
-        if experts and mlp != "experts":
-            raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
+        if experts and mlp not in ("experts", "pooled"):
+            raise ValueError(f'experts={dict(experts)} are options of mlp="experts" or "pooled", not of mlp={mlp!r}')
         check_rate(dropout)
-        self.dropout, self.merge = dropout, merge
+        self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
         if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
             raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
         self.attention = (
@@ -125,12 +127,14 @@ class Block(nnx.Module):
         context: Context | None = None,
         channels: Float[Array, "batch width"] | None = None,
         importance: Float[Array, "batch sites"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "batch sites width"]:
         """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
 
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
         context: the sequence, with `context_width`. channels: 0 at those that pass the block by, else 1.
         importance: of each site, with `merge`, where all attend to all: which may join others in attention.
+        train: whether "pooled" experts choose from the batch.
         """
         h = constrain(h, "batch", "sites", None)
         if channels is not None:
@@ -151,7 +155,8 @@ class Block(nnx.Module):
         if self.cross is not None:
             below = Below(name and f"{name}/cross")
             h = constrain(h + below("", self.cross(h, context, below)), "batch", "sites", None)
-        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m)))
+        pool = {"train": train} if self.pooled else {}
+        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m), **pool))
         h = constrain(h + _gated(dropout(y, self.dropout, keys_m), gate_m), "batch", "sites", None)
         return named("", h if channels is None else h + beside)
 
@@ -300,13 +305,13 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
             own = layout and layout.layer(i)
 
-            def run(params, h, c, more, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
+            def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
                 with auxiliary.collect() as collector:
                     block = nnx.merge(graphdef, params)
                     h = block(h, c, keys=keys, name=name, layout=layout, **more)
                 return h, collector.found()
 
-            h, found = rematerialised(run, remat)(params, h, c, more, layer_keys)
+            h, found = rematerialised(run, remat)(params, h, c, layer_keys)
             told.append(found)
         return h, jax.tree.map(lambda *found: jnp.stack(found), *told)
 
