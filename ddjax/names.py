@@ -211,7 +211,17 @@ PROCESSES = {
     "soft_mixture": processes.SoftMixture,
     "adaptive_gaussian": processes.AdaptiveGaussian.initial,
 }
-DENOISERS = {"dit": denoisers.DiT, "text": denoisers.TextTransformer, "unet": denoisers.UNet, "edm2": denoisers.EDM2}
+DENOISERS = {
+    "dit": denoisers.DiT,
+    "text": denoisers.TextTransformer,
+    "unet": denoisers.UNet,
+    "edm2": denoisers.EDM2,
+    "uvit": denoisers.UViT,
+    "dico": denoisers.DiCo,
+    "state_space": denoisers.StateSpace,
+    "tabular": denoisers.TabularMLP,
+    "graph": denoisers.GraphTransformer,
+}
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {
     "unit": lambda: objectives.unit,

@@ -49,6 +49,8 @@ class DiT(ImageNetwork):
         latent: numbers of a latent that the network is told, `cond = {"z": (batch, latent), "cond": labels}`
             (`processes.AdaptiveGaussian`). 0: none.
         time: False ignores t.
+        qkv_bias: whether queries, keys and values have biases (the authors' have).
+        closed_times: of the time's frequencies, `closed` of `layers.time_embedding`.
         label_noise: noise on the embedded labels when train=True (`layers.embed.Conditioner`).
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
@@ -56,7 +58,7 @@ class DiT(ImageNetwork):
         bits: of a token, if tokens are fed as their bits, without embeddings (`layers.embed.TokenBits`): there are
             2**bits symbols, and a mask or not. 0: embeddings.
         cond_width: width of the conditioning vector, default `width`.
-        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
+        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`), or "linear" (`layers.LinearAttention`).
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -82,6 +84,8 @@ class DiT(ImageNetwork):
         relations: Sequence[Sequence[int]] | None = None,
         latent: int = 0,
         time: bool = True,
+        qkv_bias: bool = False,
+        closed_times: bool = False,
         label_noise: float = 0.0,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -103,11 +107,12 @@ class DiT(ImageNetwork):
         self.relations = _relations(relations, heads, math.prod(self.grid))
         self.position = nnx.Param(jnp.asarray(sincos_2d(*self.grid, width)))
         self.condition = Conditioner(
-            cond_width, num_classes=num_classes, time=time, latent=latent, label_noise=label_noise, rngs=rngs
-        )
+            cond_width, num_classes=num_classes, time=time, latent=latent, label_noise=label_noise,
+            closed=closed_times, rngs=rngs,
+        )  # fmt: skip
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
-            dropout=dropout, dtype=dtype, attention=attention, experts=experts,
+            qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
         )  # fmt: skip
         self.heads = heads
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)

@@ -58,6 +58,10 @@ class TextTransformer(nnx.Module):
             embedding).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         time: False ignores t.
+        modulated: False for blocks without adaLN: no time, no labels (RADD, Ou et al. 2025; LLaDA, Nie et al. 2025).
+        rotary: base of the rotary frequencies.
+        norm, epsilon: of `layers.Block`: "plain", "scaled" (MDLM's), "affine" (RADD's) or "rms" (LLaDA's).
+        out_bias, head_bias: whether the layer behind each attention, and the output layer, have biases.
         block: sites in a block (the last may be shorter); None: every site sees every site.
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters stay float32, the logits at least float32.
@@ -85,6 +89,12 @@ class TextTransformer(nnx.Module):
         embed_width: int | None = None,
         num_classes: int = 0,
         time: bool = True,
+        modulated: bool = True,
+        rotary: float = 1e4,
+        norm: str = "plain",
+        epsilon: float = 1e-6,
+        out_bias: bool = True,
+        head_bias: bool = True,
         block: int | None = None,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -98,19 +108,31 @@ class TextTransformer(nnx.Module):
             mlp_width = 4 * width if mlp == "gelu" else 8 * -(-width // 3)
         if block is not None and block < 1:
             raise ValueError(f"block={block}: expected at least one site, or None for one block")
-        cond_width = cond_width or width
+        if not modulated and (time or num_classes):
+            raise ValueError("modulated=False: blocks without adaLN know no time and no labels: also set time=False")
+        cond_width = (cond_width or width) if modulated else 0
         self.block = block
         self.length, self.symbols_in = length, symbols_in
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
         self.tokens = TokenEmbed(symbols_in, embed_width or width, rngs=rngs)
         self.embed = Linear(embed_width, width, dtype=dtype, rngs=rngs) if embed_width else None
-        self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs)
+        self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs) if modulated else None
         block = partial(
-            Block, width, heads, mlp=mlp, mlp_width=mlp_width, cond_width=cond_width, rotary=True,
-            dropout=dropout, dtype=dtype, attention=attention, experts=experts,
+            Block, width, heads, mlp=mlp, mlp_width=mlp_width, cond_width=cond_width, rotary=rotary,
+            out_bias=out_bias, norm=norm, epsilon=epsilon, dropout=dropout, dtype=dtype, attention=attention,
+            experts=experts,
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
-        self.final = FinalLayer(width, symbols_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
+        self.final = FinalLayer(
+            width,
+            symbols_out,
+            cond_width=cond_width,
+            norm=norm,
+            epsilon=epsilon,
+            bias=head_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -143,7 +165,7 @@ class TextTransformer(nnx.Module):
         state = hard_state(xt, 2, self.symbols_in)
         length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
         check_state(state, (("length",), (length,)), self.symbols_in)
-        view.check(xt, 2, self.stack.depth, length, self.condition.time)
+        view.check(xt, 2, self.stack.depth, length, self.condition is not None and self.condition.time)
         groups = view.groups
         if groups is None and self.block is not None:
             groups = jnp.arange(length) // self.block
@@ -152,9 +174,14 @@ class TextTransformer(nnx.Module):
         keys = dropout_keys(self.dropout, batch, rng, train)
         tap("sites", np.arange(length, dtype=np.int32))
         t = t if t is None or jnp.ndim(t) < 2 else view.at(t)
-        c = own = tap("condition", self.condition(batch, t, view.cond, sites=some))
-        c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
-        if view.clean is not None:
+        if self.condition is None:
+            c = own = None
+            if view.cond is not None:
+                raise ValueError("cond was given but the network has no labels: pass cond=None")
+        else:
+            c = own = tap("condition", self.condition(batch, t, view.cond, sites=some))
+            c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
+        if view.clean is not None and c is not None:
             c = self._with_clean(own, view.cond)
         h = self.stack(self._embedded(view.seen(xt, view.clean)), c, keys, layout)
         return view.everywhere(self.final(h[:, :some], own), length)

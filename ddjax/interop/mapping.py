@@ -80,6 +80,28 @@ def split(sizes: Sequence[int], axis: int = 0) -> Change:
     return Change(both.save, both.load)
 
 
+def copied(times: int) -> Change:
+    """Several of theirs are one of ours, and must be equal: on the way to ours ValueError where they are not."""
+
+    def one(*copies: np.ndarray) -> np.ndarray:
+        if not all(np.array_equal(copy, copies[0]) for copy in copies[1:]):
+            raise ValueError("copies of one parameter, which are not equal")
+        return copies[0]
+
+    return Change(one, lambda w: (w,) * times)
+
+
+def constant(ours: str, value: np.ndarray) -> Entry:
+    """A parameter of ours that they compute. `save` raises ValueError where it has another value."""
+
+    def nothing(w: np.ndarray) -> tuple:
+        if not _close(w, value):
+            raise ValueError("a table that cannot be learned in their network, and has been in ours")
+        return ()
+
+    return Entry(ours, (), Change(lambda: np.array(value), nothing))
+
+
 def by_heads(heads: int, parts: int = 3) -> Change:
     """Rows of queries, keys and values, (part, head, feature) with them, in our order: (head, part, feature).
 
@@ -158,6 +180,12 @@ class Report:
             *(f"mis-shaped: {name} has {found}, expected {wanted}" for name, found, wanted in self.misshapen),
             *(f"not the fixed values that the network computes: {name}" for name in self.different),
         ]
+
+    def counted(self) -> str:
+        """How many of each problem."""
+        words = ("unknown", "missing", "misshapen", "different")
+        numbers = ((len(getattr(self, word)), word) for word in words)
+        return ", ".join(f"{number} {word}" for number, word in numbers if number)
 
     def __str__(self) -> str:
         """How many of each, and every problem by name."""
@@ -247,10 +275,11 @@ def load(
     report["unknown"] = [name for name, used in found.items() if not used]
     told = Report(**{name: tuple(values) for name, values in report.items()})
     if not told.whole and initial is None:
-        raise ValueError("these weights are not this network's:\n" + "\n".join(told.problems()))
+        raise ValueError("\n".join([f"these weights are not this network's: {told.counted()}", *told.problems()]))
     leaves = {} if told.whole else {path: np.asarray(leaf, dtype) for path, leaf in flat(initial()).items()}
     for entry, theirs, ours in ready:
-        values = _several(entry.change.load(*(np.asarray(tensors[name]).astype(dtype) for name in theirs)))
+        arrays = [np.asarray(tensors[name]).astype(dtype) for name in theirs]
+        values = _several(_named(entry, lambda arrays=arrays, entry=entry: entry.change.load(*arrays)))
         for path, value in zip(ours, values, strict=True):
             leaves[path] = np.ascontiguousarray(value, dtype=dtype).reshape(shapes[path])
     return nested({path: leaves[path] for path in shapes}), told
@@ -269,7 +298,8 @@ def save(entries: Iterable[Entry | Fixed], params: Params, dtype: Any = None) ->
             if entry.written:
                 tensors[entry.theirs] = np.asarray(entry.value)
             continue
-        values = _several(entry.change.save(*(np.asarray(jax.device_get(leaves[path])) for path in _names(entry.ours))))
+        arrays = [np.asarray(jax.device_get(leaves[path])) for path in _names(entry.ours)]
+        values = _several(_named(entry, lambda arrays=arrays, entry=entry: entry.change.save(*arrays)))
         for name, value in zip(_names(entry.theirs), values, strict=True):
             tensors[name] = np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
     return tensors
@@ -281,6 +311,14 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _several(values: Any) -> tuple:
     return values if isinstance(values, tuple) else (values,)
+
+
+def _named(entry: Entry, change: Callable[[], Any]) -> Any:
+    """What a change gives; its error with the names."""
+    try:
+        return change()
+    except ValueError as error:
+        raise ValueError(f"{', '.join((*_names(entry.theirs), *_names(entry.ours)))}: {error}") from error
 
 
 def _as(w: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -295,6 +333,8 @@ def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def _wanted(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The shapes of the entry's tensors, for parameters of these shapes: `save` says them."""
+    if not entry.theirs:
+        return []
     nothing = np.zeros((), np.int8)
     values = entry.change.save(*(np.broadcast_to(nothing, shapes[path]) for path in _names(entry.ours)))
     return [value.shape for value in _several(values)]

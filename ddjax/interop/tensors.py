@@ -15,9 +15,9 @@ DTYPES = ("F32", "F16", "BF16", "F64")
 INDEX, SINGLE = "model.safetensors.index.json", ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 UNPICKLE = """\
-{path} is a pickle, which can run code when it is read: ddjax reads safetensors only. Where torch is, two lines make one:
-  import torch; from safetensors.torch import save_file; s = torch.load("{path}", map_location="cpu", weights_only=True)
-  s = s.get("ema", s.get("state_dict", s.get("model", s))); save_file({{k: v.clone() for k, v in s.items()}}, "{out}")"""
+{path} is a pickle, which can run code when it is read: ddjax reads safetensors only. Where torch is, two lines make it:
+  import torch, safetensors.torch as st; s = torch.load("{path}", map_location="cpu", weights_only=True)
+  s = s.get("ema", s.get("state_dict", s.get("model", s))); st.save_file({{k: s[k].clone() for k in s}}, "{out}")"""
 
 
 class Tensors(Mapping[str, np.ndarray]):

@@ -8,7 +8,7 @@ from ddjax.denoisers.layers.attention import (
     group_teacher_forced,
     rope,
 )
-from ddjax.denoisers.layers.basic import MLP, GatedMLP, Linear, dropout, layer_norm, modulate
+from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
 from ddjax.denoisers.layers.convolution import (
     Conv,
@@ -28,6 +28,9 @@ from ddjax.denoisers.layers.embed import (
     time_embedding,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.linear_attention import LinearAttention
+from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
 
 __all__ = [
     "MLP",
@@ -39,8 +42,13 @@ __all__ = [
     "FinalLayer",
     "GatedMLP",
     "GroupNorm",
+    "LayerNorm",
     "Layout",
     "Linear",
+    "LinearAttention",
+    "LongSkips",
+    "Mamba",
+    "RMSNorm",
     "ResBlock",
     "Resampling",
     "SpatialAttention",
@@ -56,6 +64,7 @@ __all__ = [
     "lookup",
     "modulate",
     "rope",
+    "selective_scan",
     "sincos_2d",
     "stack_blocks",
     "time_embedding",

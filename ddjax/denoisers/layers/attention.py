@@ -177,7 +177,10 @@ def check_implementation(implementation: str | None, dtype: DType, head: int) ->
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention without biases on q, k, v (a bias on k would not change a softmax).
+    """Multi-head self-attention, by default without biases on q, k, v (a bias on k would not change a softmax).
+
+    rotary: False, True, or the base of the rotary frequencies (`rope`; True is 10000).
+    qkv_bias, out_bias: whether there are biases on q, k and v, and on the output.
 
     The columns of `qkv` are ordered (head, q/k/v, feature), so that sharding the columns shards the heads.
     """
@@ -187,7 +190,9 @@ class Attention(nnx.Module):
         width: int,
         heads: int,
         *,
-        rotary: bool = False,
+        rotary: bool | float = False,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
         dtype: DType = jnp.float32,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -201,8 +206,8 @@ class Attention(nnx.Module):
         self.heads = heads
         self.rotary = rotary
         self.implementation = implementation
-        self.qkv = Linear(width, 3 * width, bias=False, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, bias=out_bias, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -216,7 +221,8 @@ class Attention(nnx.Module):
         q, k, v = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
         q = constrain(q, "batch", "sites", "heads", None)
         if self.rotary:
-            q, k = (rope(x, layout and layout.positions) for x in (q, k))
+            base = 1e4 if self.rotary is True else self.rotary
+            q, k = (rope(x, layout and layout.positions, base) for x in (q, k))
         k, v = named("/keys", k), named("/values", v)
         if layout is not None and layout.past is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(layout.past, (k, v), strict=True))

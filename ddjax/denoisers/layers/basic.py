@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +53,18 @@ class Linear(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two layers with a tanh-approximated GELU between."""
+    """Two layers with a GELU between, by default approximated by a tanh."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, hidden: int, *, approximate: bool = True, dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.approximate = approximate
         self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Apply to the last axis."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.nn.gelu(self.up(x), approximate=self.approximate))
 
 
 class GatedMLP(nnx.Module):
@@ -76,6 +80,55 @@ class GatedMLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a scale and a shift of its own, or one or none of them (adaLN gives others)."""
+
+    def __init__(self, width: int, *, scale: bool = True, bias: bool = True, epsilon: float = 1e-6):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if scale else None
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Apply to the last axis; the result is at least float32."""
+        x = layer_norm(x, self.epsilon)
+        x = x if self.scale is None else x * self.scale[...]
+        return x if self.bias is None else x + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + epsilon)` with a scale (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Apply to the last axis; the result is at least float32."""
+        x = x.astype(at_least_float32(x.dtype))
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+
+
+NORMS = {
+    "plain": partial(LayerNorm, scale=False, bias=False),
+    "scaled": partial(LayerNorm, bias=False),
+    "affine": LayerNorm,
+    "rms": RMSNorm,
+}
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + epsilon)` with a scale (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Apply to the last axis; the result is at least float32."""
+        x = x.astype(at_least_float32(x.dtype))
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+
+
 def layer_norm(x: Float[Array, "*batch width"], epsilon: float = 1e-6) -> Float[Array, "*batch width"]:
     """Layer normalisation over the last axis without scale or shift, computed and returned in at least float32.
 
@@ -86,9 +139,18 @@ def layer_norm(x: Float[Array, "*batch width"], epsilon: float = 1e-6) -> Float[
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
 
-def modulate(x: Float[Array, "batch sites width"], shift: Array, scale: Array) -> Array:
-    """`layer_norm(x) (1 + scale) + shift` in at least float32, `shift` and `scale` as `per_site` takes them."""
-    x = layer_norm(x)
+def make_norm(name: str, width: int, epsilon: float) -> LayerNorm | RMSNorm:
+    """A normalisation by its name in `NORMS`. Raises ValueError for another."""
+    if name not in NORMS:
+        raise ValueError(f"norm={name!r}: expected one of {', '.join(map(repr, NORMS))}")
+    return NORMS[name](width, epsilon=epsilon)
+
+
+def modulate(
+    x: Float[Array, "batch sites width"], shift: Array, scale: Array, norm: Callable[[Array], Array] = layer_norm
+) -> Array:
+    """`norm(x) (1 + scale) + shift` in at least float32, `shift` and `scale` as `per_site` takes them."""
+    x = norm(x)
     shift, scale = (per_site(v, x.shape[1]).astype(x.dtype) for v in (shift, scale))
     return x * (1 + scale) + shift
 

@@ -20,11 +20,13 @@ from ddjax.denoisers.layers.basic import (
     at_least_float32,
     check_rate,
     dropout,
+    make_norm,
     modulate,
     per_site,
     zeros,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.taps import active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
@@ -49,6 +51,11 @@ class Block(nnx.Module):
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
 
     mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
+    cond_width: of the condition. 0: there is none, no modulation and no gate: `h + attention(norm(h))`, then the MLP.
+    rotary, qkv_bias, out_bias: of `layers.Attention`.
+    norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
+    epsilon: of the norm.
+    attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
     """
 
     def __init__(
@@ -59,11 +66,16 @@ class Block(nnx.Module):
         mlp: str,
         mlp_width: int,
         cond_width: int,
-        rotary: bool = False,
+        rotary: bool | float = False,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        norm: str = "plain",
+        epsilon: float = 1e-6,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
         experts: Mapping[str, Any] | None = None,
+        grid: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
@@ -72,14 +84,26 @@ class Block(nnx.Module):
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout = dropout
-        self.attention = Attention(width, heads, rotary=rotary, dtype=dtype, implementation=attention, rngs=rngs)
+        if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
+            raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
+        self.attention = (
+            LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
+            if attention == "linear"
+            else Attention(
+                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype,
+                implementation=attention, rngs=rngs,
+            )
+        )  # fmt: skip
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
-        self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.norm_a, self.norm_m = (make_norm(norm, width, epsilon) for _ in range(2))
+        self.modulation = (
+            Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None
+        )
 
     def __call__(
         self,
         h: Float[Array, "batch sites width"],
-        c: Float[Array, "batch *groups cond"],
+        c: Float[Array, "batch *groups cond"] | None,
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
@@ -92,26 +116,54 @@ class Block(nnx.Module):
         h = constrain(h, "batch", "sites", None)
         named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c), 6, axis=-1)
-        y = named("/attention", self.attention(modulate(h, shift_a, scale_a), layout, named))
-        h = constrain(h + per_site(gate_a, h.shape[1]) * dropout(y, self.dropout, keys_a), "batch", "sites", None)
-        y = named("/mlp", self.mlp(modulate(h, shift_m, scale_m)))
-        h = constrain(h + per_site(gate_m, h.shape[1]) * dropout(y, self.dropout, keys_m), "batch", "sites", None)
+        told = (None,) * 6 if self.modulation is None else jnp.split(self.modulation(c), 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
+        y = named("/attention", self.attention(_normed(h, shift_a, scale_a, self.norm_a), layout, named))
+        h = constrain(h + _gated(dropout(y, self.dropout, keys_a), gate_a), "batch", "sites", None)
+        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m)))
+        h = constrain(h + _gated(dropout(y, self.dropout, keys_m), gate_m), "batch", "sites", None)
         return named("", h)
 
 
+def _normed(h: Array, shift: Array | None, scale: Array | None, norm: Callable[[Array], Array]) -> Array:
+    """Modulated, where there is a condition."""
+    return norm(h) if shift is None else modulate(h, shift, scale, norm)
+
+
+def _gated(y: Array, gate: Array | None) -> Array:
+    return y if gate is None else per_site(gate, y.shape[1]) * y
+
+
 class FinalLayer(nnx.Module):
-    """adaLN and a linear layer, both starting at zero; the result is at least float32."""
+    """adaLN and a linear layer, both starting at zero; the result is at least float32.
 
-    def __init__(self, width: int, features_out: int, *, cond_width: int, dtype: DType = jnp.float32, rngs: nnx.Rngs):
-        self.modulation = Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        out_dtype = at_least_float32(dtype)
-        self.out = Linear(width, features_out, kernel_init=zeros, dtype=dtype, out_dtype=out_dtype, rngs=rngs)
+    cond_width, norm, epsilon: as in `Block`. bias: whether the linear layer has one.
+    """
 
-    def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch *groups cond"]) -> Array:
+    def __init__(
+        self,
+        width: int,
+        features_out: int,
+        *,
+        cond_width: int,
+        norm: str = "plain",
+        epsilon: float = 1e-6,
+        bias: bool = True,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = make_norm(norm, width, epsilon)
+        self.modulation = (
+            Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None
+        )
+        self.out = Linear(
+            width, features_out, bias=bias, kernel_init=zeros, dtype=dtype, out_dtype=at_least_float32(dtype), rngs=rngs
+        )
+
+    def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch *groups cond"] | None) -> Array:
         """`(batch, sites, features_out)`, at least float32."""
-        shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
-        return self.out(tap("final", modulate(h, shift, scale)))
+        shift, scale = (None, None) if self.modulation is None else jnp.split(self.modulation(c), 2, axis=-1)
+        return self.out(tap("final", _normed(h, shift, scale, self.norm)))
 
 
 class Stack(nnx.Module):
@@ -177,7 +229,7 @@ class Stack(nnx.Module):
                     h = nnx.merge(graphdef, params)(h, c, keys=keys, name=name, layout=layout)
                 return h, collector.found()
 
-            h, found = _rematerialised(run, remat)(params, h, c, layer_keys)
+            h, found = rematerialised(run, remat)(params, h, c, layer_keys)
             told.append(found)
         jax.tree.map(lambda *layers: jnp.stack(layers), *told).mean().tell()
         return h
@@ -194,29 +246,39 @@ class Stack(nnx.Module):
             return h, collector.found()
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
-        body = _rematerialised(body, self.remat, prevent_cse=False)
+        body = rematerialised(body, self.remat, prevent_cse=False)
         # What goes round lies as in the blocks, at both ends: else it would be gathered in each.
         h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, jnp.arange(self.depth)))
         told.mean().tell()
         return constrain(h, "batch", "sites", None)
 
 
-def _rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
+def rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
+    """The function, whose backward pass computes again what the policy of this name does not keep."""
     return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], **options)
 
 
 def stack_blocks(params: Params) -> Params:
     """Parameters of an unrolled network (`scan=False`) as those of the same network with `scan=True`."""
-    blocks = params["stack"]["blocks"]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(len(blocks))))
-    return {**params, "stack": {"blocks": stacked}}
+
+    def stacked(blocks: Params) -> Params:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(len(blocks))))
+
+    return {**params, "stack": _each_stack(stacked, params["stack"])}
 
 
 def unstack_blocks(params: Params) -> Params:
     """Parameters of a scanned network (`scan=True`) as those of the same network with `scan=False`."""
-    stacked = params["stack"]["blocks"]
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    return {
-        **params,
-        "stack": {"blocks": {str(i): jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}},
-    }
+
+    def unstacked(blocks: Params) -> Params:
+        depth = jax.tree.leaves(blocks)[0].shape[0]
+        return {str(i): jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(depth)}
+
+    return {**params, "stack": _each_stack(unstacked, params["stack"])}
+
+
+def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
+    """A stack's parameters with its blocks changed; of several stacks, those of each."""
+    if "blocks" in stack:
+        return {**stack, "blocks": change(stack["blocks"])}
+    return {name: _each_stack(change, part) if isinstance(part, dict) else part for name, part in stack.items()}

@@ -20,13 +20,16 @@ TIME_SCALE = 1000.0
 TIME_FEATURES = 256
 
 
-def time_embedding(t: Float[Array, "*batch"], features: int = TIME_FEATURES) -> Float[Array, "*batch features"]:
+def time_embedding(
+    t: Float[Array, "*batch"], features: int = TIME_FEATURES, *, closed: bool = False
+) -> Float[Array, "*batch features"]:
     """Cosines and sines of `1000 t` at geometric frequencies from 1 to 1e-4, float32.
 
     As in Peebles & Xie 2023 (DiT), after Vaswani et al. 2017. `t` in [0, 1]; `features` even.
+    closed: whether 1e-4 is the last frequency (Ho et al. 2020; diffusers' DiT) or would be the next.
     """
     half = features // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - closed))
     angles = TIME_SCALE * t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -110,6 +113,7 @@ class Conditioner(nnx.Module):
     compute dtype, since it costs nothing and bfloat16 would round nearby times to the same features.
 
     latent: numbers of a latent that comes along, `cond = {"z": (batch, latent), "cond": label}`, and is added too.
+    closed: of the time's frequencies (`time_embedding`).
     label_noise: in training the label's row gets N(0, label_noise^2 / width) (condition embedding perturbation, Chen et
         al. 2024, "Slight corruption in pre-training data makes better diffusion models").
     """
@@ -122,6 +126,7 @@ class Conditioner(nnx.Module):
         time: bool,
         latent: int = 0,
         label_noise: float = 0.0,
+        closed: bool = False,
         rngs: nnx.Rngs,
     ):
         if not label_noise >= 0 or (label_noise and not num_classes):
@@ -135,7 +140,7 @@ class Conditioner(nnx.Module):
         labelled = num_classes > 0 or not time
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
         self.latent = Linear(latent, width, kernel_init=_normal, rngs=rngs) if latent else None
-        self.label_noise = label_noise
+        self.label_noise, self.closed = label_noise, closed
 
     def __call__(
         self,
@@ -154,7 +159,8 @@ class Conditioner(nnx.Module):
         if self.latent is not None:
             z, cond = _check_latent(cond, batch, self.latent.kernel.shape[0])
         if self.time:
-            total = self.time_out(jax.nn.silu(self.time_in(time_embedding(check_time(t, batch, sites)))))
+            features = time_embedding(check_time(t, batch, sites), closed=self.closed)
+            total = self.time_out(jax.nn.silu(self.time_in(features)))
         labels = check_labels(cond, self.num_classes, batch)
         if self.labels is not None:
             row = lookup(self.labels[...], labels)

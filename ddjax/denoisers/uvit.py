@@ -1,0 +1,189 @@
+"""U-ViT: a transformer of images for which time, label and patches are all tokens, with long connections."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from ddjax import random
+from ddjax.denoisers.images import ImageNetwork
+from ddjax.denoisers.layers.attention import Attention
+from ddjax.denoisers.layers.basic import (
+    MLP,
+    DType,
+    LayerNorm,
+    Linear,
+    at_least_float32,
+    check_rate,
+    dropout,
+    dropout_keys,
+    zeros,
+)
+from ddjax.denoisers.layers.convolution import Conv
+from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.told import ConditionTokens
+from ddjax.denoisers.taps import tap
+from ddjax.placement import constrain
+from ddjax.types import SoftTokens
+
+EPSILON = 1e-5  # of the published norms
+
+
+class UViT(ImageNetwork):
+    """U-ViT (Bao et al. 2023, "All are worth words", arXiv:2209.12152).
+
+    The label, the time and the patches are tokens of one transformer, which has learned positions and no modulation.
+    Each block behind the middle sees what its counterpart before it made, concatenated and projected. The image that
+    the patches give passes a 3 x 3 convolution, which starts at zero (without one, the layer before it).
+
+    Args:
+        shape, symbols_in, symbols_out, out_channels, patch, embed_width, bits: see `DiT`.
+        width, heads: of the transformer; heads divides width, and width is even.
+        depth: number of blocks, odd (the authors' code counts all but the middle one).
+        mlp_ratio: hidden width of the MLP over width.
+        num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels, no token.
+        time: False ignores t, and there is no token for it.
+        time_mlp: whether two layers follow the sines and cosines of the time (in none of the published models).
+        conv: whether the convolution is there (not in the authors' models of latents); None: for continuous images (of
+            tokens it would mix all logits).
+        dropout: rate on each branch of each block, when train=True.
+        dtype: compute dtype; parameters and the output stay float32.
+        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
+        scan, remat: see `layers.Stack`.
+        rngs: keys of the initial parameters.
+
+    Raises:
+        ValueError: for sizes that do not divide, an even depth, or options of the wrong state space.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        symbols_in: int | None = None,
+        symbols_out: int | None = None,
+        out_channels: int | None = None,
+        patch: int = 1,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4,
+        num_classes: int = 0,
+        time: bool = True,
+        time_mlp: bool = False,
+        conv: bool | None = None,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        embed_width: int | None = None,
+        bits: int = 0,
+        attention: str | None = None,
+        scan: bool = False,
+        remat: bool | str = False,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, patch=patch,
+            width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        conv = symbols_in is None if conv is None else conv
+        self.dropout = dropout
+        self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
+        self.condition = ConditionTokens(width, num_classes=num_classes, time=time, mlp=time_mlp, rngs=rngs)
+        places = self.condition.count + int(np.prod(self.grid))
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
+        block = partial(SkipBlock, width, heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, attention=attention)
+        self.stack = LongSkips(
+            lambda rngs, skips: block(skips=skips, rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs
+        )
+        self.norm = LayerNorm(width, epsilon=EPSILON)
+        last = {"dtype": dtype, "out_dtype": at_least_float32(dtype), "rngs": rngs}
+        self.out = Linear(width, self.features_out, **({} if conv else {"kernel_init": zeros}), **last)
+        channels = self.features_out // patch**2
+        self.conv = Conv(channels, channels, kernel_init=zeros, **last) if conv else None
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None = None,
+        *,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
+        """Run the network.
+
+        Args:
+            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens.
+            t: time in [0, 1].
+            cond: labels in `[0, num_classes]`; None is the null label.
+            rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
+            train: whether dropout acts.
+
+        Returns:
+            float32, `(batch, H, W, out_channels)`, or logits `(batch, H, W, C, symbols_out)`.
+
+        Raises:
+            ValueError: for a shape or dtype that the network was not built for.
+        """
+        batch = self.check(xt)
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        told = tap("condition", self.condition(batch, t, cond))
+        tap("sites", self.places())
+        h = self.embed(self.features(self.patches(xt)))
+        h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
+        h = self.stack(tap("embed", h), keys=keys)
+        y = self.images(self.out(tap("final", self.norm(h)[:, self.condition.count :])))
+        return y if self.conv is None else self.conv(y.reshape(*y.shape[:3], -1)).reshape(y.shape)
+
+
+class SkipBlock(nnx.Module):
+    """A transformer block without a condition: `h + attention(norm(h))`, then `h + mlp(norm(h))`.
+
+    skips: it first takes what a long connection brings, concatenated, by a linear layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        skips: bool,
+        mlp_ratio: float = 4,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        attention: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_rate(dropout)
+        self.dropout = dropout
+        self.skip = Linear(2 * width, width, dtype=dtype, rngs=rngs) if skips else None
+        self.norm_a = LayerNorm(width, epsilon=EPSILON)
+        self.attention = Attention(width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+        self.norm_m = LayerNorm(width, epsilon=EPSILON)
+        self.mlp = MLP(width, int(mlp_ratio * width), approximate=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        h: Float[Array, "batch sites width"],
+        skip: Float[Array, "batch sites width"] | None = None,
+        c: None = None,
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str | None = None,
+    ) -> tuple[Array, Array]:
+        """The result, twice: for the next block, and for a long connection. See `layers.LongSkips`."""
+        named = (lambda point, x: tap(f"{name}{point}", x)) if name else (lambda point, x: x)
+        keys_a, keys_m = (None, None) if keys is None else random.split(keys)
+        h = constrain(h, "batch", "sites", None)
+        if self.skip is not None:
+            h = self.skip(jnp.concatenate([h, named("/skip", skip)], axis=-1))
+        y = named("/attention", self.attention(self.norm_a(h), None, named))
+        h = constrain(h + dropout(y, self.dropout, keys_a), "batch", "sites", None)
+        y = named("/mlp", self.mlp(self.norm_m(h)))
+        h = named("", constrain(h + dropout(y, self.dropout, keys_m), "batch", "sites", None))
+        return h, h

@@ -1,0 +1,269 @@
+"""Published models: their weights in our network, with the process, the kind and the sampler they were made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Key
+
+from ddjax import grids, guidance, solvers
+from ddjax.denoisers import functional_init
+from ddjax.interop import mapping
+from ddjax.interop.adapters import guided_channels
+from ddjax.interop.mapping import Entry, Fixed, Report
+from ddjax.interop.tensors import Tensors, open_tensors, prefix_of
+from ddjax.predictions import BoundDenoiser, bind
+from ddjax.sampling import Observed, sample
+from ddjax.types import Apply, Denoise, Params, Sample
+
+FORMAT = "ddjax.interop 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a family makes of a model's settings: the network and all that stands around it.
+
+    make: our network. entries: whose tensors are its parameters. wrap: what stands between it and the process
+        (`interop.adapters`). shape: of one example. num_classes: its labels; that number is the null label.
+    scale, guided: guidance by default, and of how many outputs (None: all).
+    steps, solver, grid: of sampling by default: `solver(process)` and `grid(steps)`.
+    """
+
+    make: Callable[..., nnx.Module]
+    entries: Sequence[Entry | Fixed]
+    process: Any
+    kind: str
+    shape: tuple[int, ...]
+    wrap: Callable[[Apply], Apply] = lambda apply: apply
+    num_classes: int = 0
+    scale: float = 1.0
+    guided: int | None = None
+    steps: int = 250
+    solver: Callable[[Any], Any] = solvers.Ancestral
+    grid: Callable[[int], Array] = grids.uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of published networks.
+
+    name: what `load(family=...)` calls it. source: whose it is, in words.
+    marks: tensors that each of its files has, by which it is recognised; not: those that none has.
+    claims: whether a config.json says that it is of this family; None: it says nothing.
+    settings: from tensors, config.json and what the caller says, all that is needed to build it: what JSON can hold.
+    model: of the settings.
+    """
+
+    name: str
+    source: str
+    marks: tuple[str, ...]
+    settings: Callable[[Tensors, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    model: Callable[[Mapping[str, Any]], Model]
+    without: tuple[str, ...] = ()
+    claims: Callable[[Mapping[str, Any]], bool | None] = lambda config: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published model in our hands (`interop.load`).
+
+    `.denoise` is a denoiser for everything in ddjax; `.sample(key, num)` draws as its authors do.
+    """
+
+    family: str
+    settings: dict[str, Any]
+    model: Model
+    init: Callable[[Key[Array, ""]], Params]
+    apply: Apply
+    params: Params
+    report: Report
+    prefix: str = ""
+
+    @property
+    def process(self) -> Any:
+        """The process that it was trained under."""
+        return self.model.process
+
+    @property
+    def kind(self) -> str:
+        """What its output says."""
+        return self.model.kind
+
+    @property
+    def denoise(self) -> BoundDenoiser:
+        """The network closed over its parameters."""
+        return bind(self.apply, self.params, self.process, self.kind)
+
+    def guided(self, scale: float | None = None) -> Denoise:
+        """The denoiser under classifier-free guidance, by default as strong as the authors'."""
+        scale, null = self.model.scale if scale is None else scale, self.model.num_classes
+        if not null and scale != 1.0:
+            raise ValueError(f"guidance={scale} leads towards labels, and {self.family} has none here")
+        if self.model.guided is None:
+            return guidance.classifier_free(self.denoise, null=null, scale=scale)
+        return guided_channels(self.denoise, null=null, scale=scale, channels=self.model.guided)
+
+    def sample(
+        self,
+        key: Key[Array, ""],
+        num: int,
+        cond: Any = None,
+        *,
+        guidance: float | None = None,
+        steps: int | None = None,
+        solver: Any = None,
+        length: int | None = None,
+        observed: Observed | None = None,
+    ) -> Sample:
+        """Draw `num` examples with the authors' sampler.
+
+        cond: labels; None draws without, and without guidance. guidance: 1 is off. steps: of the solver. solver:
+            another one, for this process. length: of texts, up to the model's own. observed: sites that are known.
+        A continuous chain that ends with noise ends at what the network then says of x_0 (DDPM's last step).
+        Raises ValueError as `ddjax.sample` does.
+        """
+        model = self.model
+        shape = model.shape if length is None else (length,)
+        if length is not None and len(model.shape) != 1:
+            raise ValueError(f"length={length}: examples of {self.family} have the shape {model.shape}")
+        denoise = self.denoise if cond is None else self.guided(guidance)
+        if cond is None and guidance not in (None, 1.0):
+            raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond")
+        cond = cond if cond is None else jnp.asarray(cond)
+        drawn = sample(
+            key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed,
+            solver=model.solver(self.process) if solver is None else solver,
+            times=model.grid(model.steps if steps is None else steps),
+        )  # fmt: skip
+        if self.process.state != "gaussian" or not np.isfinite(float(self.process.schedule.log_snr(jnp.zeros(())))):
+            return drawn
+        return _to_data(denoise, self.process, drawn, cond)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as one safetensors file of ours, which says how to build it. Atomic."""
+        from ddjax.training import export_safetensors
+
+        about = {"format": FORMAT, "family": self.family, "settings": json.dumps(self.settings), "prefix": self.prefix}
+        export_safetensors(path, self.params, about)
+
+    def export(self, path: str | os.PathLike, dtype: Any = None) -> None:
+        """Write it under the authors' names and in their shapes, as one safetensors file. Atomic.
+
+        dtype: of the tensors, default the parameters'.
+        """
+        from safetensors.numpy import save
+
+        from ddjax.training.manifest import write_atomically
+
+        tensors = mapping.save(self.model.entries, self.params, dtype)
+        tensors = {f"{self.prefix}{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
+        write_atomically(Path(path), save(tensors, metadata={"format": "pt"}))
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether `Published.save` wrote it. Raises as `open_tensors` does."""
+    return open_tensors(path)[2].get("format") == FORMAT
+
+
+def load(
+    path: str | os.PathLike,
+    family: str | None = None,
+    *,
+    families: Mapping[str, Family],
+    partial: bool = False,
+    dtype: Any = jnp.float32,
+    key: Key[Array, ""] | None = None,
+    **settings: Any,
+) -> Published:
+    """See `ddjax.interop.load`."""
+    found, config, header = open_tensors(path)
+    if header.get("format") == FORMAT:
+        return _load_ours(path, header, families, dtype)
+    chosen = _family(family, families, list(found), config, path)
+    prefix, aside = prefix_of(list(found), chosen.marks)
+    if prefix is None:
+        raise ValueError(f"{path} is no {chosen.name} ({chosen.source}): it has no {', no '.join(chosen.marks)}")
+    own = found.under(prefix)
+    all_settings = chosen.settings(own, config, settings)
+    if beyond := settings.keys() - all_settings.keys():
+        raise ValueError(f"{chosen.name} has no settings {sorted(beyond)}; it has {', '.join(all_settings)}")
+    model = chosen.model(all_settings | settings)
+    init, apply = functional_init(_making(model))
+    # What is neither the network's nor another copy of it is unknown, under its whole name.
+    rest = {n: n for n in found if not n.startswith(prefix) and n not in set(aside)}
+    key = jax.random.key(0) if key is None else key
+    params, report = mapping.load(
+        model.entries, Tensors(found.files, own.names | rest), mapping.shapes_of(init), dtype=dtype,
+        initial=(lambda: init(key)) if partial else None, aside=aside,
+    )  # fmt: skip
+    return Published(
+        chosen.name, all_settings | settings, model, init, model.wrap(apply), params, report, prefix=prefix
+    )
+
+
+def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Family], dtype: Any) -> Published:
+    """What `Published.save` wrote."""
+    from ddjax.training import load_safetensors
+
+    settings, name = json.loads(header["settings"]), header["family"]
+    if name not in families:
+        raise ValueError(f"{path} is of the family {name!r}; this ddjax knows {', '.join(families)}")
+    model = families[name].model(settings)
+    init, apply = functional_init(_making(model))
+    leaves, shapes = mapping.flat(load_safetensors(path)[0]), mapping.shapes_of(init)
+    wrong = sorted(leaves.keys() ^ shapes.keys()) or [n for n in shapes if leaves[n].shape != shapes[n]]
+    if wrong:
+        raise ValueError(f"{path} does not hold the parameters that its header describes: {', '.join(wrong[:6])}")
+    params = mapping.nested({n: np.asarray(leaves[n], dtype) for n in shapes})
+    report = Report(matched=tuple(((n,), (n,)) for n in shapes))
+    return Published(name, settings, model, init, model.wrap(apply), params, report, prefix=header.get("prefix", ""))
+
+
+def _making(model: Model) -> Callable[[nnx.Rngs], nnx.Module]:
+    return lambda rngs: model.make(rngs=rngs)
+
+
+def _family(
+    name: str | None, families: Mapping[str, Family], names: list[str], config: Mapping[str, Any], path: Any
+) -> Family:
+    """The one that is asked for, or the only one whose file it can be."""
+    if name is not None:
+        if name not in families:
+            raise ValueError(f"family={name!r}: expected one of {', '.join(map(repr, families))}")
+        return families[name]
+    likely = []
+    for family in families.values():
+        prefix = prefix_of(names, family.marks)[0]
+        if prefix is not None and not any(prefix + n in names for n in family.without):
+            likely.append(family)
+    claimed = [family for family in likely if family.claims(config)]
+    likely = claimed or [family for family in likely if family.claims(config) is None]
+    if len(likely) == 1:
+        return likely[0]
+    found = f"could be {' or '.join(f.name for f in likely)}" if likely else "is of no family that ddjax knows"
+    raise ValueError(f"{path} {found}: say which with family=..., one of {', '.join(families)}")
+
+
+@partial(jax.jit, static_argnames="process")
+def _ended(denoise: Denoise, process: Any, x: Array, cond: Any) -> Array:
+    t = jnp.zeros(x.shape[0])
+    return process.convert(denoise(x, t, cond), "x0", x, t).value
+
+
+def _to_data(denoise: Denoise, process: Any, drawn: Sample, cond: Any) -> Sample:
+    """The last step of a chain whose first noise is not none: to the mean, at one evaluation more."""
+    from ddjax.predictions import evaluations
+    from ddjax.pytrees import as_pytree
+
+    denoise = as_pytree(denoise)
+    return drawn._replace(x0=_ended(denoise, process, drawn.x0, cond), nfe=drawn.nfe + evaluations(denoise))
