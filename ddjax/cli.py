@@ -1,4 +1,4 @@
-"""The command line: `ddjax train | sample | edit | search | eval | bench | plan | data | export | launch`."""
+"""The command line: `ddjax train | sample | edit | search | eval | bench | plan | data | export | convert | launch`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ PLAN = """\
 Example: ddjax plan --config configs/dit_xl2.py --devices 64 --chip h200 --shape 32 32 4 --classes 1000
 Prints where each parameter lies, bytes per device, collectives, FLOPs, and the least time of a step. Any key of the
 config can be overridden: --config.train.mesh="{'fsdp': -1, 'tensor': 8}". docs/scaling.md checks it by hand."""
+
+
+CONVERT = """\
+Example: ddjax convert DiT-XL-2-256.safetensors --family dit --out dit.safetensors
+Then in Python: ddjax.interop.load("dit.safetensors").sample(key, 4, cond=labels). A file of ours is turned into its
+authors' again. Families: dit, sit, diffusers_dit, uvit, mdlm, sedd, udlm, duo, radd, llada."""
 
 
 LAUNCH = """\
@@ -337,6 +343,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     _add_step(export)
 
+    _add_convert(known)
+
     launch = _command(
         known, "launch", commands.launch, "run a command as several processes that find each other", epilog=LAUNCH
     )
@@ -357,6 +365,25 @@ def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = N
     )
     command.set_defaults(run=run, joins=False)
     return command
+
+
+def _add_convert(known: Any) -> None:
+    convert = _command(
+        known, "convert", commands.convert, "turn published PyTorch weights into ours, or back", epilog=CONVERT
+    )
+    convert.add_argument("input", type=Path, help="their .safetensors file or Hugging Face folder, or a file of ours")
+    convert.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    convert.add_argument("--family", metavar="NAME", help="whose network it is (default: found by its tensors)")
+    convert.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="what the file does not say (may be repeated)"
+    )
+    convert.add_argument(
+        "--partial", action="store_true", help="go on where tensors do not fit; what has none stays as it is drawn"
+    )
+    convert.add_argument("--names", action="store_true", help="also print which tensor became which parameter")
+    convert.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="back: of their tensors (default: float32)"
+    )
 
 
 def _add_data(known: Any) -> None:

@@ -112,13 +112,13 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(text: str, of: str = "--solver-option") -> tuple[str, Any]:
     """KEY=VALUE, the value a Python literal or else a string."""
     import ast
 
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
-        raise ValueError(f"--solver-option {text}: expected KEY=VALUE, for example eta=0.5")
+        raise ValueError(f"{of} {text}: expected KEY=VALUE, for example eta=0.5")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -370,6 +370,46 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"parameters of step {run.step} -> {arguments.out}")
 
     cluster.on_first(write)
+    return 0
+
+
+def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Published weights to ours, or back."""
+    import jax.numpy as jnp
+    from rich.console import Console
+    from rich.table import Table
+
+    from ddjax import interop
+
+    if arguments.out.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
+    settings = dict(_option(text, "--set") for text in arguments.set)
+    try:
+        back = interop.published.is_ours(arguments.input)
+        if back and (settings or arguments.family or arguments.partial):
+            raise ValueError(f"{arguments.input} says itself what it is: no --set, no --family, no --partial")
+        model = interop.load(arguments.input, arguments.family, partial=arguments.partial, **settings)
+    except ValueError as error:
+        summary, *lines = str(error).splitlines()
+        if lines:
+            print("\n".join(lines))
+        raise ValueError(summary) from error
+    dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
+    if back:
+        model.export(arguments.out, dtype)
+    else:
+        if dtype is not None:
+            raise ValueError("--dtype is of the published tensors; ours are float32")
+        model.save(arguments.out)
+    if arguments.names:
+        table = Table("theirs", "ours", box=None)
+        for theirs, ours in model.report.matched:
+            table.add_row(", ".join(theirs), ", ".join(ours))
+        Console(soft_wrap=True).print(table, highlight=False, markup=False)
+    if not back:
+        print(model.report)
+    whose = interop.FAMILIES[model.family].source
+    print(f"{model.family} ({whose}), {'theirs' if back else 'ours'} -> {arguments.out}")
     return 0
 
 

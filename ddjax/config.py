@@ -90,7 +90,7 @@ class ProcessConfig:
 class DenoiserConfig:
     """The network."""
 
-    name: str = "dit"  # dit, text
+    name: str = "dit"  # of names.DENOISERS: dit, text, unet, edm2, uvit, dico, state_space, ...
     # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm; encoded
     # (learned_gaussian); hyvarinen (geometric); of an interpolant x0, x1, noise, score, velocity, residual, and where
     # it has noise pairs such as velocity+noise; ends (barycentric)
@@ -98,7 +98,8 @@ class DenoiserConfig:
     # constructor arguments: width, depth, heads, dropout, label_noise (dit: CEP), time, block (text), dtype, scan,
     # remat, ...; and shared_times, a dict of until and parts: one time for each part of the first times (E-TSDM);
     # coherence_levels: with data.coherence, labels at so many levels of it instead of a number beside the label;
-    # truncated_logistic: True for tokens with an order, a centre and a width for each site (D3PM)
+    # truncated_logistic: True for tokens with an order, a centre and a width for each site (D3PM);
+    # size: a name of denoisers.sizes, which stands for several of these
     options: dict = dataclasses.field(default_factory=dict)
 
 

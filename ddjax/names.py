@@ -217,6 +217,10 @@ DENOISERS = {
     "unet": denoisers.UNet,
     "edm2": denoisers.EDM2,
     "uvit": denoisers.UViT,
+    "dico": denoisers.DiCo,
+    "state_space": denoisers.StateSpace,
+    "tabular": denoisers.TabularMLP,
+    "graph": denoisers.GraphTransformer,
 }
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {

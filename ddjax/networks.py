@@ -29,7 +29,7 @@ def output_shape(process: Any, shape: tuple[int, ...], kind: str) -> tuple[int, 
 def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
     """Its initial parameters, as a function of a key, and how it is called. Raises ConfigError."""
     c = config.denoiser
-    options = dict(c.options)
+    options = _sized(c.name, c.options)
     companions.check_coherence(config, data, process)
     levels, shows = options.pop("coherence_levels", 0), config.objective.options.get("show", False)
     shared, ordinal = options.pop("shared_times", None), options.pop("truncated_logistic", False)
@@ -59,6 +59,16 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
                 f"config.denoiser.name='text' is for token sequences, not for {data.name!r} of shape {data.shape}"
             )
         options["length"] = data.shape[0]
+    elif c.name == "tabular":
+        if len(data.shape) != 1:
+            raise ConfigError(
+                f"config.denoiser.name='tabular' is for rows of columns, not for {data.name!r} of shape {data.shape}"
+            )
+        options["columns"] = (1 + shows) * state_shape(process, data.shape)[0]
+        if data.num_symbols is None:
+            options["out_columns"] = output_shape(process, data.shape, c.kind)[-1]
+    elif c.name == "graph":
+        options["nodes"] = _nodes(data, bool(options.get("typed", False)))
     else:
         if len(data.shape) != 3:
             raise ConfigError(
@@ -91,6 +101,29 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if shared is not None:
         apply = _sharing_times(apply, process, data, config, shared)
     return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _nodes(data: Dataset, typed: bool) -> int:
+    """Of the graphs that the items are: a site for each pair of nodes, and for each node if these have types."""
+    sites = data.shape[0] if len(data.shape) == 1 and data.num_symbols is not None else 0
+    nodes = next((n for n in range(2, sites + 2) if n * (n - 1) // 2 + n * typed == sites), None)
+    if nodes is None:
+        raise ConfigError(
+            "config.denoiser.name='graph' is for graphs, tokens of pairs of nodes (1, 3, 6, 10, ...; with typed=True, "
+            f"of nodes before them), not for {data.name!r} of shape {data.shape}"
+        )
+    return nodes
+
+
+def _sized(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, "size" replaced by what it stands for; those beside it count."""
+    options = dict(options)
+    if "size" not in options:
+        return options
+    key, sizes = "config.denoiser.options.size", denoisers.sizes.SIZES.get(network)
+    if sizes is None:
+        raise ConfigError(f"{key}={options['size']!r}: config.denoiser.name={network!r} has no named sizes")
+    return {**naming.pick(sizes, options.pop("size"), key), **options}
 
 
 def _sharing_times(apply: Apply, process: Any, data: Dataset, config: Config, options: Mapping[str, Any]) -> Apply:

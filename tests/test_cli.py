@@ -12,7 +12,7 @@ from ddjax.cli import main
 from ddjax.experiment import build
 from ddjax.training import load_safetensors, loop
 
-COMMANDS = ("train", "sample", "edit", "search", "eval", "bench", "data", "export")
+COMMANDS = ("train", "sample", "edit", "search", "eval", "bench", "data", "export", "convert")
 
 
 @pytest.fixture(autouse=True)

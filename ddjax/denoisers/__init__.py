@@ -5,15 +5,23 @@ apply, params = functional(module)
 logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 """
 
-from ddjax.denoisers import layers, outputs, taps
+from ddjax.denoisers import layers, outputs, sizes, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
+from ddjax.denoisers.dico import DiCo
 from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
 from ddjax.denoisers.freeu import FreeU, freeu
 from ddjax.denoisers.functional import Functional, from_linen, functional, functional_init
 from ddjax.denoisers.given import nulls
+from ddjax.denoisers.graph import GraphTransformer
+from ddjax.denoisers.graph_features import graph_features
+from ddjax.denoisers.inheritance import inherited
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
+from ddjax.denoisers.low_rank import LowRankGaussian
+from ddjax.denoisers.neural_process import NeuralProcess
+from ddjax.denoisers.state_space import StateSpace
+from ddjax.denoisers.tabular import TabularMLP
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
 from ddjax.denoisers.unet import UNet
@@ -26,13 +34,19 @@ __all__ = [
     "UNET_DESIGNS",
     "UNET_SIZES",
     "Coherent",
+    "DiCo",
     "DiT",
     "FreeU",
     "Functional",
+    "GraphTransformer",
+    "LowRankGaussian",
+    "NeuralProcess",
     "OverDraws",
     "Pointed",
     "SharedEarlyTimes",
     "ShownX1",
+    "StateSpace",
+    "TabularMLP",
     "TextTransformer",
     "TruncatedLogistic",
     "UNet",
@@ -42,9 +56,12 @@ __all__ = [
     "from_linen",
     "functional",
     "functional_init",
+    "graph_features",
+    "inherited",
     "layers",
     "nulls",
     "outputs",
+    "sizes",
     "stack_blocks",
     "taps",
     "truncated_logistic_logits",

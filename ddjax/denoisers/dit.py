@@ -21,6 +21,7 @@ from ddjax.denoisers.layers.attention import Layout, among_related
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, sincos
+from ddjax.denoisers.layers.merging import Sizes, check_sizes
 from ddjax.denoisers.layers.routing import Route, channel_mask, nearest_grid
 from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
@@ -47,7 +48,8 @@ class DiT(ImageNetwork):
         out_channels: channels of a continuous output, default C.
         patch: side of a patch, divides all sides.
         width, depth, heads: of the transformer; heads divides width.
-        mlp: "gelu", "gated" (SwiGLU), or "experts", with options of `layers.Experts` in `experts`.
+        mlp: "gelu", "gated" (SwiGLU), "experts" or "pooled", with options of `layers.Experts` or
+            `PooledExperts` in `experts`.
         mlp_ratio: hidden width of the MLP (of each expert) over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         relations: None, or for each of some relations a label of every patch, row by row: the heads, in turn, attend
@@ -74,12 +76,15 @@ class DiT(ImageNetwork):
         bits: of a token, if tokens are fed as their bits, without embeddings (`layers.embed.TokenBits`): there are
             2**bits symbols, and a mask or not. 0: embeddings.
         cond_width: width of the conditioning vector, default `width`.
-        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
+        attention: None, "xla" or "cudnn" (`layers.dot_product_attention`), or "linear" (`layers.LinearAttention`).
         route: None, or (start, stop, share) of the sites that bypass these blocks in training (TREAD; `layers.Stack`).
         task_share: share of the channels that blocks use at a time, a window that moves with t (denoising task routing;
             `layers.routing.channel_mask`). 1: all.
         downsample: when not training, sites attend to every `downsample`-th place along each axis only (ToDo, Smith et
             al. 2024); no other weights. 1: to all.
+        merge: None, or (pool, targets, kept), numbers of patches: when not training, and told how important each is,
+            `cond = {"importance": (batch, patches), ...}`, only `kept` of them attend (`layers.merging`;
+            `solvers.Merging` tells it). No other weights.
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -122,6 +127,7 @@ class DiT(ImageNetwork):
         route: Route | None = None,
         task_share: float = 1.0,
         downsample: int = 1,
+        merge: Sizes | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
@@ -150,11 +156,13 @@ class DiT(ImageNetwork):
             closed=closed_times, rngs=rngs,
         )  # fmt: skip
         block = partial(
-            Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width, qkv_bias=qkv_bias,
-            dropout=dropout, dtype=dtype, attention=attention, experts=experts, context_width=context_width,
+            Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
+            qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
+            context_width=context_width,
+            merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
         )  # fmt: skip
         self.heads, self.width = heads, width
-        self.task_share, self.downsample = task_share, downsample
+        self.task_share, self.downsample, self.merges = task_share, downsample, merge is not None
         nearest_grid(self.grid, downsample)  # raises for what cannot be
         if downsample > 1 and relations:
             raise ValueError("downsample thins out keys, and relations may need all: build the network without one")
@@ -221,6 +229,14 @@ class DiT(ImageNetwork):
             told, context = told.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
         if self.image_channels:
             told = told.without("image")
+        importance = None
+        if self.merges:
+            told, importance = told.without("importance"), None if train else given.importance
+        if importance is not None and (layout is not None or importance.shape != (batch, length)):
+            raise ValueError(
+                f'cond["importance"] has shape {importance.shape}; expected {(batch, length)}, for a network whose '
+                "patches all attend to all"
+            )
         c = constrain(tap("condition", self.condition(batch, t, told, keys=label_keys)), "batch", None)
         tap("sites", self.places())
         x = self.features(view.seen(self.patches(xt), self.patches(view.clean)))
@@ -238,7 +254,8 @@ class DiT(ImageNetwork):
         if self.task_share < 1:
             channels = channel_mask(jnp.broadcast_to(t, (batch,)), self.width, self.task_share)
         routes = self.stack.route_keys(batch, rng, train)
-        h = self.stack(h, c, keys, layout, context=context, channels=channels, route_keys=routes)
+        more = {"context": context, "channels": channels, "importance": importance, "train": train}
+        h = self.stack(h, c, keys, layout, route_keys=routes, **more)
         return h if view.clean is None else h[:, :length], c, view
 
     def _own_layout(self, length: int, *, sparse: bool) -> Layout | None:

@@ -17,6 +17,7 @@ OPTIONS = {
     "sequence": "context_width",
     "valid": "context_width",
     "image": "image_channels",
+    "importance": "merge",
 }
 
 
@@ -33,6 +34,7 @@ class Given(NamedTuple):
     sequence: Float[Array, "batch entries context"] | None = None  # what sites attend to: embedded words, say
     valid: Bool[Array, "batch entries"] | None = None  # which entries of the sequence there are; None: all
     image: Float[Array, "batch *sites channels"] | None = None  # values at the sites of the state: further channels
+    importance: Float[Array, "batch patches"] | None = None  # of the network's sites, for merging others in attention
 
     @classmethod
     def of(cls, cond: Any) -> Given:

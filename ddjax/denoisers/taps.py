@@ -16,7 +16,7 @@ and raises. Over the steps of a sampler: `ddjax.sample(..., taps=("block/0/mlp",
 
 A transformer's block i has the points `block/i/queries`, `/keys`, `/values`, `/attention` (the branch), `/mlp` and
 `block/i` itself; and `/attention/weights`, `(batch, heads, queries, keys)`, a softmax that no fused kernel would
-write down: it is made where someone listens for it and nowhere else.
+write down: it is made where someone asks for it by name and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array
+
+GUIDANCE = "guidance/change"  # what a condition changes, shaped like the prediction, of guidance between two
 
 Override = Callable[[Array], Array] | Array
 
@@ -78,7 +80,7 @@ def tap(name: str, value: Array) -> Array:
 
 @contextlib.contextmanager
 def record(*names: str) -> Iterator[dict[str, Array]]:
-    """Record the named points (all, where none is named) of the networks run inside the context.
+    """Record the named points (where none is named all, but for those made on demand) of the networks run inside.
 
     Yields a dict from name to array, filled as the network runs; of a network called twice it holds the last
     call. Raises ValueError where a named point was never reached, or is inside a scanned stack or a later
@@ -101,8 +103,8 @@ def override(overrides: Mapping[str, Override]) -> Iterator[None]:
 
 
 def wanted(name: str) -> bool:
-    """Whether anyone listens for this name: what costs to make is made only then."""
-    return any(listener.wants(name) for listener in _LISTENERS.get())
+    """Whether anyone asks for this point by its name: what costs to make is made only then."""
+    return any(listener.names is not None and name in listener.names for listener in _LISTENERS.get())
 
 
 class Below(NamedTuple):

@@ -52,7 +52,8 @@ class TextTransformer(nnx.Module):
         symbols_in: tokens of xt run over `[0, symbols_in)` (`process.num_states`: the mask counts).
         symbols_out: number of logits per site (`process.num_symbols`).
         width, depth, heads: of the transformer; heads divides width, and width / heads is even.
-        mlp: "gated" (SwiGLU), "gelu", or "experts", with options of `layers.Experts` in `experts`.
+        mlp: "gated" (SwiGLU), "gelu", "experts" or "pooled", with options of `layers.Experts` or
+            `PooledExperts` in `experts`.
         mlp_width: hidden width (of each expert), default 4 width for "gelu" and, for as many parameters, 8/3 width (to
             a multiple of 8) for gated ones.
         embed_width: None embeds straight to `width`; else embeds to this and projects (MD4's outside
@@ -126,9 +127,15 @@ class TextTransformer(nnx.Module):
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
         self.final = FinalLayer(
-            width, symbols_out, cond_width=cond_width, norm=norm, epsilon=epsilon, bias=head_bias, dtype=dtype,
+            width,
+            symbols_out,
+            cond_width=cond_width,
+            norm=norm,
+            epsilon=epsilon,
+            bias=head_bias,
+            dtype=dtype,
             rngs=rngs,
-        )  # fmt: skip
+        )
 
     def __call__(
         self,
@@ -180,7 +187,7 @@ class TextTransformer(nnx.Module):
         if view.clean is not None and c is not None:
             c = self._with_clean(own, view.cond)
         h = self._embedded(view.seen(xt, view.clean))
-        h = self.stack(h, c, keys, layout, route_keys=self.stack.route_keys(batch, rng, train))
+        h = self.stack(h, c, keys, layout, route_keys=self.stack.route_keys(batch, rng, train), train=train)
         return view.everywhere(self.final(h[:, :some], own), length)
 
     def _embedded(self, seen: Any) -> Float[Array, "batch sites width"]:

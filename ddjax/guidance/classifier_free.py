@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddjax.denoisers.taps import GUIDANCE, tap
 from ddjax.nulls import nullified
 from ddjax.predictions import LOGIT_KINDS, Prediction
 from ddjax.predictions import evaluations as cost
@@ -64,7 +65,7 @@ def _extrapolated(
     with_cond, without = jnp.split(value, 2)
     # A symbol impossible on either side is judged by the condition alone: -inf - -inf would be NaN.
     impossible = jnp.isneginf(with_cond) | jnp.isneginf(without)
-    change = jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without)
+    change = tap(GUIDANCE, jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without))
     return Prediction(jnp.where(impossible, with_cond, without + scale * change), out.kind)
 
 

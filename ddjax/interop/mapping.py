@@ -99,7 +99,7 @@ def constant(ours: str, value: np.ndarray) -> Entry:
             raise ValueError("a table that cannot be learned in their network, and has been in ours")
         return ()
 
-    return Entry(ours, (), Change(lambda: value, nothing))
+    return Entry(ours, (), Change(lambda: np.array(value), nothing))
 
 
 def by_heads(heads: int, parts: int = 3) -> Change:
@@ -180,6 +180,12 @@ class Report:
             *(f"mis-shaped: {name} has {found}, expected {wanted}" for name, found, wanted in self.misshapen),
             *(f"not the fixed values that the network computes: {name}" for name in self.different),
         ]
+
+    def counted(self) -> str:
+        """How many of each problem."""
+        words = ("unknown", "missing", "misshapen", "different")
+        numbers = ((len(getattr(self, word)), word) for word in words)
+        return ", ".join(f"{number} {word}" for number, word in numbers if number)
 
     def __str__(self) -> str:
         """How many of each, and every problem by name."""
@@ -269,7 +275,7 @@ def load(
     report["unknown"] = [name for name, used in found.items() if not used]
     told = Report(**{name: tuple(values) for name, values in report.items()})
     if not told.whole and initial is None:
-        raise ValueError("these weights are not this network's:\n" + "\n".join(told.problems()))
+        raise ValueError("\n".join([f"these weights are not this network's: {told.counted()}", *told.problems()]))
     leaves = {} if told.whole else {path: np.asarray(leaf, dtype) for path, leaf in flat(initial()).items()}
     for entry, theirs, ours in ready:
         arrays = [np.asarray(tensors[name]).astype(dtype) for name in theirs]

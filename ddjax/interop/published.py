@@ -170,6 +170,11 @@ class Published:
         write_atomically(Path(path), save(tensors, metadata={"format": "pt"}))
 
 
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether `Published.save` wrote it. Raises as `open_tensors` does."""
+    return open_tensors(path)[2].get("format") == FORMAT
+
+
 def load(
     path: str | os.PathLike,
     family: str | None = None,

@@ -17,6 +17,7 @@ from ddjax.solvers.grouped import Grouped
 from ddjax.solvers.key_values import KeyValues
 from ddjax.solvers.langevin import EulerMaruyama, Langevin, PredictorCorrector, predictor_corrector
 from ddjax.solvers.learned import Learned
+from ddjax.solvers.merging import Merging
 from ddjax.solvers.momentum import Momentum
 from ddjax.solvers.multistep import (
     Multistep,
@@ -102,6 +103,7 @@ __all__ = [
     "LeftToRight",
     "LevenbergMarquardt",
     "Local",
+    "Merging",
     "Momentum",
     "Multistep",
     "Nested",

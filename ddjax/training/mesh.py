@@ -38,11 +38,12 @@ LAYOUT = (
     (r"/modulation/kernel$", ("tensor", "fsdp")),  # its input has no sites: a sum of it is cheap
     (r"/conv_in/kernel$", ("fsdp", "tensor")),
     (r"/conv_out/kernel$", ("tensor", "fsdp")),
-    (r"/skip/kernel$", ("fsdp", "tensor")),
+    (r"/(skip|inner|expand)/kernel$", ("fsdp", "tensor")),
+    (r"/(outer|reduce)/kernel$", ("tensor", "fsdp")),
     (r"/tokens/table$", ("fsdp", "tensor")),
     (r"/final/out/kernel$", ("fsdp", "tensor")),
 )
-SCANNED = re.compile(r"/stack/((down|up)/)?blocks/\D")  # parameters whose first axis is the layers
+SCANNED = re.compile(r"/stack/(.+/)?blocks/\D")  # parameters whose first axis is the layers
 
 FSDP_MIN_SIZE = 2**14  # below this many elements, gathering a parameter costs more than holding it
 

@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax.denoisers import EDM2, DiT, TextTransformer, UNet, UNetDesign, UViT, functional_init, stack_blocks
+from ddjax.denoisers import (
+    EDM2,
+    DiCo,
+    DiT,
+    GraphTransformer,
+    NeuralProcess,
+    StateSpace,
+    TabularMLP,
+    TextTransformer,
+    UNet,
+    UNetDesign,
+    UViT,
+    functional_init,
+    stack_blocks,
+)
 from ddjax.training.mesh import make_mesh, state_shardings
 
 pytestmark = pytest.mark.slow
@@ -15,12 +29,20 @@ pytestmark = pytest.mark.slow
 PIXELS, TOKENS = {"shape": (8, 8, 2)}, {"symbols_in": 6, "symbols_out": 5}
 LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
 FEW = {"groups": 4}
+GRAPH = {"width": 16, "edge_width": 8, "global_width": 8, "depth": 3, "heads": 2, "feed_forward": (16, 16, 16)}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
     "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
     "text": (TextTransformer, {"length": 8, **TOKENS, "width": 16, "depth": 2, "heads": 2}, ()),
-    "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2}, ()),
-    "uvit-tokens": (UViT, {**PIXELS, **TOKENS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "time_mlp": True}, ()),
+    "dit-linear": (DiT, {**PIXELS, "width": 16, "depth": 2, "heads": 2, "patch": 2, "attention": "linear"}, ()),
+    "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2, "time_mlp": True}, ()),
+    "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),
+    "dico-attention": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 8}, ()),
+    "state-space": (StateSpace, {**PIXELS, **TOKENS, "width": 16, "depth": 5, "patch": 2, "state": 4}, ()),
+    "tabular": (TabularMLP, {"columns": 10, "width": 16, "hidden": (32, 32)}, ()),
+    "tabular-tokens": (TabularMLP, {"columns": 10, **TOKENS, "width": 16, "hidden": (32, 32)}, ()),
+    "graph": (GraphTransformer, {"nodes": 5, **TOKENS, **GRAPH}, ()),
+    "neural-process": (NeuralProcess, {"width": 16, "depth": 3, "heads": 2}, ()),
     "unet": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),
     "ncsn++": (UNet, {**PIXELS, **LEVELS, "design": "ncsn++"}, ("frequencies",)),
@@ -33,11 +55,15 @@ def takes(name, option):
     return option in NETWORKS[name][0].__init__.__annotations__
 
 
+def classes(name):
+    return {"num_classes": 3} if takes(name, "num_classes") else {}
+
+
 @functools.cache
 def network(name, **more):
     """Parameters of normal weights, and the network."""
     kind, options, _ = NETWORKS[name]
-    init, apply = functional_init(lambda rngs: kind(**options, num_classes=3, **more, rngs=rngs))
+    init, apply = functional_init(lambda rngs: kind(**options, **classes(name), **more, rngs=rngs))
     rng = np.random.default_rng(7)
     shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes), apply
@@ -45,9 +71,10 @@ def network(name, **more):
 
 def inputs(name, batch=4):
     options, rng = NETWORKS[name][1], np.random.default_rng(1)
-    shape = (batch, *options.get("shape", (options.get("length"),)))
+    shape = (batch, *options.get("shape", (options.get("length", 10),)))  # of rows and graphs 10
     xt = rng.integers(0, 6, shape, np.int32) if "symbols_in" in options else rng.normal(size=shape).astype(np.float32)
-    return xt, rng.uniform(size=batch).astype(np.float32), rng.integers(0, 4, batch, np.int32)
+    cond = rng.integers(0, 4, batch, np.int32) if classes(name) else {"points": rng.normal(size=(batch, 10, 2))}
+    return xt, rng.uniform(size=batch).astype(np.float32), cond
 
 
 @functools.cache
@@ -64,7 +91,7 @@ def close(a, b, tolerance=2e-5):
 @every
 def test_it_starts_at_zero_with_float32_outputs(name):
     kind, options, _ = NETWORKS[name]
-    init, apply = functional_init(lambda rngs: kind(**options, num_classes=3, dtype=jnp.bfloat16, rngs=rngs))
+    init, apply = functional_init(lambda rngs: kind(**options, **classes(name), dtype=jnp.bfloat16, rngs=rngs))
     params = jax.jit(init)(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     out = jax.jit(apply)(params, *inputs(name))
@@ -96,14 +123,14 @@ def test_an_example_does_not_depend_on_its_neighbours(name):
     params, apply = network(name)
     call, args = jax.jit(apply), inputs(name)
     for i in (0, 2):
-        close(call(params, *(x[i : i + 1] for x in args))[0], output(name)[i])
+        close(call(params, *jax.tree.map(lambda x, i=i: x[i : i + 1], args))[0], output(name)[i])
     assert np.abs(output(name)[0] - output(name)[2]).max() > 1e-2
 
 
 @every
 def test_vmap_is_a_loop(name):
     params, apply = network(name)
-    args = [x.reshape(2, 2, *x.shape[1:]) for x in inputs(name)]
+    args = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), inputs(name))
     out = jax.jit(jax.vmap(apply, in_axes=(None, 0, 0, 0)))(params, *args)
     close(np.concatenate(out), output(name))
 

@@ -62,8 +62,13 @@ def test_what_it_adds_is_made_of_its_own_blocks(trunk, noise):
     assert np.abs(expected - plain(params, X, T, LABELS)).max() > 1e-2
     with taps.record("block/0/attention/weights") as own:
         plain(params, X, T, LABELS)
-    name = "block/0/attention/weights"  # outside, the trunk's taps are heard, and not the copy's of the same name
+    name = "block/0/attention/weights"
     np.testing.assert_array_equal(heard[name], own[name])
+    # Outside, the trunk's taps are meant, and not the copy's of the same names.
+    with taps.override({f"block/{i}": lambda h, i=i: h + (i == 0) + out[i] for i in range(2)}):
+        expected = plain(params, X, T, LABELS)
+    with taps.override({"block/0": lambda h: h + 1}):
+        np.testing.assert_allclose(apply(side, X, T, COND), expected, atol=1e-5)
 
 
 @pytest.mark.slow

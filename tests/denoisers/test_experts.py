@@ -43,7 +43,8 @@ def by_loop(layer, x, capacity):
                     lost += 1
                     continue
                 taken[expert] += 1
-                weight = probabilities[site, expert] / probabilities[site, chosen[site]].sum()
+                weight = probabilities[site, expert]
+                weight /= probabilities[site, chosen[site]].sum() if layer.normalised else 1
                 y[site] += weight * (silu(x_site @ p["gate"][expert]) * (x_site @ p["up"][expert])) @ p["down"][expert]
         if layer.shared is not None:
             gate, up, down = (np.asarray(getattr(layer.shared, name).kernel[...]) for name in ("gate", "up", "down"))
@@ -59,6 +60,7 @@ def by_loop(layer, x, capacity):
     "options",
     [
         {"experts": 4, "top_k": 2, "capacity": 0.7},  # many are dropped, of both ranks
+        {"experts": 4, "top_k": 2, "capacity": 1.0, "normalised": False},
         {"experts": 4, "top_k": 1, "capacity": 1.0, "shared": 2},
         {"experts": 3, "top_k": 3, "capacity": 1.0},  # all of everything
     ],

@@ -168,7 +168,8 @@ def test_sites_attend_to_every_second_one_only(noise):
     (init, plain), (_, thin) = build(), build(downsample=2)
     params = noise(jax.eval_shape(init, jax.random.key(0)))
     xt, keys = RNG.integers(0, 5, (2, 4, 4, 1), np.int32), [0, 2, 8, 10]
-    with taps.record() as seen:
+    points = ("queries", "keys", "values", "attention", "attention/weights")
+    with taps.record(*(f"block/0/{point}" for point in points)) as seen:
         thin(params, xt, T[:2])
     q, k, v = (np.asarray(seen[f"block/0/{p}"], float) for p in ("queries", "keys", "values"))
     scores = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k[:, keys]) / 2)

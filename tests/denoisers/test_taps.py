@@ -11,7 +11,7 @@ from ddjax.denoisers.taps import tap
 CONFIG = {"length": 4, "symbols_in": 3, "symbols_out": 3, "width": 8, "depth": 2, "heads": 2}
 XT = jnp.array([[0, 1, 2, 1], [2, 2, 0, 1]])
 T = jnp.array([0.2, 0.7])
-PARTS = ("", "/queries", "/keys", "/values", "/attention/weights", "/attention", "/mlp")
+PARTS = ("", "/queries", "/keys", "/values", "/attention", "/mlp")
 BLOCKS = {f"block/{i}{part}" for i in range(2) for part in PARTS}
 POINTS = {"condition", "embed", "final", "sites"} | BLOCKS
 

@@ -65,7 +65,9 @@ def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("options", [{}, {"time_mlp": True, "conv": False, "num_classes": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"time_mlp": True, "conv": False, "num_classes": 0}, marks=pytest.mark.slow)]
+)
 def test_it_is_the_published_network(options, build):
     options = {**SMALL, **options}
     run, params = build(lambda rngs: UViT(**options, rngs=rngs))
@@ -77,12 +79,14 @@ def test_it_is_the_published_network(options, build):
     close(run(params, xt, t, labels), want.transpose(0, 2, 3, 1))
 
 
+@pytest.mark.slow
 def test_no_label_is_the_null_label(build):
     run, params = build(lambda rngs: UViT(**SMALL, rngs=rngs))
     xt, t, _ = inputs()
     np.testing.assert_array_equal(run(params, xt, t, None), run(params, xt, t, np.full(3, 3, np.int32)))
 
 
+@pytest.mark.slow
 def test_blocks_go_between_scanned_and_not(noise):
     plain, scanned = (functional_init(lambda rngs, s=s: UViT(**SMALL, scan=s, rngs=rngs)) for s in (False, True))
     params = noise(jax.eval_shape(plain.init, jax.random.key(0)))

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from ddjax.denoisers import UNet, functional_init
 
-WIDTH, BLOCKS = 32, 2
+WIDTH, BLOCKS = 64, 2  # of two features in each group of a norm: alone, one would lose what the condition adds
 zeros = nn.initializers.zeros
 
 

@@ -134,6 +134,7 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
         (tmp_path / name).write_bytes(b"\x80\x04.")
         with pytest.raises(ValueError, match=r"(?s)weights_only=True.*save_file"):
             tensors.open_tensors(tmp_path / name)
+        (tmp_path / name).unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match=r"(?s)pytorch_model\.bin is a pickle.*save_file"):
         tensors.open_tensors(tmp_path)

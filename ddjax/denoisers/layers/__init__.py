@@ -8,7 +8,7 @@ from ddjax.denoisers.layers.attention import (
     group_teacher_forced,
     rope,
 )
-from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, dropout, layer_norm, modulate
+from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
 from ddjax.denoisers.layers.convolution import (
     Conv,
@@ -30,7 +30,10 @@ from ddjax.denoisers.layers.embed import (
     time_embedding,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.pooled_experts import PooledExperts
+from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
 
 __all__ = [
     "MLP",
@@ -46,7 +49,11 @@ __all__ = [
     "LayerNorm",
     "Layout",
     "Linear",
+    "LinearAttention",
     "LongSkips",
+    "Mamba",
+    "PooledExperts",
+    "RMSNorm",
     "ResBlock",
     "Resampling",
     "SpatialAttention",
@@ -62,6 +69,7 @@ __all__ = [
     "lookup",
     "modulate",
     "rope",
+    "selective_scan",
     "sincos",
     "sincos_2d",
     "stack_blocks",

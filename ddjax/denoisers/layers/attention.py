@@ -267,7 +267,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch sites width"]:
         """Every site attends to every site, or as the layout (of one layer) says.
 
-        named: taps queries, keys, values and, where someone listens for them, weights.
+        named: taps queries, keys, values and, where someone asks for them, weights.
         """
         batch, sites, width = x.shape
         qkv = self.qkv(x).reshape(batch, sites, self.heads, 3, width // self.heads)

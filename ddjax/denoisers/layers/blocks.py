@@ -28,13 +28,16 @@ from ddjax.denoisers.layers.basic import (
 )
 from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.linear_attention import LinearAttention
+from ddjax.denoisers.layers.merging import Sizes, merging
+from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.routing import Route, check_route, routed
 from ddjax.denoisers.taps import Below, active, refuse, tap
 from ddjax.placement import constrain
 from ddjax.types import Params
 
 ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
-MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts}
+MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts, "pooled": PooledExperts}
 
 # What the forward pass keeps for the backward pass, which computes the rest again.
 REMAT = {
@@ -53,12 +56,15 @@ class Block(nnx.Module):
     The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
 
-    mlp: "gelu", "gated" (SwiGLU) or "experts", of which `experts` are the options (`layers.Experts`).
+    mlp: "gelu", "gated" (SwiGLU), or "experts" or "pooled", of which `experts` are the options (`layers.Experts`,
+        `layers.PooledExperts`).
     cond_width: of the condition. 0: there is none, no modulation and no gate: `h + attention(norm(h))`, then the MLP.
     rotary, qkv_bias, out_bias: of `layers.Attention`.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
+    attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
     context_width: of the entries of a sequence that sites attend to between the two (`CrossAttention`); 0: none.
+    merge: (pool, targets, kept), numbers of sites (`layers.merging`).
     """
 
     def __init__(
@@ -78,18 +84,26 @@ class Block(nnx.Module):
         dtype: DType = jnp.float32,
         attention: str | None = None,
         experts: Mapping[str, Any] | None = None,
+        grid: tuple[int, ...] | None = None,
         context_width: int = 0,
+        merge: Sizes | None = None,
         rngs: nnx.Rngs,
     ):
         if mlp not in MLPS:
             raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
-        if experts and mlp != "experts":
-            raise ValueError(f'experts={dict(experts)} are options of mlp="experts", not of mlp={mlp!r}')
+        if experts and mlp not in ("experts", "pooled"):
+            raise ValueError(f'experts={dict(experts)} are options of mlp="experts" or "pooled", not of mlp={mlp!r}')
         check_rate(dropout)
-        self.dropout = dropout
-        self.attention = Attention(
-            width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype, implementation=attention,
-            rngs=rngs,
+        self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
+        if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
+            raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
+        self.attention = (
+            LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
+            if attention == "linear"
+            else Attention(
+                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype,
+                implementation=attention, rngs=rngs,
+            )
         )  # fmt: skip
         self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
         self.norm_a, self.norm_m = (make_norm(norm, width, epsilon) for _ in range(2))
@@ -112,11 +126,15 @@ class Block(nnx.Module):
         layout: Layout | None = None,
         context: Context | None = None,
         channels: Float[Array, "batch width"] | None = None,
+        importance: Float[Array, "batch sites"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "batch sites width"]:
         """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
 
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
         context: the sequence, with `context_width`. channels: 0 at those that pass the block by, else 1.
+        importance: of each site, with `merge`, where all attend to all: which may join others in attention.
+        train: whether "pooled" experts choose from the batch.
         """
         h = constrain(h, "batch", "sites", None)
         if channels is not None:
@@ -126,12 +144,19 @@ class Block(nnx.Module):
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         told = (None,) * 6 if self.modulation is None else jnp.split(self.modulation(c), 6, axis=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
-        y = named("/attention", self.attention(_normed(h, shift_a, scale_a, self.norm_a), layout, named))
+        x = _normed(h, shift_a, scale_a, self.norm_a)
+        if importance is None:
+            y = self.attention(x, layout, named)
+        else:
+            merged = merging(h, importance, self.merge)
+            y = merged.spread(self.attention(merged.mean(x), layout, named))
+        y = named("/attention", y)
         h = constrain(h + _gated(dropout(y, self.dropout, keys_a), gate_a), "batch", "sites", None)
         if self.cross is not None:
             below = Below(name and f"{name}/cross")
             h = constrain(h + below("", self.cross(h, context, below)), "batch", "sites", None)
-        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m)))
+        pool = {"train": train} if self.pooled else {}
+        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m), **pool))
         h = constrain(h + _gated(dropout(y, self.dropout, keys_m), gate_m), "batch", "sites", None)
         return named("", h if channels is None else h + beside)
 
@@ -229,17 +254,17 @@ class Stack(nnx.Module):
         keys: Key[Array, " batch"] | None = None,
         layout: Layout | None = None,
         *,
-        context: Context | None = None,
-        channels: Float[Array, "batch width"] | None = None,
         route_keys: Key[Array, " batch"] | None = None,
+        **more: Any,
     ) -> Float[Array, "batch sites width"]:
-        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest as in `Block`.
+        """Run the blocks; `keys`, folded with the layer's number, turn dropout on; the rest, not None, as in `Block`.
 
         route_keys: one per example, turn on the route.
         """
+        more = {name: value for name, value in more.items() if value is not None}
         run = self._scanned if self.scan else self._unrolled
         if self.route is None or route_keys is None:
-            h, told = run(h, c, keys, layout, context, channels, range(self.depth))
+            h, told = run(h, c, keys, layout, more, range(self.depth))
             told.mean().tell()
             return h
         start, stop, share = self.route
@@ -249,13 +274,13 @@ class Stack(nnx.Module):
         c_there = c if c.ndim == 2 else at(per_site(c, h.shape[1]), sites)
         parts = []
         if start > 0:
-            h, told = run(h, c, keys, layout, context, channels, range(start))
+            h, told = run(h, c, keys, layout, more, range(start))
             parts.append(told)
-        kept, told = run(at(h, sites), c_there, keys, there, context, channels, range(start, stop))
+        kept, told = run(at(h, sites), c_there, keys, there, more, range(start, stop))
         parts.append(told)
         h = constrain(jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, kept), "batch", "sites", None)
         if stop < self.depth:
-            h, told = run(h, c, keys, layout, context, channels, range(stop, self.depth))
+            h, told = run(h, c, keys, layout, more, range(stop, self.depth))
             parts.append(told)
         jax.tree.map(lambda *found: jnp.concatenate(found), *parts).mean().tell()
         return h
@@ -269,8 +294,8 @@ class Stack(nnx.Module):
         return random.fold_in(example_keys(batch, rng, f"route={self.route}"), ROUTE)
 
     def _unrolled(
-        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, context: Context | None,
-        channels: Array | None, layers: range,
+        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
+        layers: range,
     ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         # A listener needs the values, which remat's inner trace would not let out; remat changes none.
         remat = "none" if active() else self.remat
@@ -280,19 +305,19 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
             own = layout and layout.layer(i)
 
-            def run(params, h, c, context, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
+            def run(params, h, c, keys, graphdef=graphdef, name=f"block/{i}", layout=own):
                 with auxiliary.collect() as collector:
                     block = nnx.merge(graphdef, params)
-                    h = block(h, c, keys=keys, name=name, layout=layout, **_given(context, channels))
+                    h = block(h, c, keys=keys, name=name, layout=layout, **more)
                 return h, collector.found()
 
-            h, found = rematerialised(run, remat)(params, h, c, context, layer_keys)
+            h, found = rematerialised(run, remat)(params, h, c, layer_keys)
             told.append(found)
         return h, jax.tree.map(lambda *found: jnp.stack(found), *told)
 
     def _scanned(
-        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, context: Context | None,
-        channels: Array | None, layers: range,
+        self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
+        layers: range,
     ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         refuse("block", "the blocks are scanned; build the network with scan=False (see `unstack_blocks`)")
         graphdef, stacked = nnx.split(self.blocks)
@@ -304,7 +329,7 @@ class Stack(nnx.Module):
             layer_keys = None if keys is None else random.fold_in(keys, i)
             with auxiliary.collect() as collector:
                 block, own = nnx.merge(graphdef, params), layout and layout.layer(i)
-                h = block(h, c, keys=layer_keys, layout=own, **_given(context, channels))
+                h = block(h, c, keys=layer_keys, layout=own, **more)
             return h, collector.found()
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.
@@ -313,12 +338,6 @@ class Stack(nnx.Module):
         numbers = jnp.arange(layers.start, layers.stop)
         h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, numbers))
         return constrain(h, "batch", "sites", None), told
-
-
-def _given(context: Context | None, channels: Array | None) -> dict[str, Any]:
-    """What a block is told of these: blocks of other networks may take neither."""
-    given = {"context": context, "channels": channels}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
@@ -346,7 +365,7 @@ def unstack_blocks(params: Params) -> Params:
 
 
 def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
-    """A stack's parameters with its blocks changed; of `LongSkips`, those of both its stacks."""
+    """A stack's parameters with its blocks changed; of several stacks, those of each."""
     if "blocks" in stack:
         return {**stack, "blocks": change(stack["blocks"])}
-    return {**stack, **{name: _each_stack(change, stack[name]) for name in ("down", "up")}}
+    return {name: _each_stack(change, part) if isinstance(part, dict) else part for name, part in stack.items()}

@@ -31,7 +31,8 @@ class Conv(nnx.Module):
     """A convolution with zeros around the image, kernel `(size, size, in, out)`.
 
     Parameters float32, cast to `dtype` where they are used. padding: rows and columns of zeros before and after the
-    image; default size // 2 each. out_dtype: the result's dtype (default `dtype`), in which it is computed.
+    image; default size // 2 each. groups: features in and out are in so many groups that do not meet (each by itself:
+    a depthwise convolution). out_dtype: the result's dtype (default `dtype`), in which it is computed.
     """
 
     def __init__(
@@ -42,22 +43,25 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         padding: tuple[int, int] | None = None,
+        groups: int = 1,
         bias: bool = True,
         kernel_init: Initializer = xavier,
         dtype: DType = jnp.float32,
         out_dtype: DType | None = None,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, features_in, features_out), jnp.float32))
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (size, size, features_in // groups, features_out), jnp.float32)
+        )
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
-        self.stride, self.padding = stride, tuple(padding or (size // 2, size // 2))
+        self.stride, self.padding, self.groups = stride, tuple(padding or (size // 2, size // 2)), groups
         self.dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
 
     def __call__(self, x: Image) -> Image:
         """Apply to an image."""
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype), self.kernel[...].astype(self.dtype), (self.stride,) * 2, (self.padding,) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
         )  # fmt: skip
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 

@@ -19,7 +19,8 @@ class Experts(nnx.Module):
 
     (Shazeer et al. 2017; capacity and balance: Lepikhin et al. 2021, GShard, and Fedus et al. 2022, Switch, equations
     3 to 6; shared experts: Dai et al. 2024, DeepSeekMoE.) The router's softmax, in float32, gives each site a
-    probability of each expert; the largest `top_k`, over their sum, weigh the outputs.
+    probability of each expert; the largest `top_k`, over their sum, weigh the outputs (without `normalised`
+    as they are: Fei et al. 2024, DiT-MoE).
 
     An expert takes at most `ceil(capacity * sites * top_k / experts)` sites of an example: first choices come first,
     and among equal choices earlier sites; what is left over goes past it. Everything is counted within an example,
@@ -34,6 +35,7 @@ class Experts(nnx.Module):
         experts, top_k, shared: see above.
         capacity: over an equal share; `experts / top_k` or more drops nothing.
         balance: weight of that loss.
+        normalised: whether a site's weights sum to 1.
 
     Raises:
         ValueError: for numbers that cannot be.
@@ -49,6 +51,7 @@ class Experts(nnx.Module):
         shared: int = 0,
         capacity: float = 1.25,
         balance: float = 0.01,
+        normalised: bool = True,
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -58,18 +61,18 @@ class Experts(nnx.Module):
                 "1 <= top_k <= experts, no negative number, and a capacity above 0"
             )
         self.experts, self.top_k, self.capacity, self.balance = experts, top_k, capacity, balance
-        self.dtype = jnp.dtype(dtype)
+        self.normalised, self.dtype = normalised, jnp.dtype(dtype)
         self.router = Linear(width, experts, bias=False, rngs=rngs)
-        self.gate = nnx.Param(_each(xavier, rngs, experts, width, hidden))
-        self.up = nnx.Param(_each(xavier, rngs, experts, width, hidden))
-        self.down = nnx.Param(_each(xavier, rngs, experts, hidden, width))
+        self.gate = nnx.Param(each(xavier, rngs, experts, width, hidden))
+        self.up = nnx.Param(each(xavier, rngs, experts, width, hidden))
+        self.down = nnx.Param(each(xavier, rngs, experts, hidden, width))
         self.shared = GatedMLP(width, shared * hidden, dtype=dtype, rngs=rngs) if shared else None
 
     def __call__(self, x: Float[Array, "batch sites width"]) -> Float[Array, "batch sites width"]:
         """Apply to each site."""
         probabilities = jax.nn.softmax(self.router(x), axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, self.top_k)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        weights = weights / weights.sum(axis=-1, keepdims=True) if self.normalised else weights
         room = min(x.shape[1], math.ceil(self.capacity * x.shape[1] * self.top_k / self.experts))
         combine = routes(weights, chosen, self.experts, room).astype(at_least_float32(self.dtype))
         self._tell(probabilities, chosen, combine)
@@ -111,7 +114,7 @@ def routes(
     return jnp.einsum("bsk,bkse,bksc->bsec", weights, wanted, place)
 
 
-def _each(init: Initializer, rngs: nnx.Rngs, experts: int, features_in: int, features_out: int) -> Array:
+def each(init: Initializer, rngs: nnx.Rngs, experts: int, features_in: int, features_out: int) -> Array:
     """The initial matrices of all experts, each drawn by itself."""
     keys = jax.random.split(rngs.params(), experts)
     return jax.vmap(lambda key: init(key, (features_in, features_out), jnp.float32))(keys)

@@ -49,10 +49,20 @@ class LongSkips(nnx.Module):
     def __call__(self, h: PyTree, c: PyTree = None, keys: Key[Array, " batch"] | None = None) -> PyTree:
         """Run the blocks; `keys`, folded with the block's number, turn dropout on."""
         half = self.depth // 2
-        run = _scanned if self.down.scan else _unrolled
-        h, shown = run(self.down.blocks, self.down.remat, h, None, c, keys, range(half))
+        h, shown = run_blocks(self.down, h, c, keys)
         h, _ = _unrolled([self.middle], self.down.remat, h, None, c, keys, range(half, half + 1))
-        return run(self.up.blocks, self.up.remat, h, shown, c, keys, range(half + 1, self.depth))[0]
+        return run_blocks(self.up, h, c, keys, half + 1, shown)[0]
+
+
+def run_blocks(
+    stack: Stack, h: PyTree, c: PyTree, keys: Key[Array, " batch"] | None, first: int = 0, skips: PyTree = None
+) -> tuple[PyTree, PyTree]:
+    """A stack's blocks, of `LongSkips`' kind, numbered from `first` on: what the last gives, and what each has shown.
+
+    skips: what other blocks have shown: the last goes to the first of these.
+    """
+    run = _scanned if stack.scan else _unrolled
+    return run(stack.blocks, stack.remat, h, skips, c, keys, range(first, first + stack.depth))
 
 
 def _unrolled(

@@ -1,0 +1,293 @@
+"""A transformer of graphs: features of nodes, of edges, and of the whole, each of which tells the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from ddjax import random
+from ddjax.denoisers.graph_features import GLOBAL_FEATURES, NODE_FEATURES, graph_features
+from ddjax.denoisers.layers.basic import (
+    DType,
+    LayerNorm,
+    Linear,
+    at_least_float32,
+    check_rate,
+    dropout,
+    dropout_keys,
+    zeros,
+)
+from ddjax.denoisers.layers.blocks import Stack
+from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.layers.long_skips import run_blocks
+from ddjax.denoisers.states import check_state, hard_state
+from ddjax.denoisers.taps import Below, tap
+from ddjax.placement import constrain
+from ddjax.symmetric import pack, unpack
+from ddjax.types import SoftTokens
+
+EPSILON = 1e-5  # of the published norms
+Parts = tuple[Array, Array, Array]  # features of nodes, of edges, of the whole
+
+
+class GraphTransformer(nnx.Module):
+    """The network of DiGress (Vignac et al. 2023, arXiv:2209.14734, section 4.3 and appendix B).
+
+    The state is an undirected graph: the type of each pair of nodes (`ddjax.symmetric`), 0 for no edge, and before
+    them, where nodes have types, that of each node, in one alphabet. Outputs go with any permutation of the nodes.
+
+    A layer attends among nodes; edges scale and shift the products of queries and keys (FiLM), from which they are made
+    anew, and the whole graph, told the time and the label, scales and shifts both. The output layers start at zero.
+
+    Args:
+        nodes: their number.
+        symbols_in: tokens run over `[0, symbols_in)` (`process.num_states`: the mask counts).
+        symbols_out: number of logits per site; an edge is there where its token is in `[1, symbols_out)`.
+        typed: whether nodes have types: the state then has `nodes` sites more, the first.
+        width, edge_width, global_width: of the features; heads divides width.
+        depth: number of layers, at least 2.
+        heads: of attention.
+        hidden: widths inside the MLPs at both ends, of nodes, edges and the whole.
+        feed_forward: widths inside those of each layer.
+        features: whether nodes and the whole are told cycles and the spectrum of the noised graph (`graph_features`).
+        skip: whether the one-hot state is added to the logits, as published; a new network then says the state again.
+        num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        time: False ignores t.
+        dropout: rate on each branch of each layer, when train=True.
+        dtype: compute dtype; parameters and the output stay float32.
+        scan, remat: see `layers.Stack`.
+        rngs: keys of the initial parameters.
+
+    Raises:
+        ValueError: for sizes that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        nodes: int,
+        symbols_in: int,
+        symbols_out: int,
+        typed: bool = False,
+        width: int = 256,
+        edge_width: int = 64,
+        global_width: int = 64,
+        depth: int = 5,
+        heads: int = 8,
+        hidden: Sequence[int] = (256, 128, 128),
+        feed_forward: Sequence[int] = (256, 128, 2048),
+        features: bool = True,
+        skip: bool = False,
+        num_classes: int = 0,
+        time: bool = True,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        scan: bool = False,
+        remat: bool | str = False,
+        rngs: nnx.Rngs,
+    ):
+        check_rate(dropout)
+        if nodes < 2 or depth < 2 or num_classes < 0 or len(hidden) != 3 or len(feed_forward) != 3:
+            raise ValueError(
+                f"nodes={nodes}, depth={depth}, hidden={tuple(hidden)}, feed_forward={tuple(feed_forward)}: expected 2 "
+                "nodes and layers or more, and three widths each"
+            )
+        self.nodes, self.symbols_in, self.symbols_out, self.typed = nodes, symbols_in, symbols_out, typed
+        self.features, self.skip, self.time, self.num_classes = features, skip, time, num_classes
+        self.dropout, self.dtype = dropout, jnp.dtype(dtype)
+        self.sites = nodes * typed + nodes * (nodes - 1) // 2
+        widths = (width, edge_width, global_width)
+        # Without a type, or anything to be told, there is a constant.
+        node_inputs = (symbols_in if typed else 1) + NODE_FEATURES * features
+        global_inputs = 1 + GLOBAL_FEATURES * features
+        mlp = partial(EndMLP, dtype=dtype, rngs=rngs)
+        self.nodes_in = mlp(node_inputs, hidden[0], width, last=True)
+        self.edges_in = mlp(symbols_in, hidden[1], edge_width, last=True)
+        self.global_in = mlp(global_inputs, hidden[2], global_width, last=True)
+        rows = (num_classes + 1, global_width)
+        self.labels = nnx.Param(0.02 * jax.random.normal(rngs.params(), rows, jnp.float32)) if num_classes else None
+        layer = partial(GraphLayer, widths, heads, tuple(feed_forward), dropout=dropout, dtype=dtype)
+        self.stack = Stack(lambda rngs: layer(rngs=rngs), depth - 1, scan=scan, remat=remat, rngs=rngs)
+        # Nothing asks what the whole is behind the last layer, nor, without types, what nodes are.
+        self.last = layer(tells=(typed, True, False), rngs=rngs)
+        self.nodes_out = mlp(width, hidden[0], symbols_out) if typed else None
+        self.edges_out = mlp(edge_width, hidden[1], symbols_out)
+
+    def __call__(
+        self,
+        xt: Int[Array, "batch sites"] | Float[Array, "batch sites symbols_in"] | SoftTokens,
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None = None,
+        *,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch sites symbols_out"]:
+        """Run the network.
+
+        Args:
+            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens.
+            t: time in [0, 1].
+            cond: labels in `[0, num_classes]`; None is the null label.
+            rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
+            train: whether dropout acts.
+
+        Returns:
+            Logits, at least float32.
+
+        Raises:
+            ValueError: for a shape or dtype that the network was not built for.
+        """
+        state = hard_state(xt, 2, self.symbols_in)
+        check_state(state, (("sites",), (self.sites,)), self.symbols_in)
+        batch = state.shape[0]
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        onehot = _onehot(xt, self.symbols_in)
+        own, edges = onehot[:, : self.sites - self._pairs], unpack(onehot[:, self.sites - self._pairs :])
+        nodes = own if self.typed else jnp.ones((batch, self.nodes, 1), jnp.float32)
+        whole = check_time(t, batch, None)[:, None] if self.time else jnp.ones((batch, 1), jnp.float32)
+        if self.features:
+            more, of_all = graph_features(edges[..., 1 : self.symbols_out].sum(axis=-1))
+            nodes, whole = jnp.concatenate([nodes, more], axis=-1), jnp.concatenate([whole, of_all], axis=-1)
+        x, e, y = self.nodes_in(nodes), self.edges_in(edges), self.global_in(whole)
+        labels = check_labels(cond, self.num_classes, batch)
+        if self.labels is not None:
+            y = y + lookup(self.labels[...], labels).astype(y.dtype)
+        tap("condition", y)
+        e = (e + e.swapaxes(1, 2)) / 2
+        h, _ = run_blocks(self.stack, (x, e, y), None, keys)
+        x, e, _ = self.last(
+            h, keys=None if keys is None else random.fold_in(keys, self.stack.depth), name="block/last"
+        )[0]
+        e = self.edges_out(e)
+        logits = pack(e + e.swapaxes(1, 2)) / 2
+        if self.nodes_out is not None:
+            logits = jnp.concatenate([self.nodes_out(x), logits], axis=1)
+        return logits + onehot[..., : self.symbols_out] if self.skip else logits
+
+    @property
+    def _pairs(self) -> int:
+        return self.nodes * (self.nodes - 1) // 2
+
+
+class EndMLP(nnx.Module):
+    """Two layers, a ReLU behind the first, and behind the second if it is the `last`; without, the second is zero."""
+
+    def __init__(self, features_in: int, hidden: int, out: int, *, last: bool = False, dtype: DType, rngs: nnx.Rngs):
+        self.relu = last
+        self.up = Linear(features_in, hidden, dtype=dtype, rngs=rngs)
+        options = {} if last else {"kernel_init": zeros, "out_dtype": at_least_float32(dtype)}
+        self.down = Linear(hidden, out, dtype=dtype, **options, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Apply to the last axis."""
+        y = self.down(jax.nn.relu(self.up(x)))
+        return jax.nn.relu(y) if self.relu else y
+
+
+class Branch(nnx.Module):
+    """`norm(h + new)`, then `norm(h + mlp(h))`: what follows attention, for each of the three kinds of features."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float, dtype: DType, rngs: nnx.Rngs):
+        self.dropout = dropout
+        self.norm_a, self.norm_m = (LayerNorm(width, epsilon=EPSILON) for _ in range(2))
+        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, h: Array, new: Array, keys: Key[Array, " batch"] | None) -> Array:
+        """The next features. `keys` turn dropout on."""
+        keys_a, keys_m = (None, None) if keys is None else random.split(keys)
+        h = self.norm_a(h + dropout(new, self.dropout, keys_a)).astype(new.dtype)
+        y = self.down(jax.nn.relu(self.up(h)))
+        return self.norm_m(h + dropout(y, self.dropout, keys_m)).astype(new.dtype)
+
+
+class GraphLayer(nnx.Module):
+    """One layer of `GraphTransformer`. tells: which of nodes, edges and the whole it makes anew; others stay."""
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        heads: int,
+        hidden: tuple[int, int, int],
+        *,
+        tells: tuple[bool, bool, bool] = (True, True, True),
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        width, edge, whole = widths
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads={heads} does not divide width={width}")
+        self.heads, self.dropout = heads, dropout
+        linear = partial(Linear, dtype=dtype, rngs=rngs)
+        branch = partial(Branch, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.q, self.k = linear(width, width), linear(width, width)
+        self.e_mul, self.e_add = linear(edge, width), linear(edge, width)
+        self.y_e_mul, self.y_e_add, self.e_out = linear(whole, width), linear(whole, width), linear(width, edge)
+        self.edges = branch(edge, hidden[1])
+        nodes, globals_ = tells[0], tells[2]
+        self.v = linear(width, width) if nodes else None
+        self.y_x_mul = linear(whole, width) if nodes else None
+        self.y_x_add = linear(whole, width) if nodes else None
+        self.x_out = linear(width, width) if nodes else None
+        self.nodes = branch(width, hidden[0]) if nodes else None
+        self.y_y = linear(whole, whole) if globals_ else None
+        self.x_y = linear(4 * width, whole) if globals_ else None
+        self.e_y = linear(4 * edge, whole) if globals_ else None
+        self.y_up = linear(whole, whole) if globals_ else None
+        self.y_down = linear(whole, whole) if globals_ else None
+        self.whole = branch(whole, hidden[2]) if globals_ else None
+
+    def __call__(
+        self,
+        h: Parts,
+        skip: None = None,
+        c: None = None,
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str | None = None,
+    ) -> tuple[Parts, None]:
+        """The next features, and nothing for a long connection. See `layers.LongSkips`."""
+        named = Below(name)
+        keys = (None, None, None) if keys is None else random.split(keys, 3)
+        x, e, y = h
+        x, e = constrain(x, "batch", None, None), constrain(e, "batch", None, None, None)
+        width = x.shape[-1]
+        scores = self.q(x)[:, :, None] * self.k(x)[:, None] / (width // self.heads) ** 0.5  # (batch, n, n, width)
+        scores = scores * (self.e_mul(e) + 1) + self.e_add(e)
+        new = self.e_out(self.y_e_add(y)[:, None, None] + (self.y_e_mul(y)[:, None, None] + 1) * scores)
+        new_e = named("/edges", self.edges(e, new, keys[1]))
+        new_x = x
+        if self.nodes is not None:
+            # Each feature has a softmax of its own: products are not summed over the features of a head.
+            weights = jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)), axis=2).astype(scores.dtype)
+            mixed = (weights * self.v(x)[:, None]).sum(axis=2)
+            new = self.x_out(self.y_x_add(y)[:, None] + (self.y_x_mul(y)[:, None] + 1) * mixed)
+            new_x = named("/nodes", self.nodes(x, new, keys[0]))
+        if self.whole is not None:
+            new = self.y_y(y) + self.x_y(_summary(x, (1,))) + self.e_y(_summary(e, (1, 2)))
+            y = named("/whole", self.whole(y, self.y_down(jax.nn.relu(self.y_up(new))), keys[2]))
+        return (new_x, new_e, y), None
+
+
+def _summary(x: Array, axes: tuple[int, ...]) -> Array:
+    """Mean, least, largest, and standard deviation (of a sample) along axes, side by side."""
+    x = x.astype(at_least_float32(x.dtype))
+    # The root of no variance at all has no slope: 1e-12 gives it one.
+    std = jnp.sqrt(x.var(axis=axes, ddof=1) + 1e-12)
+    return jnp.concatenate([x.mean(axis=axes), x.min(axis=axes), x.max(axis=axes), std], axis=-1)
+
+
+def _onehot(xt: Any, symbols: int) -> Float[Array, "batch sites symbols"]:
+    """Tokens as vectors, NaN for one beyond the symbols; soft ones as the mean of theirs."""
+    if isinstance(xt, SoftTokens):
+        return (xt.weights[..., None] * _onehot(xt.ids, symbols)).sum(axis=-2)
+    if jnp.issubdtype(xt.dtype, jnp.floating):
+        return xt.astype(at_least_float32(xt.dtype))
+    return jnp.where((xt >= 0) & (xt < symbols), 1.0, jnp.nan)[..., None] * jax.nn.one_hot(xt, symbols)

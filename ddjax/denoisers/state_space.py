@@ -1,0 +1,165 @@
+"""DiS: a network of images without attention, of selective state spaces along the row of all tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from ddjax.denoisers.images import ImageNetwork
+from ddjax.denoisers.layers.basic import (
+    DType,
+    Linear,
+    RMSNorm,
+    at_least_float32,
+    check_rate,
+    dropout,
+    dropout_keys,
+    layer_norm,
+    zeros,
+)
+from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.selective_scan import Mamba
+from ddjax.denoisers.layers.told import ConditionTokens
+from ddjax.denoisers.taps import Below, tap
+from ddjax.placement import constrain
+from ddjax.types import SoftTokens
+
+
+class StateSpace(ImageNetwork):
+    """DiS (Fei et al. 2024, "Scalable diffusion models with state space backbone", arXiv:2402.05608).
+
+    The label, the time and the patches are tokens in a row, with learned positions. A block is a bidirectional `Mamba`
+    behind a norm; those behind the middle are shown what their counterparts before it made. With labels the last norm
+    is under adaLN of the sum of the time's and the label's tokens. The output layer starts at zero.
+
+    Args:
+        shape, symbols_in, symbols_out, out_channels, patch, embed_width, bits: see `DiT`.
+        width: of the tokens, even.
+        depth: number of blocks, odd (the authors' code counts all but the middle one).
+        state, expand, kernel: see `layers.Mamba`.
+        num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels, no token.
+        time: False ignores t, and there is no token for it.
+        time_mlp: whether two layers follow the sines and cosines of the time.
+        dropout: rate on each block's branch, when train=True.
+        dtype: compute dtype; parameters, the scan, the sum of the branches and the output stay float32.
+        scan, remat: see `layers.Stack`.
+        rngs: keys of the initial parameters.
+
+    Raises:
+        ValueError: for sizes that do not divide, an even depth, or options of the wrong state space.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        symbols_in: int | None = None,
+        symbols_out: int | None = None,
+        out_channels: int | None = None,
+        patch: int = 1,
+        width: int,
+        depth: int,
+        state: int = 16,
+        expand: int = 2,
+        kernel: int = 4,
+        num_classes: int = 0,
+        time: bool = True,
+        time_mlp: bool = True,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        embed_width: int | None = None,
+        bits: int = 0,
+        scan: bool = False,
+        remat: bool | str = False,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, patch=patch,
+            width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
+        self.dropout = dropout
+        self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
+        self.condition = ConditionTokens(width, num_classes=num_classes, time=time, mlp=time_mlp, rngs=rngs)
+        places = self.condition.count + int(np.prod(self.grid))
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
+        block = partial(StateSpaceBlock, width, state=state, expand=expand, kernel=kernel, dropout=dropout, dtype=dtype)
+        self.stack = LongSkips(
+            lambda rngs, skips: block(skips=skips, rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs
+        )
+        self.norm = RMSNorm(width)
+        modulation = {"kernel_init": zeros, "dtype": dtype, "rngs": rngs}
+        self.modulation = Linear(width, 2 * width, **modulation) if num_classes else None
+        out = {"kernel_init": zeros, "dtype": dtype, "out_dtype": at_least_float32(dtype)}
+        self.out = Linear(width, self.features_out, **out, rngs=rngs)
+
+    def __call__(
+        self,
+        xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None = None,
+        *,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
+        """Run the network: arguments, result and errors as those of `UViT`."""
+        batch = self.check(xt)
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        told = tap("condition", self.condition(batch, t, cond))
+        tap("sites", self.places())
+        h = self.embed(self.features(self.patches(xt)))
+        h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
+        h = tap("embed", h)
+        made, total = self.stack((h, jnp.zeros(h.shape, at_least_float32(h.dtype))), keys=keys)
+        h = layer_norm(self.norm(total + made)[:, self.condition.count :])
+        if self.modulation is not None:
+            shift, scale = jnp.split(self.modulation(jax.nn.silu(told.sum(axis=1)))[:, None], 2, axis=-1)
+            h = h * (1 + scale) + shift
+        return self.images(self.out(tap("final", h)))
+
+
+class StateSpaceBlock(nnx.Module):
+    """`total += made`, then `made = mamba(norm(total))`: what a block makes is added by the one behind it.
+
+    skips: what was made first takes what a long connection brings, concatenated, by a linear layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        skips: bool,
+        state: int = 16,
+        expand: int = 2,
+        kernel: int = 4,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_rate(dropout)
+        self.dropout = dropout
+        self.skip = Linear(2 * width, width, dtype=dtype, rngs=rngs) if skips else None
+        self.norm = RMSNorm(width)
+        self.mixer = Mamba(width, state=state, expand=expand, kernel=kernel, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        h: tuple[Float[Array, "batch sites width"], Float[Array, "batch sites width"]],
+        skip: Float[Array, "batch sites width"] | None = None,
+        c: None = None,
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str | None = None,
+    ) -> tuple[tuple[Array, Array], Array]:
+        """h: what was made, and the total before it. Returns the same, and what was made. See `layers.LongSkips`."""
+        named = Below(name)
+        made, total = h
+        if self.skip is not None:
+            made = self.skip(jnp.concatenate([made, named("/skip", skip)], axis=-1))
+        total = constrain(total + made, "batch", "sites", None)
+        made = named("", dropout(self.mixer(self.norm(total)), self.dropout, keys))
+        return (made, total), made
