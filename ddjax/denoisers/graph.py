@@ -159,7 +159,6 @@ class GraphTransformer(nnx.Module):
         if self.labels is not None:
             y = y + lookup(self.labels[...], labels).astype(y.dtype)
         tap("condition", y)
-        e = (e + e.swapaxes(1, 2)) / 2
         h, _ = run_blocks(self.stack, (x, e, y), None, keys)
         x, e, _ = self.last(
             h, keys=None if keys is None else random.fold_in(keys, self.stack.depth), name="block/last"
