@@ -14,14 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ddjax.interop import images, mapping, published, tensors, texts
+from ddjax.interop import images, mapping, published, tensors, texts, unet
 from ddjax.interop.mapping import Report
 from ddjax.interop.published import Family, Model, Published
 
 FAMILIES = {
     family.name: family
     for family in (
-        *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.UVIT),
+        *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.DIFFUSERS_UNET, images.UVIT),
         *(texts.MDLM, texts.SEDD, texts.UDLM, texts.DUO, texts.RADD, texts.LLADA),
     )
 }
@@ -66,4 +66,5 @@ __all__ = [
     "published",
     "tensors",
     "texts",
+    "unet",
 ]

@@ -1,5 +1,7 @@
 """Published models without torch: found, refused, sampled by one call, converted and back."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,14 @@ SETTINGS = {
         "size": 4, "channels": 2, "patch": 2, "width": 8, "depth": 3, "heads": 2, "mlp_width": 16, "num_classes": 3,
         "conv": False, "latents": True,
     },
+    "diffusers_unet": {
+        "config": {
+            "sample_size": 4, "in_channels": 2, "out_channels": 2, "layers_per_block": 1, "norm_num_groups": 2,
+            "block_out_channels": [4, 8], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 4,
+        },
+        "chain": 1000,
+    },
     "mdlm": TEXT | {"mask": 6, "time_conditioning": False},
     "sedd": TEXT | {"scale_by_sigma": True},
     "udlm": TEXT | {"time_conditioning": True},
@@ -46,6 +56,7 @@ GIVEN = {  # what nothing in the file says
     "sit": {"heads": 2, "guided_channels": 1},
     "diffusers_dit": {"heads": 2, "size": 4},
     "uvit": {"heads": 2},
+    "diffusers_unet": {},
     "llada": {"heads": 2, "mask": 4, "length": 6},
 }
 
@@ -65,6 +76,8 @@ def written(name, path, prefix=""):
 
 
 def loaded(name, path, **more):
+    if "config" in SETTINGS[name]:
+        (path.parent / "config.json").write_text(json.dumps(SETTINGS[name]["config"]))
     return interop.load(written(name, path), name, **GIVEN.get(name, {"length": 6}), **more)
 
 

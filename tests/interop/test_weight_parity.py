@@ -129,6 +129,23 @@ def test_diffusers_dit(tmp_path, norm_eps):
         interop.load(tmp_path)
 
 
+def test_diffusers_unet(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="install ddjax[parity] to compare with diffusers")
+    module = diffusers.UNet2DModel(
+        sample_size=SIZE, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+    )  # fmt: skip
+    randomised(module).save_pretrained(tmp_path)
+    model = interop.load(tmp_path)
+    assert (model.family, model.kind) == ("diffusers_unet", "noise")
+    x, x_theirs = images()
+    with torch.no_grad():
+        wanted = module(x_theirs, torch.from_numpy(STEPS)).sample
+    equal(model.denoise(jnp.asarray(x), jnp.asarray(STEPS / 999)).value, channels_last(wanted))
+    round_trips(model, module, tmp_path)
+
+
 def tokens(symbols):
     x = rng.integers(symbols, size=(B, LENGTH)).astype(np.int32)
     return x, torch.from_numpy(x).long()
