@@ -14,14 +14,16 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ddjax.interop import images, mapping, published, tensors, texts, unet
+from ddjax.interop import images, mapping, published, tensors, texts, unet, unet_families
 from ddjax.interop.mapping import Report
 from ddjax.interop.published import Family, Model, Published
 
 FAMILIES = {
     family.name: family
     for family in (
-        *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.DIFFUSERS_UNET, images.UVIT),
+        *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.UVIT),
+        *(unet_families.ADM, unet_families.EDM_SONG, unet_families.EDM_ADM, unet_families.EDM2_UNET),
+        unet_families.DIFFUSERS_UNET,
         *(texts.MDLM, texts.SEDD, texts.UDLM, texts.DUO, texts.RADD, texts.LLADA),
     )
 }
@@ -67,4 +69,5 @@ __all__ = [
     "tensors",
     "texts",
     "unet",
+    "unet_families",
 ]

@@ -10,11 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ddjax import denoisers, grids, solvers
 from ddjax.denoisers.layers.embed import sincos_2d
-from ddjax.interop import unet
 from ddjax.interop.adapters import OtherTime, TowardsData
 from ddjax.interop.mapping import (
     TRANSPOSED,
@@ -281,42 +279,6 @@ DIFFUSERS_DIT = Family(
            "transformer_blocks.0.attn1.to_q.bias", "proj_out_1.weight"),
     settings=_diffusers_settings,
     model=_diffusers_model,
-)  # fmt: skip
-
-
-# -- diffusers' UNet2DModel ----------------------------------------------------------------------------------------
-
-
-def _unet_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    said = given.get("config", config)
-    if not said:
-        raise ValueError("nothing in the tensors says how a UNet2DModel is built: put config.json beside them")
-    unet.diffusers_options(said)  # whether it is one of ours
-    return {"config": {k: v for k, v in said.items() if not k.startswith("_")}, "chain": STEPS}
-
-
-def _unet_model(s: Mapping[str, Any]) -> Model:
-    options = unet.diffusers_options(s["config"])
-    make = partial(denoisers.UNet, **options)
-    return Model(
-        make=make,
-        entries=unet.diffusers(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))),
-        process=Gaussian(Table.ddpm_linear(s["chain"])),
-        kind="noise",
-        shape=options["shape"],
-        num_classes=options["num_classes"],
-        steps=s["chain"],
-        grid=partial(chain_steps, chain=s["chain"]),
-    )
-
-
-DIFFUSERS_UNET = Family(
-    "diffusers_unet",
-    "diffusers' UNet2DModel (of a DDPM: noise, linear betas)",
-    marks=("conv_in.weight", "time_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight",
-           "mid_block.resnets.0.conv1.weight", "conv_norm_out.weight"),
-    settings=_unet_settings,
-    model=_unet_model,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ddjax import grids, interop, predictions, sample, solvers
 from ddjax.cli import main
 from ddjax.denoisers import functional_init
-from ddjax.interop import adapters, images, mapping
+from ddjax.interop import adapters, images, mapping, unet_families
 from ddjax.schedules import LogLinear
 from ddjax.types import SoftTokens
 
@@ -25,6 +25,15 @@ TEXT = {
     "length": 6, "vocabulary": 7, "width": 8, "depth": 1, "heads": 2, "mlp_width": 32, "inv_freq": True, "eps": 1e-3,
     "cond_width": 4,
 }  # fmt: skip
+U_NET = {
+    "shape": [8, 8, 3], "out_channels": 3, "width": 16, "multipliers": [1.0, 2.0], "blocks": 1, "attend_at": [4],
+    "num_classes": 3, "time_scale": 1.0,
+}  # fmt: skip
+UNET2D = {  # config.json of a model of diffusers
+    "_class_name": "UNet2DModel", "sample_size": 8, "block_out_channels": [8, 16], "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4, "num_class_embeds": 3,
+}  # fmt: skip
 SETTINGS = {
     "dit": DIT,
     "sit": {n: v for n, v in DIT.items() if n != "chain"},
@@ -33,14 +42,14 @@ SETTINGS = {
         "size": 4, "channels": 2, "patch": 2, "width": 8, "depth": 3, "heads": 2, "mlp_width": 16, "num_classes": 3,
         "conv": False, "latents": True,
     },
-    "diffusers_unet": {
-        "config": {
-            "sample_size": 4, "in_channels": 2, "out_channels": 2, "layers_per_block": 1, "norm_num_groups": 2,
-            "block_out_channels": [4, 8], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 4,
-        },
-        "chain": 1000,
+    "adm": U_NET | {
+        "size": 8, "out_channels": 6, "time_scale": 999.0, "new_order": False, "cosine": False, "head_width": 16,
+        "design": {"resample": "block", "scale_shift": True}, "width": 32,
     },
+    "edm_song": U_NET | {"design": "ncsn++", "latent": 0},
+    "edm_adm": U_NET | {"design": "adm_edm", "latent": 0, "head_width": 16},
+    "edm2": U_NET | {"head_width": 16},
+    "diffusers_unet": unet_families.DIFFUSERS_UNET.settings({}, UNET2D, {}),
     "mdlm": TEXT | {"mask": 6, "time_conditioning": False},
     "sedd": TEXT | {"scale_by_sigma": True},
     "udlm": TEXT | {"time_conditioning": True},
@@ -56,6 +65,10 @@ GIVEN = {  # what nothing in the file says
     "sit": {"heads": 2, "guided_channels": 1},
     "diffusers_dit": {"heads": 2, "size": 4},
     "uvit": {"heads": 2},
+    "adm": {"size": 8, "head_width": 16},
+    "edm_song": {},
+    "edm_adm": {"head_width": 16},
+    "edm2": {"head_width": 16},
     "diffusers_unet": {},
     "llada": {"heads": 2, "mask": 4, "length": 6},
 }
@@ -72,12 +85,12 @@ def written(name, path, prefix=""):
             leaves[entry.ours] = entry.change.load()
     tensors = mapping.save(model.entries, mapping.nested(leaves))
     save_file({prefix + n: v for n, v in tensors.items()}, path)
+    if name == "diffusers_unet":
+        path.with_name("config.json").write_text(json.dumps(UNET2D))
     return path
 
 
 def loaded(name, path, **more):
-    if "config" in SETTINGS[name]:
-        (path.parent / "config.json").write_text(json.dumps(SETTINGS[name]["config"]))
     return interop.load(written(name, path), name, **GIVEN.get(name, {"length": 6}), **more)
 
 
@@ -104,9 +117,9 @@ def test_one_call_samples(tmp_path, name):
             assert (drawn.x0 != model.settings["mask"]).all()
         assert model.sample(jax.random.key(1), 2, steps=2, length=3).x0.shape == (2, 3)
     if labelled:
-        other = model.sample(jax.random.key(1), 2, cond, steps=4, guidance=1.0)
-        assert not np.allclose(drawn.x0, other.x0)
-        assert (other.nfe < drawn.nfe).all()
+        off, on = (model.sample(jax.random.key(1), 2, cond, steps=4, guidance=scale) for scale in (1.0, 2.0))
+        assert not np.allclose(off.x0, on.x0)
+        assert (off.nfe < on.nfe).all()
     else:
         with pytest.raises(ValueError, match=r"give cond|has none here"):
             model.sample(jax.random.key(1), 2, guidance=2.0)

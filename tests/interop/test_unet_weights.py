@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch", reason="install ddjax[parity] to compare with published networks")
 
 import published_unets as published  # noqa: E402
 
+from ddjax import interop  # noqa: E402
 from ddjax.denoisers import EDM2, UNet, functional, functional_init  # noqa: E402
 from ddjax.interop import mapping, unet  # noqa: E402
 
@@ -148,6 +150,50 @@ def test_tensors_that_are_not_the_networks_are_refused_by_name(name):
     )
     with pytest.raises(ValueError, match=message):
         loaded(options, entries, wrong)
+
+
+FILES = {  # family, what its file does not say
+    "adm": ("adm", {"size": SIDE, "head_width": 16}),
+    "adm-new-order": ("adm", {"size": SIDE, "head_width": 16, "new_order": True}),
+    "improved": ("adm", {"size": SIDE, "heads": 4}),
+    "ddpm++": ("edm_song", {"latent": 9}),
+    "ncsn++": ("edm_song", {"latent": 9}),
+    "dhariwal": ("edm_adm", {"head_width": 16}),
+    "edm2": ("edm2", {"head_width": 16}),
+}
+
+
+@every
+def test_a_file_says_its_sizes(name, tmp_path):
+    options, module, entries = CASES[name]
+    _, tensors = randomised(module)
+    save_file({f"model.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "m.safetensors")
+    family, given = FILES[name]
+    model = interop.load(tmp_path / "m.safetensors", **given)
+    assert (model.family, model.prefix, model.report.whole) == (family, "model.", True)
+    _, params, apply = loaded(options, entries, tensors)
+    assert model.apply == apply  # the same network, choices and all
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+
+
+def test_edms_denoiser_is_the_preconditioned_network(tmp_path):
+    module = published.SongUNet(**EDM, out=3, width=32, multipliers=(2, 2, 1), attend_at=(8,))
+    module, tensors = randomised(module)
+    save_file(tensors, tmp_path / "m.safetensors")
+    model = interop.load(tmp_path / "m.safetensors")
+    xt, _, labels = inputs(1.0)
+    t = np.float32([0.2, 0.5, 0.7])
+    sigma = np.asarray(model.process.schedule.sigma(t), np.float64)[:, None, None, None]
+    assert (np.asarray(model.process.schedule.alpha(t)) == 1).all()
+    xt = (xt * np.hypot(sigma, 0.5)).astype(np.float32)
+    # Karras et al. 2022, table 1.
+    skip, out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / np.hypot(sigma, 0.5)
+    inside = torch.from_numpy((xt / np.hypot(sigma, 0.5)).astype(np.float32).transpose(0, 3, 1, 2))
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), CLASSES).float()
+    f = module(inside, torch.from_numpy((np.log(sigma[:, 0, 0, 0]) / 4).astype(np.float32)), one_hot)
+    expected = skip * xt + out * f.detach().numpy().transpose(0, 2, 3, 1)
+    found = model.process.convert(model.denoise(xt, t, labels), "x0", xt, t).value
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_augmentation_labels_may_be_left_out():

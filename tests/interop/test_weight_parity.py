@@ -15,6 +15,8 @@ from safetensors.torch import save_file  # noqa: E402
 
 from ddjax import interop  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 B, SIZE, CHANNELS, WIDTH, HEADS, CLASSES = 3, 8, 3, 24, 3, 5
 LENGTH, VOCABULARY, COND, MASK = 9, 11, 10, 4
 rng = np.random.default_rng(0)
