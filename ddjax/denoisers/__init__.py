@@ -22,6 +22,7 @@ from ddjax.denoisers.low_rank import LowRankGaussian
 from ddjax.denoisers.neural_process import NeuralProcess
 from ddjax.denoisers.state_space import StateSpace
 from ddjax.denoisers.tabular import TabularMLP
+from ddjax.denoisers.taught import Taught
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
 from ddjax.denoisers.unet import UNet
@@ -47,6 +48,7 @@ __all__ = [
     "ShownX1",
     "StateSpace",
     "TabularMLP",
+    "Taught",
     "TextTransformer",
     "TruncatedLogistic",
     "UNet",

@@ -159,7 +159,6 @@ class GraphTransformer(nnx.Module):
         if self.labels is not None:
             y = y + lookup(self.labels[...], labels).astype(y.dtype)
         tap("condition", y)
-        e = (e + e.swapaxes(1, 2)) / 2
         h, _ = run_blocks(self.stack, (x, e, y), None, keys)
         x, e, _ = self.last(
             h, keys=None if keys is None else random.fold_in(keys, self.stack.depth), name="block/last"
@@ -290,4 +289,5 @@ def _onehot(xt: Any, symbols: int) -> Float[Array, "batch sites symbols"]:
         return (xt.weights[..., None] * _onehot(xt.ids, symbols)).sum(axis=-2)
     if jnp.issubdtype(xt.dtype, jnp.floating):
         return xt.astype(at_least_float32(xt.dtype))
-    return jnp.where((xt >= 0) & (xt < symbols), 1.0, jnp.nan)[..., None] * jax.nn.one_hot(xt, symbols)
+    # Not a product with NaN: of a one-hot vector XLA makes a choice between that and 0.
+    return jnp.where(((xt >= 0) & (xt < symbols))[..., None], jax.nn.one_hot(xt, symbols), jnp.nan)

@@ -22,6 +22,18 @@ T = np.array([0.1, 0.7, 0.4], np.float32)
 LABELS = np.array([0, 3, 2], np.int32)
 
 
+@pytest.fixture(scope="module")
+def net(build, noise):
+    """A network whose weights are so large that nodes and edges are told apart."""
+
+    def net(**options):
+        make = lambda rngs: GraphTransformer(**SMALL, **options, rngs=rngs)
+        run, params = build(make)
+        return run, noise(params, scale=1.0)
+
+    return net
+
+
 def inputs(typed=True):
     rng = np.random.default_rng(1)
     return rng.integers(0, 4, (3, 5 * typed + 10)).astype(np.int32)
@@ -51,7 +63,8 @@ def by_definition(p, xt, t, labels, features):
         new_e = linear(p["e_out"], linear(p["y_e_add"], y) + (linear(p["y_e_mul"], y) + 1) * scores)
         v, mixed = linear(p["v"], x), np.zeros((5, 8))
         for i in range(5):
-            weights = np.exp(scores[i]) / np.exp(scores[i]).sum(0)
+            weights = np.exp(scores[i] - scores[i].max(0))
+            weights = weights / weights.sum(0)
             mixed[i] = (weights * v).sum(0)
         new_x = linear(p["x_out"], linear(p["y_x_add"], y) + (linear(p["y_x_mul"], y) + 1) * mixed)
         new_y = None
@@ -138,17 +151,19 @@ def test_features_are_those_by_hand():
 
 
 @pytest.mark.parametrize("features", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_it_is_the_published_network(features, build):
-    run, params = build(lambda rngs: GraphTransformer(**SMALL, typed=True, skip=True, features=features, rngs=rngs))
+def test_it_is_the_published_network(features, net):
+    run, params = net(typed=True, skip=True, features=features)
     xt = inputs()
     want = by_definition(params, xt, T, LABELS, features)
+    apart = (want - np.eye(4)[xt][..., :3])[:, 5:].std(axis=1)
+    assert apart.mean() > 1e-3 * np.abs(want).max()  # edges differ by far more than the tolerance
     np.testing.assert_allclose(run(params, xt, T, LABELS), want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_types", [False, True])
-def test_outputs_go_with_the_nodes(with_types, build):
-    run, params = build(lambda rngs: GraphTransformer(**SMALL, typed=with_types, rngs=rngs))
+def test_outputs_go_with_the_nodes(with_types, net):
+    run, params = net(typed=with_types)
     xt, order = inputs(with_types), np.array([3, 0, 4, 1, 2])
 
     def permuted(x):
@@ -162,15 +177,15 @@ def test_outputs_go_with_the_nodes(with_types, build):
 
 
 @pytest.mark.slow
-def test_soft_tokens_and_tokens_out_of_range(build):
-    run, params = build(lambda rngs: GraphTransformer(**SMALL, typed=True, rngs=rngs))
+def test_soft_tokens_and_tokens_out_of_range(net):
+    run, params = net(typed=True)
     xt = inputs()
     hard = np.asarray(run(params, xt, T, LABELS))
-    np.testing.assert_allclose(run(params, np.eye(4, dtype=np.float32)[xt], T, LABELS), hard, atol=1e-5)
+    np.testing.assert_allclose(run(params, np.eye(4, dtype=np.float32)[xt], T, LABELS), hard, atol=1e-4)
     xt[0, 7] = 4
     wrong = np.asarray(run(params, xt, T, LABELS))
     assert np.isnan(wrong[0]).any()
-    np.testing.assert_allclose(wrong[1:], hard[1:], atol=1e-5)
+    np.testing.assert_allclose(wrong[1:], hard[1:], atol=1e-4)
 
 
 @pytest.mark.slow
