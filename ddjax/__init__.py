@@ -48,6 +48,7 @@ _LAZY = {
     "autoencoders": "ddjax.autoencoders",
     "data": "ddjax.data",
     "denoisers": "ddjax.denoisers",
+    "interop": "ddjax.interop",
     "training": "ddjax.training",
 }
 

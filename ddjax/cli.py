@@ -38,7 +38,8 @@ config can be overridden: --config.train.mesh="{'fsdp': -1, 'tensor': 8}". docs/
 CONVERT = """\
 Example: ddjax convert DiT-XL-2-256.safetensors --family dit --out dit.safetensors
 Then in Python: ddjax.interop.load("dit.safetensors").sample(key, 4, cond=labels). A file of ours is turned into its
-authors' again. Families: dit, sit, diffusers_dit, uvit, mdlm, sedd, udlm, duo, radd, llada."""
+authors' again. Families: dit, sit, diffusers_dit, uvit, adm, edm_song,
+edm_adm, edm2, diffusers_unet, mdlm, sedd, udlm, duo, radd, llada."""
 
 
 LAUNCH = """\

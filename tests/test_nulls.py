@@ -22,6 +22,7 @@ def test_nulls_by_name_wherever_they_are():
     assert by_name == {"x1": 0, "cond": {"vector": 3, "image": None, "cond": inner}}
     assert nullified({"label": 1, "text": 2}, {"label": 8, "text": 9}, PUT) == {"label": (1, 8), "text": (2, 9)}
     assert nullified(1, {"cond": 9}, PUT) == (1, 9)
+    assert nullified({"vector": 3, "cond": 1}, {"vector": 0.0}, PUT) == {"vector": (3, 0.0), "cond": 1}
     assert nullified({"z": np.pi}, {}, PUT) == {"z": np.pi}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ddjax.interop import images, mapping, published, tensors, texts, unet_families
+from ddjax.interop import images, mapping, published, tensors, texts, unet, unet_families
 from ddjax.interop.mapping import Report
 from ddjax.interop.published import Family, Model, Published
 
@@ -68,5 +68,6 @@ __all__ = [
     "published",
     "tensors",
     "texts",
+    "unet",
     "unet_families",
 ]

@@ -30,10 +30,15 @@ PIXELS, TOKENS = {"shape": (8, 8, 2)}, {"symbols_in": 6, "symbols_out": 5}
 LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
 FEW = {"groups": 4}
 GRAPH = {"width": 16, "edge_width": 8, "global_width": 8, "depth": 3, "heads": 2, "feed_forward": (16, 16, 16)}
+DEEP = {"width": 16, "depth": 2, "heads": 2}
+LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
     "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
     "text": (TextTransformer, {"length": 8, **TOKENS, "width": 16, "depth": 2, "heads": 2}, ()),
+    "dit-published": (DiT, {**PIXELS, **DEEP, "patch": 2, "qkv_bias": True, "closed_times": True}, ()),
+    "text-mdlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "norm": "scaled", "out_bias": False}, ()),
+    "text-llada": (TextTransformer, {"length": 8, **TOKENS, **DEEP, **LLADA}, ()),
     "dit-linear": (DiT, {**PIXELS, "width": 16, "depth": 2, "heads": 2, "patch": 2, "attention": "linear"}, ()),
     "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2, "time_mlp": True}, ()),
     "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),
@@ -56,7 +61,7 @@ def takes(name, option):
 
 
 def classes(name):
-    return {"num_classes": 3} if takes(name, "num_classes") else {}
+    return {"num_classes": 3} if takes(name, "num_classes") and NETWORKS[name][1].get("modulated", True) else {}
 
 
 @functools.cache
@@ -74,6 +79,7 @@ def inputs(name, batch=4):
     shape = (batch, *options.get("shape", (options.get("length", 10),)))  # of rows and graphs 10
     xt = rng.integers(0, 6, shape, np.int32) if "symbols_in" in options else rng.normal(size=shape).astype(np.float32)
     cond = rng.integers(0, 4, batch, np.int32) if classes(name) else {"points": rng.normal(size=(batch, 10, 2))}
+    cond = None if "modulated" in options else cond
     return xt, rng.uniform(size=batch).astype(np.float32), cond
 
 

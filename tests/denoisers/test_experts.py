@@ -85,7 +85,7 @@ def test_what_cannot_be_is_refused():
     for options in ({"top_k": 9}, {"top_k": 0}, {"capacity": 0.0}, {"shared": -1}, {"balance": -1.0}):
         with pytest.raises(ValueError, match="1 <= top_k <= experts"):
             made(**options)
-    with pytest.raises(ValueError, match="options of mlp=\"experts\", not of mlp='gated'"):
+    with pytest.raises(ValueError, match='options of mlp="experts" or "pooled", not of mlp=\'gated\''):
         network(mlp="gated", experts={"experts": 4})
 
 

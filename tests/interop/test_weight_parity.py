@@ -15,6 +15,8 @@ from safetensors.torch import save_file  # noqa: E402
 
 from ddjax import interop  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 B, SIZE, CHANNELS, WIDTH, HEADS, CLASSES = 3, 8, 3, 24, 3, 5
 LENGTH, VOCABULARY, COND, MASK = 9, 11, 10, 4
 rng = np.random.default_rng(0)
@@ -127,6 +129,23 @@ def test_diffusers_dit(tmp_path, norm_eps):
     module.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"linear_1\.bias.*not equal"):
         interop.load(tmp_path)
+
+
+def test_diffusers_unet(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="install ddjax[parity] to compare with diffusers")
+    module = diffusers.UNet2DModel(
+        sample_size=SIZE, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+    )  # fmt: skip
+    randomised(module).save_pretrained(tmp_path)
+    model = interop.load(tmp_path)
+    assert (model.family, model.kind) == ("diffusers_unet", "noise")
+    x, x_theirs = images()
+    with torch.no_grad():
+        wanted = module(x_theirs, torch.from_numpy(STEPS)).sample
+    equal(model.denoise(jnp.asarray(x), jnp.asarray(STEPS / 999)).value, channels_last(wanted))
+    round_trips(model, module, tmp_path)
 
 
 def tokens(symbols):
