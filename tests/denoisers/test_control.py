@@ -87,6 +87,7 @@ def test_all_of_the_side_network_learns_and_rows_do_not_mix(trunk, noise, jit):
     assert apply(side, X, T, COND).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_errors(trunk):
     _, params = trunk
     for options, blocks, message in (

@@ -37,6 +37,7 @@ def of(p, x):
     return raw / raw.sum(-1, keepdims=True), hidden @ p["predictor_out"]["kernel"] + p["predictor_out"]["bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"capacity": 1.0}, {"capacity": 2.5, "shared": 1}])
 def test_in_training_an_expert_takes_the_best_of_the_batch(options):
     layer, p = made(**options)
