@@ -49,6 +49,7 @@ _LAZY = {
     "data": "ddjax.data",
     "denoisers": "ddjax.denoisers",
     "interop": "ddjax.interop",
+    "lora": "ddjax.lora",
     "training": "ddjax.training",
 }
 

@@ -5,7 +5,7 @@ apply, params = functional(module)
 logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 """
 
-from ddjax.denoisers import layers, outputs, sizes, taps
+from ddjax.denoisers import control, edm2, graphs, layers, outputs, sizes, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dico import DiCo
 from ddjax.denoisers.dit import DiT
@@ -54,11 +54,14 @@ __all__ = [
     "UNet",
     "UNetDesign",
     "UViT",
+    "control",
+    "edm2",
     "freeu",
     "from_linen",
     "functional",
     "functional_init",
     "graph_features",
+    "graphs",
     "inherited",
     "layers",
     "nulls",
