@@ -6,11 +6,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import (
     DType,
     Linear,
@@ -22,15 +20,14 @@ from ddjax.denoisers.layers.basic import (
     layer_norm,
     zeros,
 )
-from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.selective_scan import Mamba
-from ddjax.denoisers.layers.told import ConditionTokens
 from ddjax.denoisers.taps import Below, tap
+from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
 
-class StateSpace(ImageNetwork):
+class StateSpace(TokenRow):
     """DiS (Fei et al. 2024, "Scalable diffusion models with state space backbone", arXiv:2402.05608).
 
     The label, the time and the patches are tokens in a row, with learned positions. A block is a bidirectional `Mamba`
@@ -83,13 +80,17 @@ class StateSpace(ImageNetwork):
             width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         self.dropout = dropout
-        self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
-        self.condition = ConditionTokens(width, num_classes=num_classes, time=time, mlp=time_mlp, rngs=rngs)
-        places = self.condition.count + int(np.prod(self.grid))
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
         block = partial(StateSpaceBlock, width, state=state, expand=expand, kernel=kernel, dropout=dropout, dtype=dtype)
-        self.stack = LongSkips(
-            lambda rngs, skips: block(skips=skips, rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs
+        self.lay(
+            width,
+            depth,
+            block,
+            num_classes=num_classes,
+            time=time,
+            time_mlp=time_mlp,
+            scan=scan,
+            remat=remat,
+            rngs=rngs,
         )
         self.norm = RMSNorm(width)
         modulation = {"kernel_init": zeros, "dtype": dtype, "rngs": rngs}
@@ -109,11 +110,7 @@ class StateSpace(ImageNetwork):
         """Run the network: arguments, result and errors as those of `UViT`."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        told = tap("condition", self.condition(batch, t, cond))
-        tap("sites", self.places())
-        h = self.embed(self.features(self.patches(xt)))
-        h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
-        h = tap("embed", h)
+        told, h = self.row(xt, t, cond, batch)
         made, total = self.stack((h, jnp.zeros(h.shape, at_least_float32(h.dtype))), keys=keys)
         h = layer_norm(self.norm(total + made)[:, self.condition.count :])
         if self.modulation is not None:

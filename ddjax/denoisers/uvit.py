@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax import random
-from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Attention
 from ddjax.denoisers.layers.basic import (
     MLP,
@@ -25,16 +22,15 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.convolution import Conv
-from ddjax.denoisers.layers.long_skips import LongSkips
-from ddjax.denoisers.layers.told import ConditionTokens
 from ddjax.denoisers.taps import Below, tap
+from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-5  # of the published norms
 
 
-class UViT(ImageNetwork):
+class UViT(TokenRow):
     """U-ViT (Bao et al. 2023, "All are worth words", arXiv:2209.12152).
 
     The label, the time and the patches are tokens of one transformer, which has learned positions and no modulation.
@@ -92,13 +88,17 @@ class UViT(ImageNetwork):
         )  # fmt: skip
         conv = symbols_in is None if conv is None else conv
         self.dropout = dropout
-        self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
-        self.condition = ConditionTokens(width, num_classes=num_classes, time=time, mlp=time_mlp, rngs=rngs)
-        places = self.condition.count + int(np.prod(self.grid))
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
         block = partial(SkipBlock, width, heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, attention=attention)
-        self.stack = LongSkips(
-            lambda rngs, skips: block(skips=skips, rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs
+        self.lay(
+            width,
+            depth,
+            block,
+            num_classes=num_classes,
+            time=time,
+            time_mlp=time_mlp,
+            scan=scan,
+            remat=remat,
+            rngs=rngs,
         )
         self.norm = LayerNorm(width, epsilon=EPSILON)
         last = {"dtype": dtype, "out_dtype": at_least_float32(dtype), "rngs": rngs}
@@ -132,11 +132,8 @@ class UViT(ImageNetwork):
         """
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        told = tap("condition", self.condition(batch, t, cond))
-        tap("sites", self.places())
-        h = self.embed(self.features(self.patches(xt)))
-        h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
-        h = self.stack(tap("embed", h), keys=keys)
+        _, h = self.row(xt, t, cond, batch)
+        h = self.stack(h, keys=keys)
         y = self.images(self.out(tap("final", self.norm(h)[:, self.condition.count :])))
         return y if self.conv is None else self.conv(y.reshape(*y.shape[:3], -1)).reshape(y.shape)
 

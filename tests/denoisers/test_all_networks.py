@@ -42,7 +42,7 @@ NETWORKS = {
     "dit-linear": (DiT, {**PIXELS, "width": 16, "depth": 2, "heads": 2, "patch": 2, "attention": "linear"}, ()),
     "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2, "time_mlp": True}, ()),
     "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),
-    "dico-attention": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 8}, ()),
+    "dico-attention": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 16}, ()),
     "state-space": (StateSpace, {**PIXELS, **TOKENS, "width": 16, "depth": 5, "patch": 2, "state": 4}, ()),
     "tabular": (TabularMLP, {"columns": 10, "width": 16, "hidden": (32, 32)}, ()),
     "tabular-tokens": (TabularMLP, {"columns": 10, **TOKENS, "width": 16, "hidden": (32, 32)}, ()),
@@ -121,8 +121,7 @@ def test_gradients_reach_every_parameter(name):
 def test_bfloat16_is_the_same_network(name):
     params, apply = network(name, dtype=jnp.bfloat16)
     out, exact = jax.jit(apply)(params, *inputs(name)), output(name)
-    # Root mean squares: large random weights make attention hard, and rounding moves the largest error by itself.
-    assert 1e-4 < np.sqrt(((out - exact) ** 2).mean() / (exact**2).mean()) < 0.15
+    assert 1e-4 < np.abs(out - exact).max() / np.abs(exact).max() < 0.15
 
 
 @every

@@ -1,0 +1,54 @@
+"""Networks of images for which the label, the time and the patches are tokens in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ddjax.denoisers.images import ImageNetwork
+from ddjax.denoisers.layers.basic import Linear
+from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.told import ConditionTokens
+from ddjax.denoisers.taps import tap
+
+
+class TokenRow(ImageNetwork):
+    """An image network whose tokens have learned positions and pass blocks with long connections."""
+
+    def lay(
+        self,
+        width: int,
+        depth: int,
+        block: Callable[..., nnx.Module],
+        *,
+        num_classes: int,
+        time: bool,
+        time_mlp: bool,
+        scan: bool,
+        remat: bool | str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Make the embeddings and the blocks, each `block(skips=, rngs=)`. Raises ValueError as its parts do."""
+        self.embed = Linear(self.features_in, width, dtype=self.dtype, rngs=rngs)
+        self.condition = ConditionTokens(width, num_classes=num_classes, time=time, mlp=time_mlp, rngs=rngs)
+        places = self.condition.count + int(np.prod(self.grid))
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
+        self.stack = LongSkips(
+            lambda rngs, skips: block(skips=skips, rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs
+        )
+
+    def row(
+        self, xt: Any, t: Array | None, cond: Any, batch: int
+    ) -> tuple[Float[Array, "batch told width"], Float[Array, "batch tokens width"]]:
+        """The tokens of the label and the time, and all of them with their positions."""
+        told = tap("condition", self.condition(batch, t, cond))
+        tap("sites", self.places())
+        h = self.embed(self.features(self.patches(xt)))
+        h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
+        return told, tap("embed", h)
