@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from ddjax import random
+from ddjax.placement import as_rows
 
 DType = jax.typing.DTypeLike
 Initializer = Callable[..., Array]
@@ -48,7 +49,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Apply to the last axis."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.out_dtype)
+        rows = as_rows(x.astype(self.dtype))
+        y = jnp.matmul(rows, kernel, preferred_element_type=self.out_dtype).reshape(*x.shape[:-1], kernel.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(self.out_dtype)
 
 
