@@ -2,8 +2,7 @@
 
     python benchmarks/learned.py mixture --out learned.json
     python benchmarks/learned.py mnist --run RUN --out learned.json --seeds 1 --num 64 --batch 16 --iterations 150
-    python benchmarks/learned.py mnist --run RUN --loss joint --out joint.json --seeds 0 --num 256 --batch 64 --fine 100
-    python benchmarks/learned.py mnist --run RUN --loss read --out read.json --seeds 0 --num 256 --batch 64 --fine 100
+    python benchmarks/learned.py mnist --run RUN --loss features --out features.json --seeds 0 --num 512 --fine 50
     python benchmarks/learned.py table --out learned.json
 
 For each seed three sets of noises: one is searched on; on the second, all is chosen (the best solver and its best grid
@@ -15,12 +14,11 @@ looked at by nothing. At equal NFE: solvers of several evaluations a step take f
     learned grid    the same solver: `search.Grid` from there
     learned         `search.General` from there, or from the learned grid
 
-By `--loss fine` all of this is by the distance to a fine solution from the same noise. By `--loss joint` (pictures) it
-is by the kernel distance of samples and their own labels, together, to training pictures and theirs; nothing but
-`search.General` is searched then, from the fixed grid. By `--loss read` it is the kernel distance of samples to many
-training pictures, and some of the cross-entropy of the labels that a small network reads off the samples; the network
-learned from other pictures, and is another kind of classifier, than the judge. What is reported is the same by all: the
-kernel distance to held-out pictures, and the judge's labels.
+By `--loss fine` all of this is by the distance to a fine solution from the same noise. By `--loss features` it is by
+the kernel distance of samples to training pictures in the features of a small network that reads digits, and some of
+the cross-entropy of the labels that it reads; nothing but `search.General` is searched then, from the fixed grid. What
+is reported was seen by neither: labels by a support vector classifier, the kernel distance to all test pictures in the
+features of another network, of other training pictures; and in pixels.
 """
 
 from __future__ import annotations
@@ -87,37 +85,30 @@ def fixed_grids(schedule: Any, start: float, last: float, sigma_max: float) -> d
     return {name: from_start(make) for name, make in made.items()}
 
 
-LABEL = 8.0  # of a 16 x 16 picture's kernel (x.y / dims + 1), the same label adds 8^2 / 266, about a quarter
-
-
-def joint(x0: Any, examples: search.Examples) -> Any:
-    """The kernel distance of pictures with their labels to `examples.target`, pictures of the same labels."""
-    labels = LABEL * jax.nn.one_hot(examples.cond, 10)
-    vectors = [jnp.concatenate([x.reshape(len(x), -1), labels], 1) for x in (x0, examples.target)]
-    return search.squared_mmd(*vectors)
-
-
 @functools.cache
-def reader() -> Any:
-    """A small network, `pictures -> logits`, that reads digits; of the last 20,000 training pictures."""
-    pictures, labels = (x[-20_000:] for x in nfe.mnist_images(60_000))
-    sizes, rng = (pictures[0].size, 256, 128, 10), np.random.default_rng(0)
+def reader(first: int, widths: tuple[int, ...]) -> Any:
+    """A small network, `pictures -> (features, logits)`, that reads digits; of 20,000 training pictures.
+
+    The features are its last hidden layer, of mean square 1 over these.
+    """
+    pictures, labels = (x[first : first + 20_000] for x in nfe.mnist_images(60_000))
+    sizes, rng = (pictures[0].size, *widths, 10), np.random.default_rng(first)
     weights = [
         (jnp.asarray(rng.normal(size=(i, o)) * (2 / i) ** 0.5, jnp.float32), jnp.zeros(o))
         for i, o in itertools.pairwise(sizes)
     ]
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, 3000), weight_decay=1e-2)
 
-    def logits(weights, x):
+    def read(weights, x):
         h = x.reshape(len(x), -1)
         for w, b in weights[:-1]:
             h = jax.nn.relu(h @ w + b)
-        return h @ weights[-1][0] + weights[-1][1]
+        return h, h @ weights[-1][0] + weights[-1][1]
 
     @jax.jit
     def step(weights, state, x, y):
         def loss(weights):
-            return optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), y).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(read(weights, x)[1], y).mean()
 
         change, state = optimizer.update(jax.grad(loss)(weights), state, weights)
         return optax.apply_updates(weights, change), state
@@ -127,34 +118,52 @@ def reader() -> Any:
         rows = rng.integers(0, len(pictures), 128)
         noisy = pictures[rows] + 0.2 * rng.normal(size=(128, *pictures.shape[1:]))  # samples are not quite clean
         weights, state = step(weights, state, jnp.asarray(noisy, jnp.float32), jnp.asarray(labels[rows]))
-    return functools.partial(logits, weights)
+    scale = jnp.sqrt(jnp.mean(read(weights, jnp.asarray(pictures, jnp.float32))[0] ** 2))
+
+    def scaled(x):
+        features, logits = read(weights, x)
+        return features / scale, logits
+
+    return scaled
+
+
+def taught() -> Any:
+    """The network by which samplers are searched and chosen."""
+    return reader(40_000, (256, 128))
+
+
+def judging() -> Any:
+    """Another one, of other pictures, by which what was found is reported."""
+    return reader(0, (400, 64))
 
 
 @functools.cache
 def shown() -> Any:
-    """400 training pictures of each label, which neither the reader nor the judge learned from."""
-    pictures, own = (x[4_000:40_000] for x in nfe.mnist_images(40_000))
+    """The features of 400 training pictures of each label, from which neither network learned."""
+    pictures, own = (x[20_000:40_000] for x in nfe.mnist_images(40_000))
     rows = np.concatenate([np.flatnonzero(own == label)[:400] for label in range(10)])
-    return jnp.asarray(pictures[rows].reshape(len(rows), -1))
+    return taught()(jnp.asarray(pictures[rows]))[0]
 
 
-def read(x0: Any, examples: search.Examples) -> Any:
-    """The kernel distance to many pictures, and a little of the cross-entropy of the labels as read."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(reader()(x0), examples.cond).mean()
+def features(x0: Any, examples: search.Examples) -> Any:
+    """The kernel distance to many training pictures in the network's features, and a little of its cross-entropy."""
+    found, logits = taught()(x0)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, examples.cond).mean()
     pictures = jax.lax.optimization_barrier(shown())  # a constant, XLA would spend minutes on it
-    return search.squared_mmd(x0.reshape(len(x0), -1), pictures.astype(x0.dtype)) + 0.01 * nats
+    return search.squared_mmd(found, pictures.astype(found.dtype)) + 0.01 * nats
 
 
-def of_labels(labels: Any, seed: int) -> Any:
-    """For each label a training picture of it, all different ones."""
-    pictures, own = nfe.mnist_images(20_000)
-    order = np.random.default_rng(seed).permutation(len(own))
-    places = {label: iter(order[own[order] == label]) for label in range(10)}
-    return jnp.asarray(pictures[[next(places[label]) for label in np.asarray(labels)]])
+@functools.cache
+def in_features() -> Any:
+    """The kernel distance to all test pictures in the features of the network that judges."""
+    judge = judging()
+    pictures = jnp.asarray(nfe.mnist_images(10_000, split="test")[0])
+    distance = nfe.kernel_to(judge(pictures)[0])
+    return lambda x: distance(judge(x)[0])
 
 
 class Case:
-    """A problem, and the noises of one seed. by: the loss, with its data where it is `joint`."""
+    """A problem, and the noises of one seed. by: the loss."""
 
     def __init__(
         self, problem: nfe.Problem, fixed: dict[str, Any], start: float, seed: int, fine: int, rates: Any, by: Any
@@ -170,10 +179,6 @@ class Case:
             for which in range(3)
         ]  # fmt: skip
         self.searched, self.choosing, self.reported = sets
-        if by is joint:
-            self.searched, self.choosing = (
-                one._replace(target=of_labels(problem.cond, 2 * seed + i)) for i, one in enumerate(sets[:2])
-            )
 
     def end(self, solver: Any, times: Any, examples: search.Examples) -> Any:
         """Samples."""
@@ -201,10 +206,14 @@ class Case:
             found.append((self.loss(one.solver, one.times), one, rate))
         return min(found, key=lambda one: one[0])
 
+    def seen(self, x: Any) -> dict[str, float]:
+        """The distance in features, where it is searched in some."""
+        return {"features": in_features()(x)} if self.by is features else {}
+
     def report(self, solver: Any, times: Any) -> dict[str, float]:
         """On noise not chosen by."""
         x = self.end(solver, times, self.reported)
-        found = {"rms": float(jnp.sqrt(search.to_fine(x, self.reported))), "law": self.problem.law(x)}
+        found = {"rms": float(jnp.sqrt(search.to_fine(x, self.reported))), "law": self.problem.law(x)} | self.seen(x)
         return found | ({"label": self.problem.label(x)} if self.problem.label else {})
 
 
@@ -223,7 +232,7 @@ def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any
     solver, times = nfe.DETERMINISTIC[of_one[1]](process), case.fixed[of_one[2]](steps)
     own = nfe.DETERMINISTIC[best[1]](process), case.fixed[best[2]](best[3])
     rows = {
-        "fine": {"law": case.problem.law(case.reported.target)},
+        "fine": {"law": case.problem.law(case.reported.target)} | case.seen(case.reported.target),
         "hand-made": {"what": f"{best[1]}, {best[2]}"} | case.report(*own),
         "fixed grid": {"what": f"{of_one[1]}, {of_one[2]}"} | case.report(solver, times),
     }
@@ -257,7 +266,9 @@ def table(found: dict[str, Any]) -> None:
     """Markdown: means over seeds and the range."""
     for problem, by_seed in found.items():
         steps = sorted({s for rows in by_seed.values() for s in rows}, key=int)
-        measures = [m for m in ("rms", "law", "label") if m in next(iter(by_seed.values()))[steps[0]]["learned"]]
+        measures = [
+            m for m in ("rms", "law", "features", "label") if m in next(iter(by_seed.values()))[steps[0]]["learned"]
+        ]
         print(f"\n{problem}, seeds {', '.join(by_seed)}\n")
         print(f"| NFE | sampler | {' | '.join(measures)} | chosen (each seed) |\n|---|---|{'---|' * len(measures)}---|")
         for n in steps:
@@ -286,7 +297,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates of the sampler's search")
     parser.add_argument("--fine", type=int, default=1000, help="steps of the fine solution")
     parser.add_argument(
-        "--loss", choices=("fine", "joint", "read"), default="fine", help="what all is learned and chosen by"
+        "--loss", choices=("fine", "features"), default="fine", help="what all is learned and chosen by"
     )
     parser.add_argument("--only", nargs="+", metavar="SOLVER", default=list(nfe.DETERMINISTIC), help="hand-made ones")
     arguments = parser.parse_args()
@@ -300,11 +311,11 @@ def main() -> None:
     else:
         problem, start = nfe.mnist(arguments.run, arguments.num), 1.0
         fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))
-    if arguments.loss == "read":
-        reader(), shown()  # now: a search is traced
+    if arguments.loss == "features":
+        shown()  # now: a search is traced
     rates = (rates[0], arguments.rates or rates[1])
     for seed in arguments.seeds:
-        by = {"fine": search.to_fine, "joint": joint, "read": read}[arguments.loss]
+        by = {"fine": search.to_fine, "features": features}[arguments.loss]
         case = Case(problem, fixed, start, seed, arguments.fine, rates, by)
         for steps in arguments.steps:
             began = time.time()

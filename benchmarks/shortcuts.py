@@ -95,7 +95,8 @@ def noise(run, num, fine):
 
 def lm(run, num, fine):
     _, _, _, draw = setting(run, num)
-    data = jnp.asarray(load_data(run.config, "test")[:1000]["x0"]).reshape(1000, -1)
+    data = jnp.asarray(load_data(run.config, "test")[:]["x0"])
+    data = data.reshape(len(data), -1)
     end = solved(run, draw, fine)
     row("damping", "memory", *(f"{n} evaluations: distance, kernel distance to data" for n in (5, 8)))
     base = solvers.dpm_solver_pp(run.process)
