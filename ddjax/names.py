@@ -219,6 +219,9 @@ DENOISERS = {
     "uvit": denoisers.UViT,
     "dico": denoisers.DiCo,
     "state_space": denoisers.StateSpace,
+    "multi_resolution": denoisers.MultiResolution,
+    "diffit": denoisers.DiffiT,
+    "diffussm": denoisers.DiffuSSM,
     "tabular": denoisers.TabularMLP,
     "graph": denoisers.GraphTransformer,
 }
@@ -235,10 +238,7 @@ WEIGHTINGS = {
     "sigmoid": objectives.weightings.sigmoid,
     "flow_matching": objectives.weightings.flow_matching,
 }
-CLOCK_DENSITIES = {
-    "uniform_time": objectives.uniform_time,
-    "logit_normal": objectives.densities.logit_normal,
-}
+CLOCK_DENSITIES = {"uniform_time": objectives.uniform_time, "logit_normal": objectives.densities.logit_normal}
 DENSITIES = CLOCK_DENSITIES | {
     "uniform_log_snr": objectives.uniform_log_snr,
     "log_normal_sigma": objectives.log_normal_sigma,
@@ -400,6 +400,7 @@ OBJECTIVES = {
     "adaptive": Named(objectives.adaptive, {"weighting": WEIGHTINGS}, parameters=objectives.adaptive_parameters),
     "contrastive_flow_matching": Named(objectives.contrastive_flow_matching, {"density": DENSITIES}),
     "ddpm_hybrid": Named(objectives.ddpm_hybrid),
+    "multi_resolution": Named(objectives.multi_resolution, _FACTORS | {"uniforms": UNIFORMS}),
     "ambient": Named(objectives.ambient, _FACTORS),
     "interpolant": Named(_interpolant_loss, {"coupling": COUPLINGS, "density": CLOCK_DENSITIES}),
     "multimarginal": Named(_multimarginal),
