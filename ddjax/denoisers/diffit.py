@@ -173,9 +173,11 @@ class DiffiTBlock(nnx.Module):
         x = constrain(x, "batch", None, None, None)
         h = self.conv_in(jax.nn.silu(self.norm_in(x)))
         seen = windows(layer_norm(h), self.grid)
-        y = self.attention(seen, None, named, jnp.repeat(c, len(seen) // len(c), axis=0))
+        told = jnp.broadcast_to(c[:, None], (len(c), len(seen) // len(c), c.shape[-1])).reshape(len(seen), -1)
+        # Where it lies is said: without this XLA's partitioner (jax 0.10) returns examples in another order.
+        y = constrain(self.attention(seen, None, named, told), "batch", None, None)
         y = named("/attention", unwindowed(y, h.shape, self.grid))
-        h = h + dropout(y, self.dropout, keys_a)
+        h = constrain(h + dropout(y, self.dropout, keys_a), "batch", None, None, None)
         h = h + dropout(named("/mlp", self.mlp(layer_norm(h))), self.dropout, keys_m)
         x = (x if self.shortcut is None else self.shortcut(x)) + h
         return named("", constrain(x, "batch", None, None, None))

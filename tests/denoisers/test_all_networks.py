@@ -57,7 +57,7 @@ NETWORKS = {
     "uvit-generated": (UViT, {**PIXELS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "generated": True}, ()),
     "uvit-words": (UViT, {**PIXELS, "width": 16, "depth": (2, 1), "heads": 2, "patch": 2, "context": (4, 6)}, ()),
     "diffussm": (DiffuSSM, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "ratio": 2, "state": 4}, ()),
-    "dico-fused": (DiCo, {**PIXELS, "width": 8, "stages": ("ff", "f", "a", "f", "f"), "head_width": 16}, ()),
+    "dico-fused": (DiCo, {**PIXELS, "width": 8, "stages": ("f", "f", "a", "f", "f"), "head_width": 16}, ()),
     "tabular": (TabularMLP, {"columns": 10, "width": 16, "hidden": (32, 32)}, ()),
     "tabular-tokens": (TabularMLP, {"columns": 10, **TOKENS, "width": 16, "hidden": (32, 32)}, ()),
     "graph": (GraphTransformer, {"nodes": 5, **TOKENS, **GRAPH}, ()),

@@ -31,7 +31,8 @@ def test_it_is_the_sum_over_resolutions(x64):
     x0, image = rng.normal(size=(3, 4, 8, 2)), rng.normal(size=(4, 8, 2))
     lowest, middle = rng.normal(size=(3, 1, 2, 2)), rng.normal(size=(3, 2, 4, 2))
     objective = objectives.multi_resolution(PROCESS, "x0", coefficients=(0.3, 0.5))
-    loss, _ = objective(jax.random.key(0), says(lowest, middle, image), None, jnp.asarray(x0))
+    said = says(lowest, middle, image)
+    loss, _ = jax.jit(lambda x0: objective(jax.random.key(0), said, None, x0))(jnp.asarray(x0))
 
     def squares(ratio):
         out = np.zeros((3, 4 // ratio, 8 // ratio, 2))
@@ -47,7 +48,7 @@ def test_it_is_the_sum_over_resolutions(x64):
 def test_a_network_that_says_nothing_below_is_refused():
     objective = objectives.multi_resolution(PROCESS, "noise")
     with pytest.raises(ValueError, match="output/0"):
-        objective(jax.random.key(0), says(np.zeros(())), None, jnp.zeros((2, 4, 4, 1)))
+        jax.eval_shape(lambda x0: objective(jax.random.key(0), says(np.zeros(())), None, x0), jnp.zeros((2, 4, 4, 1)))
 
 
 @pytest.mark.slow
