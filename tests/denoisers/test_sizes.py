@@ -115,7 +115,7 @@ def test_mdlm(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "name"),
-    [("uvit", "S/2"), ("dico", "S"), ("state_space", "S/2"), ("dit", "S/2"), ("diffussm", "XL"), ("dit", "DiffiT-XL/2")],
+    [("uvit", "S/2"), ("dico", "S"), ("state_space", "S/2"), ("dit", "S/2"), ("diffussm", "XL")],
 )
 def test_a_config_names_a_size(network, name):
     items = data.from_arrays(np.zeros((4, 8, 8, 1), np.float32))
