@@ -219,6 +219,9 @@ DENOISERS = {
     "uvit": denoisers.UViT,
     "dico": denoisers.DiCo,
     "state_space": denoisers.StateSpace,
+    "multi_resolution": denoisers.MultiResolution,
+    "diffit": denoisers.DiffiT,
+    "diffussm": denoisers.DiffuSSM,
     "tabular": denoisers.TabularMLP,
     "graph": denoisers.GraphTransformer,
 }
@@ -235,10 +238,7 @@ WEIGHTINGS = {
     "sigmoid": objectives.weightings.sigmoid,
     "flow_matching": objectives.weightings.flow_matching,
 }
-CLOCK_DENSITIES = {
-    "uniform_time": objectives.uniform_time,
-    "logit_normal": objectives.densities.logit_normal,
-}
+CLOCK_DENSITIES = {"uniform_time": objectives.uniform_time, "logit_normal": objectives.densities.logit_normal}
 DENSITIES = CLOCK_DENSITIES | {
     "uniform_log_snr": objectives.uniform_log_snr,
     "log_normal_sigma": objectives.log_normal_sigma,
@@ -354,9 +354,9 @@ class Named:
         process, which is given where it is taken.
     learns_process: whether the process's parameters train with the network's.
     parameters: where the objective's own parameters begin; they are dropped when training is done.
-    heads: outputs beside the network's own. planner: whether they are a planner's, which solvers ask.
-    bound: what evaluates such networks in the place of `likelihood.nelbo`, with steps, those of the sampler, and
-        num_draws.
+    heads: outputs beside the network's own. planner: whether they are a planner's, which solvers ask. listens: whether
+        it asks for taps of the network.
+    bound: what evaluates such networks in the place of `likelihood.nelbo`, with steps (the sampler's) and num_draws.
     """
 
     make: Callable[..., Objective]
@@ -365,6 +365,7 @@ class Named:
     parameters: Callable[[], Any] | None = None
     heads: int = 0
     planner: bool = False
+    listens: bool = False
     bound: Callable[..., Bound] | None = None
 
 
@@ -400,6 +401,7 @@ OBJECTIVES = {
     "adaptive": Named(objectives.adaptive, {"weighting": WEIGHTINGS}, parameters=objectives.adaptive_parameters),
     "contrastive_flow_matching": Named(objectives.contrastive_flow_matching, {"density": DENSITIES}),
     "ddpm_hybrid": Named(objectives.ddpm_hybrid),
+    "multi_resolution": Named(objectives.multi_resolution, _FACTORS | {"uniforms": UNIFORMS}, listens=True),
     "ambient": Named(objectives.ambient, _FACTORS),
     "interpolant": Named(_interpolant_loss, {"coupling": COUPLINGS, "density": CLOCK_DENSITIES}),
     "multimarginal": Named(_multimarginal),

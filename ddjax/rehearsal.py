@@ -35,19 +35,27 @@ def rehearse(experiment: Experiment) -> None:
     params = {"process": process.parameters} if named.learns_process else {}
     params |= {} if named.parameters is None else {"objective": named.parameters()}
 
-    def train(key, x0, cond):
+    def train(weights, key, x0, cond):
         for name, shape in companions.companions(experiment).items():
             cond = {name: jnp.ones((x0.shape[0], *shape)), "cond": cond}
-        return objective(key, network, {"network": {}, **params} if params else {}, x0, cond)
+        apply = experiment.apply if named.listens else network
+        return objective(key, apply, {"network": weights, **params} if params else weights, x0, cond)
 
     def draw(key, xt, t, s):
         denoise, cond = bind(network, {}, process, kind), experiment.to_sample(key, jnp.arange(2), None, xt)
         return solver.step(random.example_keys(key, 2), first_carry(solver, xt, cond, denoise), xt, t, s, denoise, cond)
 
     batch, key = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.random.key(0)
+    weights = jax.eval_shape(experiment.init, key) if named.listens else {}
     cond = None if experiment.null is None else batch((2,), dtype=jnp.int32)
     parts = {
-        f"config.objective.name={c.objective.name!r}": (train, key, batch((2, *experiment.data.shape)), cond),
+        f"config.objective.name={c.objective.name!r}": (
+            train,
+            weights,
+            key,
+            batch((2, *experiment.data.shape)),
+            cond,
+        ),
         f"config.sample.solver={c.sample.solver!r}": (
             draw,
             key,

@@ -8,6 +8,8 @@ logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 from ddjax.denoisers import control, edm2, graphs, layers, outputs, sizes, taps
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dico import DiCo
+from ddjax.denoisers.diffit import DiffiT
+from ddjax.denoisers.diffussm import DiffuSSM
 from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.edm2 import EDM2, EDM2_SIZES
 from ddjax.denoisers.freeu import FreeU, freeu
@@ -19,6 +21,7 @@ from ddjax.denoisers.inheritance import inherited
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.low_rank import LowRankGaussian
+from ddjax.denoisers.multi_resolution import MultiResolution
 from ddjax.denoisers.neural_process import NeuralProcess
 from ddjax.denoisers.state_space import StateSpace
 from ddjax.denoisers.tabular import TabularMLP
@@ -37,10 +40,13 @@ __all__ = [
     "Coherent",
     "DiCo",
     "DiT",
+    "DiffiT",
+    "DiffuSSM",
     "FreeU",
     "Functional",
     "GraphTransformer",
     "LowRankGaussian",
+    "MultiResolution",
     "NeuralProcess",
     "OverDraws",
     "Pointed",

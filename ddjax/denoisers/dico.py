@@ -33,7 +33,7 @@ from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 from ddjax.types import SoftTokens
 
-KINDS = "ca"  # of blocks: convolution, attention
+KINDS = "caf"  # of blocks: convolution, attention, AsCAN's convolution
 
 
 class DiCo(ImageNetwork):
@@ -46,13 +46,13 @@ class DiCo(ImageNetwork):
 
     A stage may also hold attention among its pixels in the place of convolutions, in any order: asymmetric networks,
     with convolutions first and attention later (Kag et al. 2024, "AsCAN"), or a stronger encoder than decoder
-    (Cao et al. 2022, "ASCEND").
+    (Cao et al. 2022, "ASCEND"). And it may hold `FusedBlock`s, those of the former.
 
     Args:
         shape, symbols_in, symbols_out, out_channels, embed_width, bits: see `DiT`; height and width divide by 4.
         width: features at full resolution, even.
         stages: of each of the five the number of blocks (of convolutions), or a letter for each: "c" for a
-            convolution, "a" for attention, as in "ccca".
+            convolution, "a" for attention, "f" for AsCAN's convolution, as in "fffa".
         head_width: features of a head of attention.
         mlp_ratio: hidden width of the MLP over the features.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
@@ -104,6 +104,7 @@ class DiCo(ImageNetwork):
         kinds = {
             "c": partial(ConvBlock, **options),
             "a": partial(AttentionBlock, **options, head_width=head_width, attention=attention),
+            "f": partial(FusedBlock, **options),
         }
         self.stack = nnx.List([])
         for letters, level in zip(stages, LEVELS, strict=True):
@@ -174,7 +175,7 @@ class ConvBlock(nnx.Module):
         self.mlp = MLP(width, int(mlp_ratio * width), approximate=False, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def mix(self, x: Image) -> Image:
+    def mix(self, x: Image, named: Below) -> Image:
         """What pixels tell each other."""
         x = jax.nn.gelu(self.depthwise(self.inner(x)), approximate=False)
         mean = x.mean(axis=(1, 2), keepdims=True, dtype=at_least_float32(x.dtype))
@@ -194,7 +195,7 @@ class ConvBlock(nnx.Module):
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         h = constrain(h, "batch", None, None, None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c)[:, None, None], 6, axis=-1)
-        y = named("/mix", self.mix(layer_norm(h) * (1 + scale_a) + shift_a))
+        y = named("/mix", self.mix(layer_norm(h) * (1 + scale_a) + shift_a, named))
         h = h + gate_a * dropout(y, self.dropout, keys_a)
         y = named("/mlp", self.mlp(layer_norm(h) * (1 + scale_m) + shift_m))
         return named("", h + gate_m * dropout(y, self.dropout, keys_m)), None
@@ -223,9 +224,48 @@ class AttentionBlock(ConvBlock):
         self.mlp = MLP(width, int(mlp_ratio * width), approximate=False, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def mix(self, x: Image) -> Image:
+    def mix(self, x: Image, named: Below) -> Image:
         """What pixels tell each other."""
-        return self.attention(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
+        return self.attention(x.reshape(x.shape[0], -1, x.shape[-1]), None, named).reshape(x.shape)
+
+
+class FusedBlock(nnx.Module):
+    """AsCAN's convolution (Kag et al. 2024, section 3.1): a fused inverted bottleneck, under adaLN-zero.
+
+    `outer(x * channels(x))` with x = gelu(expand(norm(h))): a 3 x 3 convolution to `mlp_ratio` times as many features,
+    squeeze and excitation (Hu et al. 2018: from the mean over all pixels, by way of a quarter of the block's features,
+    a factor in (0, 1) for each), and a convolution of one pixel back.
+    """
+
+    def __init__(
+        self, width: int, *, mlp_ratio: float = 4, dropout: float = 0.0, dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        check_rate(dropout)
+        self.dropout, hidden = dropout, int(mlp_ratio * width)
+        self.expand = Conv(width, hidden, dtype=dtype, rngs=rngs)
+        self.squeeze = Linear(hidden, max(width // 4, 1), dtype=dtype, rngs=rngs)
+        self.excite = Linear(max(width // 4, 1), hidden, dtype=dtype, rngs=rngs)
+        self.outer = Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.modulation = Linear(width, 3 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        h: Image,
+        skip: None,
+        c: Float[Array, "batch width"],
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str | None = None,
+    ) -> tuple[Image, None]:
+        """The next image, and nothing for a long connection. See `layers.LongSkips`."""
+        named = Below(name)
+        h = constrain(h, "batch", None, None, None)
+        shift, scale, gate = jnp.split(self.modulation(c)[:, None, None], 3, axis=-1)
+        x = jax.nn.gelu(self.expand(layer_norm(h) * (1 + scale) + shift), approximate=False)
+        mean = x.mean(axis=(1, 2), keepdims=True, dtype=at_least_float32(x.dtype))
+        channels = jax.nn.sigmoid(self.excite(jax.nn.silu(self.squeeze(mean))))
+        y = named("/mix", self.outer(x * channels))
+        return named("", h + gate * dropout(y, self.dropout, keys)), None
 
 
 def unshuffle(x: Image) -> Image:
@@ -254,7 +294,7 @@ def _letters(stages: Sequence[int | str], scan: bool) -> list[str]:
     if len(letters) != len(LEVELS) or any(not stage or set(stage) - set(KINDS) for stage in letters):
         raise ValueError(
             f"stages={tuple(stages)}: expected five, of each the number of blocks (at least one), or a letter for each "
-            'block: "c" (convolution) or "a" (attention)'
+            'block: "c" (convolution), "a" (attention) or "f" (AsCAN\'s convolution)'
         )
     if scan and any(len(set(stage)) > 1 for stage in letters):
         raise ValueError(f"stages={tuple(stages)}: a stage of several kinds of blocks cannot be scanned: scan=False")

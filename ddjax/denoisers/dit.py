@@ -19,8 +19,9 @@ from ddjax.denoisers.given import Given, at_least_one
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Layout, among_related
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
-from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
+from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, check_conditioning
 from ddjax.denoisers.layers.embed import Conditioner, sincos
+from ddjax.denoisers.layers.generated import GeneratedLinear, Generator
 from ddjax.denoisers.layers.merging import Sizes, check_sizes
 from ddjax.denoisers.layers.routing import Route, channel_mask, nearest_grid
 from ddjax.denoisers.taps import tap
@@ -68,6 +69,12 @@ class DiT(ImageNetwork):
             beside those of the state. 0: none. What a condition may hold, and its nulls: `given.Given`.
         time: False ignores t.
         qkv_bias: whether queries, keys and values have biases (the authors' have).
+        conditioning: by what blocks are told of the time and of what is added to it, one or several joined by "+":
+            "modulation" (adaLN-zero); "attention": of queries, keys and values, a linear function of the site plus one
+            of the condition (Hatamizadeh et al. 2023, "DiffiT"; alone it stands without a silu, and the last layer
+            behind one); "weights": it makes for each example what is added to the weights of the first layer, of
+            attention's last one (the same in all blocks) and of a convolution within the MLP (Cai et al. 2024, "CAN").
+        relative: whether each head adds a learned bias for every difference of places (`layers.Attention`).
         closed_times: of the time's frequencies, `closed` of `layers.time_embedding`.
         label_noise: noise on the embedded labels when train=True (`layers.embed.Conditioner`).
         dropout: rate on each branch of each block, when train=True.
@@ -116,6 +123,8 @@ class DiT(ImageNetwork):
         image_channels: int = 0,
         time: bool = True,
         qkv_bias: bool = False,
+        conditioning: str = "modulation",
+        relative: bool = False,
         closed_times: bool = False,
         label_noise: float = 0.0,
         dropout: float = 0.0,
@@ -140,7 +149,12 @@ class DiT(ImageNetwork):
             raise ValueError(f"task_share={task_share}, time={time}: expected a share in (0, 1], 1 without time")
         cond_width = cond_width or width
         self.dropout = dropout
-        self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
+        by = check_conditioning(conditioning)
+        self.embed = (
+            GeneratedLinear(self.features_in, width, cond_width, dtype=dtype, rngs=rngs)
+            if "weights" in by
+            else Linear(self.features_in, width, dtype=dtype, rngs=rngs)
+        )
         patches = math.prod(self.grid)
         self.relations = _relations(relations, heads, patches)
         self.neighbours = None if neighbours is None else graphs.check_neighbours(neighbours, patches)
@@ -153,11 +167,12 @@ class DiT(ImageNetwork):
         self.position = nnx.Param(jnp.asarray(sincos(rows, width)))
         self.condition = Conditioner(
             cond_width, num_classes=num_classes, time=time, latent=latent, vector=vector, label_noise=label_noise,
-            closed=closed_times, rngs=rngs,
+            closed=closed_times, silu=conditioning != "attention", rngs=rngs,
         )  # fmt: skip
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
-            qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
+            conditioning=conditioning, relative=self.grid if relative else None, qkv_bias=qkv_bias,
+            dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
             context_width=context_width,
             merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
         )  # fmt: skip
@@ -167,11 +182,22 @@ class DiT(ImageNetwork):
         if downsample > 1 and relations:
             raise ValueError("downsample thins out keys, and relations may need all: build the network without one")
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
-        self.final = FinalLayer(width, self.features_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
+        if relative and neighbours is not None:
+            raise ValueError("neighbours of its own for each patch go without relative positions")
+        if "weights" in by and (relations or neighbours is not None or route or downsample > 1 or merge):
+            raise ValueError(
+                f"conditioning={conditioning!r} has convolutions, which need all patches in their places: build the "
+                "network without relations, neighbours, route, downsample and merge"
+            )
+        self.final = FinalLayer(
+            width, self.features_out, cond_width=cond_width if "modulation" in by else 0,
+            silu=conditioning == "attention", dtype=dtype, rngs=rngs,
+        )  # fmt: skip
         # Last, so that a network without it has the initial weights that it had.
         self.nothing = (
             nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
         )
+        self.projection = Generator(cond_width, (width, width), dtype=dtype, rngs=rngs) if "weights" in by else None
 
     def __call__(
         self,
@@ -249,12 +275,16 @@ class DiT(ImageNetwork):
             position = position[np.asarray(self.kinds)]
         if layout is not None:
             position = jnp.take(position, layout.positions, axis=0, mode="clip")
-        h = tap("embed", self.embed(x) + position)
+        generated = self.projection is not None
+        if generated and layout is not None:
+            raise ValueError("conditioning by weights has convolutions: all patches run, once, and see each other")
+        h = tap("embed", (self.embed(x, c) if generated else self.embed(x)) + position)
         channels = None
         if self.task_share < 1:
             channels = channel_mask(jnp.broadcast_to(t, (batch,)), self.width, self.task_share)
         routes = self.stack.route_keys(batch, rng, train)
         more = {"context": context, "channels": channels, "importance": importance, "train": train}
+        more["projection"] = self.projection(c) if generated else None
         h = self.stack(h, c, keys, layout, route_keys=routes, **more)
         return h if view.clean is None else h[:, :length], c, view
 

@@ -25,6 +25,12 @@ def _transformers(sizes: Mapping[str, tuple[int, int, int]], patches: tuple[int,
 # Peebles & Xie 2023, table 1.
 DIT = _transformers({"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}, (2, 4, 8))
 
+# NVlabs/DiffiT, diffit.py: their network of latents.
+DIT["DiffiT-XL/2"] = {
+    "patch": 2, "depth": 28, "width": 1152, "heads": 16, "conditioning": "attention", "relative": True,
+    "qkv_bias": True,
+}  # fmt: skip
+
 # Bao et al. 2023, table 1, with the patch of each data set (their tables 5 and 6). "S-deep" is for CelebA.
 _UVIT = {"S": (13, 512, 8), "S-deep": (17, 512, 8), "M": (17, 768, 12), "L": (21, 1024, 16), "H": (29, 1152, 16)}
 UVIT = _transformers(_UVIT, (2, 4))
@@ -46,6 +52,15 @@ DICO = {
     "H": {"width": 416, "stages": (14, 12, 10, 12, 14), "mlp_ratio": 4},
 }
 
+# qihao067/DiMR, configs/ (20 blocks of convolutions are 10 on either side of one).
+MULTI_RESOLUTION = {
+    "XL/2R": {"widths": (960, 480), "depths": (39, 21), "patches": (2, 1), "heads": 16},
+    "G/2R": {"widths": (1152, 576), "depths": (57, 29), "patches": (2, 1), "heads": 16},
+}
+
+# Yan et al. 2024, section 4.
+DIFFUSSM = {"XL": {"width": 1152, "depth": 29, "ratio": 2}}
+
 # Sahoo et al. 2024 (kuleshov-group/mdlm, configs/model): 4 width in the MLP, a narrow vector of conditions. Shi et al.
 # 2024 (md4/configs/md4/openwebtext.py): gated, 64 features a head.
 _MDLM = {"mlp": "gelu", "cond_width": 128}
@@ -58,4 +73,12 @@ TEXT = {
 }
 
 # By the names of networks in configs.
-SIZES = {"dit": DIT, "uvit": UVIT, "state_space": STATE_SPACE, "dico": DICO, "text": TEXT}
+SIZES = {
+    "dit": DIT,
+    "uvit": UVIT,
+    "state_space": STATE_SPACE,
+    "dico": DICO,
+    "multi_resolution": MULTI_RESOLUTION,
+    "diffussm": DIFFUSSM,
+    "text": TEXT,
+}

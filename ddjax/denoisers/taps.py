@@ -131,9 +131,12 @@ def unheard() -> Iterator[None]:
         _LISTENERS.reset(token)
 
 
-def active() -> bool:
-    """Whether anyone listens (networks then drop `remat`, whose inner trace would hide the values)."""
-    return bool(_LISTENERS.get())
+def active(prefix: str = "") -> bool:
+    """Whether anyone listens below a prefix (networks then drop `remat`, whose inner trace would hide the values)."""
+    return any(
+        listener.names is None or any(name.startswith(prefix) for name in listener.names)
+        for listener in _LISTENERS.get()
+    )
 
 
 def refuse(prefix: str, reason: str) -> None:

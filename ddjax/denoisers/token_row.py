@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import Linear
+from ddjax.denoisers.layers.generated import GeneratedLinear
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.told import ConditionTokens
 from ddjax.denoisers.taps import tap
@@ -24,19 +25,31 @@ class TokenRow(ImageNetwork):
     def lay(
         self,
         width: int,
-        depth: int,
+        depth: int | tuple[int, int],
         block: Callable[..., nnx.Module],
         *,
         num_classes: int,
         time: bool,
         time_mlp: bool,
+        context: tuple[int, int] | None = None,
+        generated: bool = False,
         scan: bool,
         remat: bool | str,
         rngs: nnx.Rngs,
     ) -> None:
-        """Make the embeddings and the blocks, each `block(skips=, rngs=)`. Raises ValueError as its parts do."""
-        self.embed = Linear(self.features_in, width, dtype=self.dtype, rngs=rngs)
-        self.condition = ConditionTokens(width, num_classes=num_classes, time=time, mlp=time_mlp, rngs=rngs)
+        """Make the embeddings and the blocks, each `block(skips=, rngs=)`. Raises ValueError as its parts do.
+
+        context: of `ConditionTokens`. generated: whether what the network is told makes weights (`layers.generated`).
+        """
+        self.generated = generated
+        self.embed = (
+            GeneratedLinear(self.features_in, width, width, dtype=self.dtype, rngs=rngs)
+            if generated
+            else Linear(self.features_in, width, dtype=self.dtype, rngs=rngs)
+        )
+        self.condition = ConditionTokens(
+            width, num_classes=num_classes, time=time, mlp=time_mlp, context=context, rngs=rngs
+        )
         places = self.condition.count + int(np.prod(self.grid))
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
         self.stack = LongSkips(
@@ -49,6 +62,7 @@ class TokenRow(ImageNetwork):
         """The tokens of the label and the time, and all of them with their positions."""
         told = tap("condition", self.condition(batch, t, cond))
         tap("sites", self.places())
-        h = self.embed(self.features(self.patches(xt)))
+        x = self.features(self.patches(xt))
+        h = self.embed(x, self.condition.vector(told)) if self.generated else self.embed(x)
         h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
         return told, tap("embed", h)

@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     attends: bool = False
     encodes: bool = False  # it is on the way down
     joined: bool = False  # a skip connection stands beside its input
+    kept: bool = True  # on the way down: what it gives is one
 
 
 class UShaped(ImageNetwork):
@@ -44,18 +45,23 @@ class UShaped(ImageNetwork):
         decoder: Sequence[Stage],
         block: Callable[[Stage], nnx.Module],
         *,
-        middle_attends: bool,
+        middle_attends: bool | None,
         remat: bool | str,
     ) -> None:
-        """Make the blocks: on the way down, two in the middle, on the way up. Raises ValueError for unknown `remat`."""
+        """Make the blocks: on the way down, two in the middle, on the way up. Raises ValueError for unknown `remat`.
+
+        middle_attends: whether the first in the middle does; None: there is none.
+        """
         self.remat = {True: "full", False: "none"}.get(remat, remat)
         if self.remat not in REMAT:
             raise ValueError(f"remat={remat!r}: expected True, False or one of {', '.join(map(repr, REMAT))}")
         last = encoder[-1].features_out
         self.encoder = nnx.List([block(stage) for stage in encoder])
-        self.middle = nnx.List([block(Stage(last, last, attends=attends)) for attends in (middle_attends, False)])
+        middle = () if middle_attends is None else (middle_attends, False)
+        self.middle = nnx.List([block(Stage(last, last, attends=attends)) for attends in middle])
         self.decoder = nnx.List([block(stage) for stage in decoder])
         self.joined = tuple(stage.joined for stage in decoder)
+        self.kept = tuple(stage.kept for stage in encoder)
 
     def walk(
         self,
@@ -78,7 +84,9 @@ class UShaped(ImageNetwork):
 
         skips = [h]
         for i, block in enumerate(self.encoder):
-            skips.append(h := after(block, run(block, f"encoder/{i}", h)))
+            h = after(block, run(block, f"encoder/{i}", h))
+            if self.kept[i]:
+                skips.append(h)
         for i, block in enumerate(self.middle):
             h = run(block, f"middle/{i}", h)
         for i, block in enumerate(self.decoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.convolution import Conv
+from ddjax.denoisers.layers.generated import GeneratedMLP, Generator
 from ddjax.denoisers.taps import Below, tap
 from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
@@ -40,11 +42,17 @@ class UViT(TokenRow):
     Args:
         shape, symbols_in, symbols_out, out_channels, patch, embed_width, bits: see `DiT`.
         width, heads: of the transformer; heads divides width, and width is even.
-        depth: number of blocks, odd (the authors' code counts all but the middle one).
+        depth: number of blocks, odd (the authors' code counts all but the middle one); or how many are before and
+            behind the middle one, as many or fewer: an encoder stronger than its decoder (Cao et al. 2022, "ASCEND").
         mlp_ratio: hidden width of the MLP over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels, no token.
         time: False ignores t, and there is no token for it.
         time_mlp: whether two layers follow the sines and cosines of the time (in none of the published models).
+        context: entries and width of a sequence that is a condition, `cond = {"sequence": (batch, entries, width),
+            "valid": which there are, ...}`, a token for each entry (their model of texts: 77 of 768). None: none.
+        generated: whether time, label and sequence also make, for each example, what is added to the weights of the
+            first layer, of attention's last one (the same in all blocks) and of a convolution of the patches within
+            the MLP (Cai et al. 2024, "CAN"; `layers.generated`).
         conv: whether the convolution is there (not in the authors' models of latents); None: for continuous images (of
             tokens it would mix all logits).
         dropout: rate on each branch of each block, when train=True.
@@ -66,12 +74,14 @@ class UViT(TokenRow):
         out_channels: int | None = None,
         patch: int = 1,
         width: int,
-        depth: int,
+        depth: int | tuple[int, int],
         heads: int,
         mlp_ratio: float = 4,
         num_classes: int = 0,
         time: bool = True,
         time_mlp: bool = False,
+        context: tuple[int, int] | None = None,
+        generated: bool = False,
         conv: bool | None = None,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -88,7 +98,10 @@ class UViT(TokenRow):
         )  # fmt: skip
         conv = symbols_in is None if conv is None else conv
         self.dropout = dropout
-        block = partial(SkipBlock, width, heads, mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, attention=attention)
+        block = partial(
+            SkipBlock, width, heads, mlp_ratio=mlp_ratio, grid=self.grid if generated else None, dropout=dropout,
+            dtype=dtype, attention=attention,
+        )  # fmt: skip
         self.lay(
             width,
             depth,
@@ -96,10 +109,13 @@ class UViT(TokenRow):
             num_classes=num_classes,
             time=time,
             time_mlp=time_mlp,
+            context=context,
+            generated=generated,
             scan=scan,
             remat=remat,
             rngs=rngs,
         )
+        self.projection = Generator(width, (width, width), dtype=dtype, rngs=rngs) if generated else None
         self.norm = LayerNorm(width, epsilon=EPSILON)
         last = {"dtype": dtype, "out_dtype": at_least_float32(dtype), "rngs": rngs}
         self.out = Linear(width, self.features_out, **({} if conv else {"kernel_init": zeros}), **last)
@@ -110,7 +126,7 @@ class UViT(TokenRow):
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -120,7 +136,8 @@ class UViT(TokenRow):
         Args:
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label.
+            cond: labels in `[0, num_classes]`; None is the null label. With `context` a dict of "sequence" and "valid",
+                with the labels as "cond".
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
@@ -132,8 +149,12 @@ class UViT(TokenRow):
         """
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        _, h = self.row(xt, t, cond, batch)
-        h = self.stack(h, keys=keys)
+        told, h = self.row(xt, t, cond, batch)
+        c = None
+        if self.projection is not None:
+            c = self.condition.vector(told)
+            c = (c, self.projection(c))
+        h = self.stack(h, c, keys)
         y = self.images(self.out(tap("final", self.norm(h)[:, self.condition.count :])))
         return y if self.conv is None else self.conv(y.reshape(*y.shape[:3], -1)).reshape(y.shape)
 
@@ -142,6 +163,7 @@ class SkipBlock(nnx.Module):
     """A transformer block without a condition: `h + attention(norm(h))`, then `h + mlp(norm(h))`.
 
     skips: it first takes what a long connection brings, concatenated, by a linear layer.
+    grid: where a condition makes weights (`layers.GeneratedMLP`), of the patches; None: it makes none.
     """
 
     def __init__(
@@ -151,6 +173,7 @@ class SkipBlock(nnx.Module):
         *,
         skips: bool,
         mlp_ratio: float = 4,
+        grid: tuple[int, ...] | None = None,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
@@ -162,25 +185,32 @@ class SkipBlock(nnx.Module):
         self.norm_a = LayerNorm(width, epsilon=EPSILON)
         self.attention = Attention(width, heads, dtype=dtype, implementation=attention, rngs=rngs)
         self.norm_m = LayerNorm(width, epsilon=EPSILON)
-        self.mlp = MLP(width, int(mlp_ratio * width), approximate=False, dtype=dtype, rngs=rngs)
+        mlp = {"approximate": False, "dtype": dtype, "rngs": rngs}
+        hidden = int(mlp_ratio * width)
+        self.mlp = MLP(width, hidden, **mlp) if grid is None else GeneratedMLP(width, hidden, grid, width, **mlp)
 
     def __call__(
         self,
         h: Float[Array, "batch sites width"],
         skip: Float[Array, "batch sites width"] | None = None,
-        c: None = None,
+        c: tuple[Float[Array, "batch width"], Float[Array, "batch width width"]] | None = None,
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
     ) -> tuple[Array, Array]:
-        """The result, twice: for the next block, and for a long connection. See `layers.LongSkips`."""
-        named = Below(name)
+        """The result, twice: for the next block, and for a long connection. See `layers.LongSkips`.
+
+        c: the condition's vector, and what is added to the weights of attention's last layer.
+        """
+        named, more, projection = Below(name), {}, None
+        if c is not None:
+            more, projection = {"c": c[0]}, c[1]
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         h = constrain(h, "batch", "sites", None)
         if self.skip is not None:
             h = self.skip(jnp.concatenate([h, named("/skip", skip)], axis=-1))
-        y = named("/attention", self.attention(self.norm_a(h), None, named))
+        y = named("/attention", self.attention(self.norm_a(h), None, named, projection=projection))
         h = constrain(h + dropout(y, self.dropout, keys_a), "batch", "sites", None)
-        y = named("/mlp", self.mlp(self.norm_m(h)))
+        y = named("/mlp", self.mlp(self.norm_m(h), **more))
         h = named("", constrain(h + dropout(y, self.dropout, keys_m), "batch", "sites", None))
         return h, h

@@ -28,6 +28,7 @@ from ddjax.objectives.learned_process import curvature, learned_process, weighte
 from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
 from ddjax.objectives.marginals import energy_marginals, energy_parameters, marginals
 from ddjax.objectives.mixture_steps import mixture_steps
+from ddjax.objectives.multi_resolution import multi_resolution
 from ddjax.objectives.multimarginal import multimarginal, path_cost, together
 from ddjax.objectives.rates import FlowBound, clipped, dynamic, generalised_kl, score_entropy
 from ddjax.objectives.soft_mixture import soft_mixture
@@ -76,6 +77,7 @@ __all__ = [
     "marginals",
     "min_snr",
     "mixture_steps",
+    "multi_resolution",
     "multimarginal",
     "paired",
     "path_cost",

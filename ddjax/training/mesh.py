@@ -30,7 +30,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 LAYOUT = (
     (r"/mlp/(up|gate)$", ("expert", "fsdp", "tensor")),
     (r"/mlp/down$", ("expert", "tensor", "fsdp")),
-    (r"/(attention/qkv|cross/(query|key_value))/kernel$", ("fsdp", "tensor")),
+    (r"/(attention/(qkv|told)|cross/(query|key_value))/kernel$", ("fsdp", "tensor")),
     (r"/(attention|cross)/out/kernel$", ("tensor", "fsdp")),
     (r"/mlp/(shared/)?(up|gate)/kernel$", ("fsdp", "tensor")),
     (r"/mlp/(shared/)?up/bias$", ("tensor",)),

@@ -49,6 +49,12 @@ class Weights(dict):
     def norm(self, name, x, epsilon=1e-5):
         return normalised(x, epsilon) * self[f"{name}.weight"] + self[f"{name}.bias"]
 
+    def group_norm(self, name, x, epsilon=1e-5):
+        """Of `(batch, channels, height, width)`, in groups of at least 4 channels, 32 at most."""
+        groups = min(32, x.shape[1] // 4)
+        y = normalised(x.reshape(len(x), groups, -1), epsilon).reshape(x.shape)
+        return y * self[f"{name}.weight"][:, None, None] + self[f"{name}.bias"][:, None, None]
+
     def conv(self, name, x, groups=1):
         """Of `(batch, channels, height, width)`, zeros around the image."""
         kernel, bias = np.asarray(self[f"{name}.weight"], np.float64), self.get(f"{name}.bias")
@@ -87,8 +93,11 @@ def joined(y, grid, p):
     return y.reshape(batch, -1, rows * p, columns * p)
 
 
-def uvit(weights, x, steps, labels, *, patch, heads):
-    """Bao et al. 2023 (baofff/U-ViT, libs/uvit.py): x `(batch, C, H, W)`, steps in [0, 1000]."""
+def uvit(weights, x, steps, labels, *, patch, heads, context=None):
+    """Bao et al. 2023 (baofff/U-ViT, libs/uvit.py and uvit_t2i.py): x `(batch, C, H, W)`, steps in [0, 1000].
+
+    The blocks behind the middle one may be fewer than those before it, of whose connections they take the last.
+    """
     w = Weights(weights)
     kernel = w["patch_embed.proj.weight"]
     width, grid = len(kernel), (x.shape[2] // patch, x.shape[3] // patch)
@@ -96,10 +105,13 @@ def uvit(weights, x, steps, labels, *, patch, heads):
     token = waves(steps, width)
     if "time_embed.0.weight" in w:
         token = w.linear("time_embed.2", silu(w.linear("time_embed.0", token)))
+    patches = h.shape[1]
+    if context is not None:
+        h = np.concatenate([w.linear("context_embed", context), h], axis=1)
     h = np.concatenate([token[:, None], h], axis=1)
     if labels is not None:
         h = np.concatenate([w["label_emb.weight"][labels][:, None], h], axis=1)
-    extras = 1 + (labels is not None)
+    extras = h.shape[1] - patches
     h = h + w["pos_embed"]
 
     def block(name, h, skip=None):
@@ -108,12 +120,13 @@ def uvit(weights, x, steps, labels, *, patch, heads):
         h = h + attention(own.below("attn."), own.norm("norm1", h), heads)
         return h + own.linear("mlp.fc2", gelu(own.linear("mlp.fc1", own.norm("norm2", h))))
 
-    half, skips = len({k.split(".")[1] for k in w if k.startswith("in_blocks.")}), []
-    for i in range(half):
+    before, behind = (len({k.split(".")[1] for k in w if k.startswith(f"{name}_blocks.")}) for name in ("in", "out"))
+    skips = []
+    for i in range(before):
         h = block(f"in_blocks.{i}", h)
         skips.append(h)
     h = block("mid_block", h)
-    for i in range(half):
+    for i in range(behind):
         h = block(f"out_blocks.{i}", h, skips.pop())
     y = joined(w.linear("decoder_pred", w.norm("norm", h))[:, extras:], grid, patch)
     return w.conv("final_layer", y) if "final_layer.weight" in w else y

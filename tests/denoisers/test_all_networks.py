@@ -10,8 +10,11 @@ import pytest
 from ddjax.denoisers import (
     EDM2,
     DiCo,
+    DiffiT,
+    DiffuSSM,
     DiT,
     GraphTransformer,
+    MultiResolution,
     NeuralProcess,
     StateSpace,
     TabularMLP,
@@ -31,6 +34,8 @@ LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
 FEW = {"groups": 4}
 GRAPH = {"width": 16, "edge_width": 8, "global_width": 8, "depth": 3, "heads": 2, "feed_forward": (16, 16, 16)}
 DEEP = {"width": 16, "depth": 2, "heads": 2}
+BRANCHES = {"widths": (16, 8), "depths": (3, 3), "heads": 2}
+TOLD = {"conditioning": "attention", "relative": True, "qkv_bias": True}
 LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
@@ -44,6 +49,15 @@ NETWORKS = {
     "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),
     "dico-attention": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 16}, ()),
     "state-space": (StateSpace, {**PIXELS, **TOKENS, "width": 16, "depth": 5, "patch": 2, "state": 4}, ()),
+    "multi-resolution": (MultiResolution, {**PIXELS, **BRANCHES}, ()),
+    "multi-resolution-tokens": (MultiResolution, {**PIXELS, **TOKENS, **BRANCHES, "patches": (4, 1)}, ()),
+    "diffit-latent": (DiT, {**PIXELS, **DEEP, **TOLD, "patch": 2}, ()),
+    "diffit": (DiffiT, {**PIXELS, **TOKENS, "width": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2}, ()),
+    "dit-generated": (DiT, {**PIXELS, **TOKENS, **DEEP, "patch": 2, "conditioning": "weights"}, ()),
+    "uvit-generated": (UViT, {**PIXELS, "width": 16, "depth": 3, "heads": 2, "patch": 2, "generated": True}, ()),
+    "uvit-words": (UViT, {**PIXELS, "width": 16, "depth": (2, 1), "heads": 2, "patch": 2, "context": (4, 6)}, ()),
+    "diffussm": (DiffuSSM, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "ratio": 2, "state": 4}, ()),
+    "dico-fused": (DiCo, {**PIXELS, "width": 8, "stages": ("f", "f", "a", "f", "f"), "head_width": 16}, ()),
     "tabular": (TabularMLP, {"columns": 10, "width": 16, "hidden": (32, 32)}, ()),
     "tabular-tokens": (TabularMLP, {"columns": 10, **TOKENS, "width": 16, "hidden": (32, 32)}, ()),
     "graph": (GraphTransformer, {"nodes": 5, **TOKENS, **GRAPH}, ()),

@@ -1,11 +1,14 @@
 """DiCo against its published definition."""
 
+import jax
 import numpy as np
+import numpy_hierarchies
 import numpy_networks
 import pytest
+from flax import nnx
 
-from ddjax.denoisers import DiCo, functional_init
-from ddjax.denoisers.dico import shuffle, unshuffle
+from ddjax.denoisers import DiCo, functional_init, taps
+from ddjax.denoisers.dico import FusedBlock, shuffle, unshuffle
 
 SMALL = {"shape": (8, 4, 2), "width": 4, "stages": (2, 1, 1, 1, 2), "num_classes": 3, "mlp_ratio": 2}
 T = np.array([0.0, 0.0625, 0.015625], np.float32)  # angles whose rounding does not count
@@ -66,6 +69,42 @@ def test_shuffling_is_torchs():
     np.testing.assert_array_equal(first(np.asarray(unshuffle(x))), numpy_networks.unshuffle(first(x)))
     np.testing.assert_array_equal(first(np.asarray(shuffle(x))), numpy_networks.shuffle(first(x)))
     np.testing.assert_array_equal(shuffle(unshuffle(x)), x)
+
+
+@pytest.mark.slow
+def test_fused_blocks_are_the_published_ones(jit, noise):
+    block = FusedBlock(8, mlp_ratio=2, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(block)
+    params = noise(nnx.to_pure_dict(state))
+    rng = np.random.default_rng(1)
+    h, c = rng.normal(size=(2, 4, 6, 8)).astype(np.float32), rng.normal(size=(2, 8)).astype(np.float32)
+    w = {}
+    names = {"se.conv_reduce": "squeeze", "se.conv_expand": "excite", "adaLN_modulation.1": "modulation"}
+    for theirs, ours in names.items():
+        w[f"{theirs}.weight"], w[f"{theirs}.bias"] = params[ours]["kernel"].T, params[ours]["bias"]
+    w["conv_exp.weight"], w["conv_exp.bias"] = (
+        params["expand"]["kernel"].transpose(3, 2, 0, 1),
+        params["expand"]["bias"],
+    )
+    w["conv_pwl.weight"], w["conv_pwl.bias"] = params["outer"]["kernel"].T[..., None, None], params["outer"]["bias"]
+    x = h.transpose(0, 3, 1, 2).astype(np.float64)
+    want = numpy_hierarchies.fused_block(numpy_networks.Weights(w), x, c.astype(np.float64)).transpose(0, 2, 3, 1)
+    out, _ = jit(lambda p, h, c: nnx.merge(graphdef, p)(h, None, c))(params, h, c)
+    np.testing.assert_allclose(out, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_keys_and_values_are_tapped(noise):
+    init, apply = functional_init(
+        lambda rngs: DiCo(**{**SMALL, "stages": (1, 1, "ca", 1, "f"), "head_width": 8}, rngs=rngs)
+    )
+    params = noise(jax.eval_shape(init, jax.random.key(0)))
+    with taps.record("block/3/keys", "block/3/values", "block/3/attention/weights") as seen:
+        whole = apply(params, *inputs())
+    assert seen["block/3/keys"].shape == (3, 2, 2, 8)
+    assert seen["block/3/attention/weights"].shape == (3, 2, 2, 2)
+    with taps.override({"block/3/values": lambda v: 0 * v}):
+        assert np.abs(apply(params, *inputs()) - whole).max() > 1e-2
 
 
 @pytest.mark.slow

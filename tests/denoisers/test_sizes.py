@@ -9,7 +9,7 @@ import pytest
 
 from ddjax import data, flops
 from ddjax.config import ConfigError, typed
-from ddjax.denoisers import DiCo, DiT, TextTransformer, UViT, functional_init, sizes
+from ddjax.denoisers import DiCo, DiT, MultiResolution, TextTransformer, UViT, functional_init, sizes
 from ddjax.experiment import build
 
 # Peebles & Xie 2023, table 4: millions of parameters, and 10^9 multiply-adds, which they call flops, at 32 x 32 x 4.
@@ -79,6 +79,23 @@ def test_dico(name, millions):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "millions"),
+    [
+        # Liu et al. 2024, table 2: 505 million and 1.06 billion.
+        (MultiResolution, {**sizes.MULTI_RESOLUTION["XL/2R"], "output_heads": True}, 505),
+        (MultiResolution, {**sizes.MULTI_RESOLUTION["G/2R"], "output_heads": True}, 1056),
+        # Hatamizadeh et al. 2023, table 2.
+        (DiT, {**sizes.DIT["DiffiT-XL/2"], "out_channels": 8}, 561),
+    ],
+)
+def test_hierarchies(kind, options, millions):
+    init, _ = functional_init(lambda rngs: kind(**LATENT, **options, scan=True, rngs=rngs))
+    params = jax.eval_shape(init, jax.random.key(0))
+    assert abs(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e6 - millions) < 0.6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mdlm-tiny", "mdlm-small", "mdlm-medium"])
 def test_mdlm(name):
     """Their network's parameters, layer by layer; ours has no scales in its norms, and biases where attention ends."""
@@ -96,7 +113,10 @@ def test_mdlm(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "name"), [("uvit", "S/2"), ("dico", "S"), ("state_space", "S/2"), ("dit", "S/2")])
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [("uvit", "S/2"), ("dico", "S"), ("state_space", "S/2"), ("dit", "S/2"), ("diffussm", "XL")],
+)
 def test_a_config_names_a_size(network, name):
     items = data.from_arrays(np.zeros((4, 8, 8, 1), np.float32))
     process = {"name": "gaussian", "schedule": "cond_ot"}

@@ -44,6 +44,8 @@ def published(params, heads, patch, channels):
     w["pos_embed"] = params["position"][None]
     if "labels" in params["condition"]:
         w["label_emb.weight"] = params["condition"]["labels"]
+    if "context" in params["condition"]:
+        linear("context_embed", params["condition"]["context"])
     if "time_in" in params["condition"]:
         linear("time_embed.0", params["condition"]["time_in"])
         linear("time_embed.2", params["condition"]["time_out"])
@@ -77,6 +79,41 @@ def test_it_is_the_published_network(options, build):
         published(params, 3, 2, 2), xt.transpose(0, 3, 1, 2).astype(np.float64), 1000.0 * t, labels, patch=2, heads=3
     )
     close(run(params, xt, t, labels), want.transpose(0, 2, 3, 1))
+
+
+@pytest.mark.slow
+def test_words_are_tokens(build):
+    """Their network of texts; an entry that there is not is the learned vector, and so are all of no sequence."""
+    options = {**SMALL, "context": (3, 5), "num_classes": 0}
+    run, params = build(lambda rngs: UViT(**options, rngs=rngs))
+    xt, t, _ = inputs()
+    words = np.random.default_rng(2).normal(size=(3, 3, 5)).astype(np.float32)
+
+    def want(words):
+        x = xt.transpose(0, 3, 1, 2).astype(np.float64)
+        y = numpy_networks.uvit(published(params, 3, 2, 2), x, 1000.0 * t, None, patch=2, heads=3, context=words)
+        return y.transpose(0, 2, 3, 1)
+
+    close(run(params, xt, t, {"sequence": words}), want(words))
+    valid = np.array([[1, 1, 1], [0, 1, 0], [0, 0, 0]], bool)
+    nothing = params["condition"]["nothing"]
+    some = np.where(valid[..., None], words, nothing)
+    close(run(params, xt, t, {"sequence": words, "valid": valid}), want(some))
+    close(run(params, xt, t, None), want(np.broadcast_to(nothing, words.shape)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_an_encoder_may_be_stronger_than_its_decoder(scan, build):
+    options = {**SMALL, "depth": (3, 2)}
+    _, params = build(lambda rngs: UViT(**options, rngs=rngs))
+    run, shapes = build(lambda rngs: UViT(**options, scan=scan, rngs=rngs))
+    given = stack_blocks(params) if scan else params
+    assert jax.tree.structure(given) == jax.tree.structure(shapes)
+    xt, t, labels = inputs()
+    x = xt.transpose(0, 3, 1, 2).astype(np.float64)
+    want = numpy_networks.uvit(published(params, 3, 2, 2), x, 1000.0 * t, labels, patch=2, heads=3)
+    close(run(given, xt, t, labels), want.transpose(0, 2, 3, 1))
 
 
 @pytest.mark.slow
@@ -117,6 +154,7 @@ def test_taps_name_every_block_and_long_connection(noise):
         ({"width": 9}, "sines and cosines"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"num_classes": -1}, "num_classes=-1"),
+        ({"depth": (1, 2)}, "as many blocks behind the middle one as before"),
     ],
 )
 def test_what_cannot_be_is_refused(change, message):

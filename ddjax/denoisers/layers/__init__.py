@@ -20,6 +20,7 @@ from ddjax.denoisers.layers.convolution import (
     upsample,
 )
 from ddjax.denoisers.layers.cross import CrossAttention
+from ddjax.denoisers.layers.diagonal_ssm import DiagonalSSM
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
@@ -30,10 +31,12 @@ from ddjax.denoisers.layers.embed import (
     time_embedding,
 )
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.generated import GeneratedDepthwise, GeneratedLinear, GeneratedMLP, Generator
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
+from ddjax.denoisers.layers.time_norm import TimeNorm, TimeVector
 
 __all__ = [
     "MLP",
@@ -42,9 +45,14 @@ __all__ = [
     "Conditioner",
     "Conv",
     "CrossAttention",
+    "DiagonalSSM",
     "Experts",
     "FinalLayer",
     "GatedMLP",
+    "GeneratedDepthwise",
+    "GeneratedLinear",
+    "GeneratedMLP",
+    "Generator",
     "GroupNorm",
     "LayerNorm",
     "Layout",
@@ -58,6 +66,8 @@ __all__ = [
     "Resampling",
     "SpatialAttention",
     "Stack",
+    "TimeNorm",
+    "TimeVector",
     "TokenBits",
     "TokenEmbed",
     "dot_product_attention",

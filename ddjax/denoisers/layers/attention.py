@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32
+from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, per_site
+from ddjax.denoisers.layers.generated import with_weights
 from ddjax.denoisers.taps import Below
 from ddjax.placement import constrain
 
@@ -160,13 +162,15 @@ def dot_product_attention(
     implementation: str | None = None,
     mask: Bool[Array, "*batch sites keys"] | None = None,
     weights: Callable[[Array], Array] | None = None,
+    bias: Float[Array, "*batch heads sites keys"] | None = None,
 ) -> Float[Array, "batch sites heads head"]:
-    """`softmax(q k' / sqrt(head)) v`, scores and softmax in float32 (on a CPU, of float64 in float64).
+    """`softmax(q k' / sqrt(head) + bias) v`, scores and softmax in float32 (on a CPU, of float64 in float64).
 
     mask: `(queries, keys)`, one for each example, or `(1, heads, queries, keys)`, true where a query attends; every
         query needs a key. None: everywhere, at no cost.
     weights: what is done to the weights of the sum, `(batch, heads, sites, keys)`, which are then written down whatever
         the implementation; None: nothing.
+    bias: of the scores, one for all examples or each. None: 0, at no cost.
 
     implementation: `"xla"` and `"cudnn"` are `jax.nn.dot_product_attention`'s. None is two batched
     products on a CPU, where they are faster (the same arithmetic), and `"xla"` elsewhere. `"cudnn"` never falls back.
@@ -180,14 +184,16 @@ def dot_product_attention(
         )
     if mask is not None and mask.ndim < 4:
         mask = mask.reshape(-1, 1, *mask.shape[-2:])
+    bias = bias[None] if bias is not None and bias.ndim == 3 else bias
     by_hand = implementation is None and jax.default_backend() == "cpu"
     if not by_hand and weights is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation or "xla")
+        return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=implementation or "xla")
     # Heads first by hand: XLA's CPU backend then runs plain batched products, faster than one einsum.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     sums, scale = at_least_float32(q.dtype), q.shape[-1] ** -0.5
     scores = jnp.einsum("bhqd,bhkd->bhqk", q * scale if by_hand else q, k, preferred_element_type=sums)
     scores = scores if by_hand else scores * scale  # where `jax.nn` does: a listener changes no bit
+    scores = scores if bias is None else scores + bias.astype(sums)
     scores = scores if mask is None else jnp.where(mask, scores, -1e30)
     shares = jax.nn.softmax(scores, axis=-1)
     shares = (shares if weights is None else weights(shares)).astype(v.dtype)
@@ -231,6 +237,10 @@ class Attention(nnx.Module):
 
     rotary: False, True, or the base of the rotary frequencies (`rope`; True is 10000).
     qkv_bias, out_bias: whether there are biases on q, k and v, and on the output.
+    told: width of a condition of which queries, keys and values are a linear function too, added to that of the site
+        (Hatamizadeh et al. 2023, "DiffiT", equations 3 to 5: time-dependent self-attention). 0: none.
+    relative: None, or the grid of the sites: each head then adds to its scores a learned bias for every difference
+        between two places (Liu et al. 2021, "Swin", equation 4).
 
     The columns of `qkv` are ordered (head, q/k/v, feature), so that sharding the columns shards the heads.
     """
@@ -243,6 +253,8 @@ class Attention(nnx.Module):
         rotary: bool | float = False,
         qkv_bias: bool = False,
         out_bias: bool = True,
+        told: int = 0,
+        relative: tuple[int, ...] | None = None,
         dtype: DType = jnp.float32,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -258,19 +270,31 @@ class Attention(nnx.Module):
         self.implementation = implementation
         self.qkv = Linear(width, 3 * width, bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, bias=out_bias, dtype=dtype, rngs=rngs)
+        self.told = Linear(told, 3 * width, bias=False, dtype=dtype, rngs=rngs) if told else None
+        self.grid = relative
+        rows = (math.prod(2 * side - 1 for side in relative or ()), heads)
+        self.relative = (
+            None if relative is None else nnx.Param(0.02 * jax.random.normal(rngs.params(), rows, jnp.float32))
+        )
 
     def __call__(
         self,
         x: Float[Array, "batch sites width"],
         layout: Layout | None = None,
         named: Below = Below(),
+        c: Float[Array, "batch *groups cond"] | None = None,
+        projection: Float[Array, "batch width width"] | None = None,
     ) -> Float[Array, "batch sites width"]:
         """Every site attends to every site, or as the layout (of one layer) says.
 
-        named: taps queries, keys, values and, where someone asks for them, weights.
+        named: taps queries, keys, values and, where someone asks for them, weights. c: the condition, with `told`.
+        projection: added to the weights of the last layer, for each example (`layers.generated`).
         """
         batch, sites, width = x.shape
-        qkv = self.qkv(x).reshape(batch, sites, self.heads, 3, width // self.heads)
+        qkv = self.qkv(x)
+        if self.told is not None:
+            qkv = qkv + per_site(self.told(c), sites)
+        qkv = qkv.reshape(batch, sites, self.heads, 3, width // self.heads)
         q, k, v = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
         q = constrain(q, "batch", "sites", "heads", None)
         if self.rotary:
@@ -284,8 +308,28 @@ class Attention(nnx.Module):
         # Every query meets all keys: where sites are cut over devices, keys and values travel, and queries stay.
         k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
         weights = partial(named, WEIGHTS) if named.wanted(WEIGHTS) else None
+        bias = None if self.relative is None else relative_bias(self.relative[...], self.grid, layout)
         if layout is not None and layout.neighbours is not None:
             y = attention_to_neighbours(q, k, v, layout.neighbours, layout.mask, weights)
-            return self.out(y.reshape(batch, sites, width))
-        y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask, weights)
-        return self.out(y.reshape(batch, sites, width))
+            return with_weights(self.out, y.reshape(batch, sites, width), projection)
+        y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask, weights, bias)
+        return with_weights(self.out, y.reshape(batch, sites, width), projection)
+
+
+def relative_bias(
+    table: Float[Array, "differences heads"], grid: tuple[int, ...], layout: Layout | None = None
+) -> Float[Array, "*batch heads sites keys"]:
+    """A row of the table for each pair of sites, by the difference of their places on the grid.
+
+    Raises ValueError for a layout whose keys are not some of the sites at hand.
+    """
+    places = np.stack(np.unravel_index(np.arange(math.prod(grid)), grid), axis=-1)
+    difference = places[:, None] - places + np.subtract(grid, 1)
+    numbers = np.ravel_multi_index(tuple(np.moveaxis(difference, -1, 0)), tuple(2 * side - 1 for side in grid))
+    if layout is None:
+        return jnp.moveaxis(table[numbers], -1, 0)
+    if layout.past is not None or layout.neighbours is not None:
+        raise ValueError("a relative position bias goes with neither a past nor neighbours: build the network without")
+    queries = layout.positions
+    keys = queries if layout.keys is None else queries[..., layout.keys]
+    return jnp.moveaxis(table[jnp.asarray(numbers)[queries[..., :, None], keys[..., None, :]]], -1, -3)

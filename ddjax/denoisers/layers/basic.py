@@ -70,16 +70,26 @@ class MLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` without biases (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), by default SwiGLU: silu, without biases."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
-        self.gate = Linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.up = Linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, bias=False, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        bias: bool = False,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.gate = Linear(width, hidden, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, hidden, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Apply to the last axis."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class LayerNorm(nnx.Module):

@@ -28,6 +28,7 @@ from ddjax.denoisers.layers.basic import (
 )
 from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.denoisers.layers.experts import Experts
+from ddjax.denoisers.layers.generated import GeneratedMLP
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.merging import Sizes, merging
 from ddjax.denoisers.layers.pooled_experts import PooledExperts
@@ -37,6 +38,7 @@ from ddjax.placement import constrain
 from ddjax.types import Params
 
 ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
+CONDITIONING = ("modulation", "attention", "weights")
 MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts, "pooled": PooledExperts}
 
 # What the forward pass keeps for the backward pass, which computes the rest again.
@@ -59,7 +61,10 @@ class Block(nnx.Module):
     mlp: "gelu", "gated" (SwiGLU), or "experts" or "pooled", of which `experts` are the options (`layers.Experts`,
         `layers.PooledExperts`).
     cond_width: of the condition. 0: there is none, no modulation and no gate: `h + attention(norm(h))`, then the MLP.
-    rotary, qkv_bias, out_bias: of `layers.Attention`.
+    conditioning: by what the block is told of it, one or several joined by "+": "modulation" (adaLN-zero); "attention"
+        (`Attention(told=)`); "weights": those of the last layer of attention, which come from outside (`projection`),
+        and of a convolution within the MLP (`layers.generated`; needs the grid of patches).
+    rotary, qkv_bias, out_bias, relative: of `layers.Attention`.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
     attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
@@ -75,9 +80,11 @@ class Block(nnx.Module):
         mlp: str,
         mlp_width: int,
         cond_width: int,
+        conditioning: str = "modulation",
         rotary: bool | float = False,
         qkv_bias: bool = False,
         out_bias: bool = True,
+        relative: tuple[int, ...] | None = None,
         norm: str = "plain",
         epsilon: float = 1e-6,
         dropout: float = 0.0,
@@ -95,20 +102,33 @@ class Block(nnx.Module):
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts" or "pooled", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
+        by = check_conditioning(conditioning)
+        self.generated = "weights" in by
         if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
             raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
+        if attention == "linear" and (relative is not None or by != {"modulation"}):
+            raise ValueError("attention='linear' has no scores to add to, and is told nothing: 'modulation'")
+        if self.generated and (mlp != "gelu" or grid is None):
+            raise ValueError(f"conditioning={conditioning!r} is for the patches of images and mlp='gelu', not {mlp!r}")
+        if merge is not None and relative is not None:
+            raise ValueError("merged sites have no place: merge goes without relative positions")
         self.attention = (
             LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
             if attention == "linear"
             else Attention(
-                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype,
-                implementation=attention, rngs=rngs,
+                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, relative=relative,
+                told=cond_width if "attention" in by else 0, dtype=dtype, implementation=attention, rngs=rngs,
             )
         )  # fmt: skip
-        self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
+        self.mlp = (
+            GeneratedMLP(width, mlp_width, grid, cond_width, dtype=dtype, rngs=rngs)
+            if self.generated
+            else MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
+        )
         self.norm_a, self.norm_m = (make_norm(norm, width, epsilon) for _ in range(2))
+        modulated = cond_width and "modulation" in by
         self.modulation = (
-            Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None
+            Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if modulated else None
         )
         self.cross = (
             CrossAttention(width, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
@@ -127,6 +147,7 @@ class Block(nnx.Module):
         context: Context | None = None,
         channels: Float[Array, "batch width"] | None = None,
         importance: Float[Array, "batch sites"] | None = None,
+        projection: Float[Array, "batch width width"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch sites width"]:
         """One layer. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
@@ -134,6 +155,7 @@ class Block(nnx.Module):
         c: one vector for each example, or one for each of its equal runs of sites. layout: who attends to whom.
         context: the sequence, with `context_width`. channels: 0 at those that pass the block by, else 1.
         importance: of each site, with `merge`, where all attend to all: which may join others in attention.
+        projection: added to the weights of the last layer of attention, for each example.
         train: whether "pooled" experts choose from the batch.
         """
         h = constrain(h, "batch", "sites", None)
@@ -142,23 +164,32 @@ class Block(nnx.Module):
             h, beside = channels * h, (1 - channels) * h
         named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
-        told = (None,) * 6 if self.modulation is None else jnp.split(self.modulation(c), 6, axis=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
+        vectors = (None,) * 6 if self.modulation is None else jnp.split(self.modulation(c), 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors
         x = _normed(h, shift_a, scale_a, self.norm_a)
+        told = {"c": c, "projection": projection} if isinstance(self.attention, Attention) else {}
         if importance is None:
-            y = self.attention(x, layout, named)
+            y = self.attention(x, layout, named, **told)
         else:
             merged = merging(h, importance, self.merge)
-            y = merged.spread(self.attention(merged.mean(x), layout, named))
+            y = merged.spread(self.attention(merged.mean(x), layout, named, **told))
         y = named("/attention", y)
         h = constrain(h + _gated(dropout(y, self.dropout, keys_a), gate_a), "batch", "sites", None)
         if self.cross is not None:
             below = Below(name and f"{name}/cross")
             h = constrain(h + below("", self.cross(h, context, below)), "batch", "sites", None)
-        pool = {"train": train} if self.pooled else {}
-        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m), **pool))
+        more = {"train": train} if self.pooled else {"c": c} if self.generated else {}
+        y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m), **more))
         h = constrain(h + _gated(dropout(y, self.dropout, keys_m), gate_m), "batch", "sites", None)
         return named("", h if channels is None else h + beside)
+
+
+def check_conditioning(conditioning: str) -> set[str]:
+    """The parts of "modulation+weights", say. Raises ValueError for others than `CONDITIONING`."""
+    parts = conditioning.split("+")
+    if not parts or set(parts) - set(CONDITIONING) or len(set(parts)) < len(parts):
+        raise ValueError(f"conditioning={conditioning!r}: expected some of {', '.join(CONDITIONING)}, joined by '+'")
+    return set(parts)
 
 
 def _normed(h: Array, shift: Array | None, scale: Array | None, norm: Callable[[Array], Array]) -> Array:
@@ -173,7 +204,7 @@ def _gated(y: Array, gate: Array | None) -> Array:
 class FinalLayer(nnx.Module):
     """adaLN and a linear layer, both starting at zero; the result is at least float32.
 
-    cond_width, norm, epsilon: as in `Block`. bias: whether the linear layer has one.
+    cond_width, norm, epsilon: as in `Block`. bias: whether the linear layer has one. silu: one stands before it.
     """
 
     def __init__(
@@ -185,10 +216,11 @@ class FinalLayer(nnx.Module):
         norm: str = "plain",
         epsilon: float = 1e-6,
         bias: bool = True,
+        silu: bool = False,
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.norm = make_norm(norm, width, epsilon)
+        self.norm, self.silu = make_norm(norm, width, epsilon), silu
         self.modulation = (
             Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None
         )
@@ -199,7 +231,8 @@ class FinalLayer(nnx.Module):
     def __call__(self, h: Float[Array, "batch sites width"], c: Float[Array, "batch *groups cond"] | None) -> Array:
         """`(batch, sites, features_out)`, at least float32."""
         shift, scale = (None, None) if self.modulation is None else jnp.split(self.modulation(c), 2, axis=-1)
-        return self.out(tap("final", _normed(h, shift, scale, self.norm)))
+        h = _normed(h, shift, scale, self.norm)
+        return self.out(tap("final", jax.nn.silu(h) if self.silu else h))
 
 
 class Stack(nnx.Module):
@@ -298,7 +331,7 @@ class Stack(nnx.Module):
         layers: range,
     ) -> tuple[Array, auxiliary.Found]:  # fmt: skip
         # A listener needs the values, which remat's inner trace would not let out; remat changes none.
-        remat = "none" if active() else self.remat
+        remat = "none" if active("block") else self.remat
         told = []
         for i in layers:
             graphdef, params = nnx.split(self.blocks[i])

@@ -131,13 +131,22 @@ def upsample(x: Image, weights: Filter = (1, 1)) -> Image:
 class Resampling(nnx.Module):
     """Down by a convolution of stride 2, or up by nearest neighbours and a convolution (Ho et al. 2020).
 
-    direction: "down" or "up". padding: of the convolution down.
+    direction: "down" or "up". padding: of the convolution down. features_out: default as many.
     """
 
-    def __init__(self, features: int, direction: str, *, padding: tuple[int, int], dtype: DType, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        direction: str,
+        *,
+        features_out: int | None = None,
+        padding: tuple[int, int],
+        dtype: DType,
+        rngs: nnx.Rngs,
+    ):
         self.resample = direction
         stride, padding = (1, (1, 1)) if direction == "up" else (2, padding)
-        self.conv = Conv(features, features, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
+        self.conv = Conv(features, features_out or features, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str = "") -> Image:
         """Of the image; the rest is for blocks in its place."""

@@ -121,6 +121,7 @@ class Conditioner(nnx.Module):
     latent: numbers of a latent that comes along, `cond = {"z": (batch, latent), "cond": label}`, and is added too.
     closed: of the time's frequencies (`time_embedding`).
     vector: numbers of a vector that is a condition, `cond = {"vector": (batch, vector), "cond": label}`, zeros: none.
+    silu: whether the sum has passed through silu.
     label_noise: in training the label's row gets N(0, label_noise^2 / width) (condition embedding perturbation, Chen et
         al. 2024, "Slight corruption in pre-training data makes better diffusion models").
     """
@@ -135,6 +136,7 @@ class Conditioner(nnx.Module):
         vector: int = 0,
         label_noise: float = 0.0,
         closed: bool = False,
+        silu: bool = True,
         rngs: nnx.Rngs,
     ):
         if not label_noise >= 0 or (label_noise and not num_classes):
@@ -149,7 +151,7 @@ class Conditioner(nnx.Module):
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
         self.latent = Linear(latent, width, kernel_init=_normal, rngs=rngs) if latent else None
         self.vector = Linear(vector, width, kernel_init=_normal, rngs=rngs) if vector else None
-        self.label_noise, self.closed = label_noise, closed
+        self.label_noise, self.closed, self.silu = label_noise, closed, silu
 
     def __call__(
         self,
@@ -183,7 +185,7 @@ class Conditioner(nnx.Module):
             told.append(self.vector(_check_vector(given.vector, batch, self.vector.kernel.shape[0])))
         for v in told:
             total = total + (v[:, None] if total.ndim == 3 else v)
-        return jax.nn.silu(total)
+        return jax.nn.silu(total) if self.silu else total
 
 
 def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -1,4 +1,4 @@
-"""A stack of blocks with long connections from its first half to its second."""
+"""A stack of blocks with long connections from those before the middle one to those behind it."""
 
 from __future__ import annotations
 
@@ -24,34 +24,48 @@ class LongSkips(nnx.Module):
     the first half and the middle.
 
     make: `make(rngs, skips=...)` makes a block, with a place for a long connection or not.
+    depth: or how many blocks are before and behind the middle one; where they are fewer behind it, the first ones'
+        connections lead nowhere.
     scan, remat: as in `layers.Stack`.
-    Raises ValueError for an even depth.
+    Raises ValueError for an even depth, or more blocks behind the middle one than before.
     """
 
     def __init__(
         self,
         make: Callable[..., nnx.Module],
-        depth: int,
+        depth: int | tuple[int, int],
         *,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
-        if depth < 3 or depth % 2 == 0:
-            raise ValueError(
-                f"depth={depth}: expected an odd number of at least 3 blocks, as many on either side of one"
-            )
-        self.depth, half = depth, depth // 2
-        self.down = Stack(partial(make, skips=False), half, scan=scan, remat=remat, rngs=rngs)
+        if isinstance(depth, int):
+            if depth < 3 or depth % 2 == 0:
+                raise ValueError(
+                    f"depth={depth}: expected an odd number of at least 3 blocks, as many on either side of one"
+                )
+            depth = (depth // 2, depth // 2)
+        before, behind = depth
+        if not before >= behind >= 1:
+            raise ValueError(f"depth={tuple(depth)}: expected as many blocks behind the middle one as before, or fewer")
+        self.depth, self.before = before + 1 + behind, before
+        self.down = Stack(partial(make, skips=False), before, scan=scan, remat=remat, rngs=rngs)
         self.middle = make(rngs, skips=False)
-        self.up = Stack(partial(make, skips=True), half, scan=scan, remat=remat, rngs=rngs)
+        self.up = Stack(partial(make, skips=True), behind, scan=scan, remat=remat, rngs=rngs)
 
     def __call__(self, h: PyTree, c: PyTree = None, keys: Key[Array, " batch"] | None = None) -> PyTree:
         """Run the blocks; `keys`, folded with the block's number, turn dropout on."""
-        half = self.depth // 2
-        h, shown = run_blocks(self.down, h, c, keys)
-        h, _ = _unrolled([self.middle], self.down.remat, h, None, c, keys, range(half, half + 1))
-        return run_blocks(self.up, h, c, keys, half + 1, shown)[0]
+        return self.run(h, c, keys)[0]
+
+    def run(
+        self, h: PyTree, c: PyTree = None, keys: Key[Array, " batch"] | None = None, first: int = 0
+    ) -> tuple[PyTree, list[Array]]:
+        """The same, and what each block has shown; blocks are numbered from `first` on."""
+        middle = first + self.before
+        h, down = run_blocks(self.down, h, c, keys, first)
+        h, shown = _unrolled([self.middle], self.down.remat, h, None, c, keys, range(middle, middle + 1))
+        h, up = run_blocks(self.up, h, c, keys, middle + 1, down)
+        return h, [*down, *shown, *up]  # of a scan, the slices of one array
 
 
 def run_blocks(
@@ -76,7 +90,7 @@ def _unrolled(
 ) -> tuple[PyTree, list[Array]]:
     """The blocks one after the other; each takes the last of the skips that are left."""
     # A listener needs the values, which remat's inner trace would not let out; remat changes none.
-    remat = "none" if active() else remat
+    remat = "none" if active("block") else remat
     shown, skips = [], None if skips is None else list(skips)
     for i, block in zip(numbers, blocks, strict=True):
         graphdef, params = nnx.split(block)
@@ -103,7 +117,7 @@ def _scanned(
         return _block(graphdef, None, params, h, skip, c, _layer(keys, i))
 
     body = rematerialised(body, remat, prevent_cse=False)
-    skips = None if skips is None else jax.tree.map(lambda x: x[::-1], skips)
+    skips = None if skips is None else jax.tree.map(lambda x: x[::-1][: len(numbers)], skips)
     return jax.lax.scan(body, h, (stacked, skips, jnp.arange(numbers.start, numbers.stop)))
 
 
