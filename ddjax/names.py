@@ -221,6 +221,7 @@ DENOISERS = {
     "state_space": denoisers.StateSpace,
     "tabular": denoisers.TabularMLP,
     "graph": denoisers.GraphTransformer,
+    "inf_dit": denoisers.InfDiT,
 }
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {
@@ -495,3 +496,4 @@ GRIDS = {
     "uniform_shifted": grids.uniform_shifted,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PROJECTIONS = {"edm2": denoisers.edm2.forced}

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from ddjax import random
-from ddjax.denoisers.taps import record
 from ddjax.grids import check_grids
 from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
 from ddjax.solvers.base import Solver, batched, check_own_times, first_carry
+from ddjax.taps import record
 from ddjax.types import Denoise, Sample, State, left_broadcast
 
 

@@ -22,9 +22,9 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.convolution import Conv
-from ddjax.denoisers.taps import Below, tap
 from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-5  # of the published norms
