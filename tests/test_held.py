@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ddjax import bind, grids, lora, sample, sampling
@@ -15,7 +16,7 @@ from ddjax.objectives import elbo
 from ddjax.processes import Masked
 from ddjax.pytrees import as_pytree
 from ddjax.solvers import Ancestral
-from ddjax.training import init_state, make_train_step, optimizer
+from ddjax.training import init_state, make_train_step
 from ddjax.training import mesh as meshes
 
 SMALL = {"length": 8, "symbols_in": 5, "symbols_out": 4, "width": 128, "depth": 1, "heads": 2}
@@ -61,7 +62,7 @@ def size(tree):
 
 
 def setup(network, params, axes=None, devices=1):
-    rule = optimizer("adamw", 1e-2, 10)
+    rule = optax.sgd(1e-3)  # AdamW would blow up the rounding of gradients near 0
     step = make_train_step(elbo(PROCESS, "posterior"), network, rule)
     mesh = meshes.make_mesh(axes, jax.devices()[:devices])
     start = functools.partial(init_state, lambda key: jax.tree.map(jnp.copy, params), rule)
@@ -97,7 +98,7 @@ def test_the_step_is_the_one_with_constants(name):
     new, metrics = compiled(state, batch)
     assert jax.tree.structure(new.params) == jax.tree.structure(params)
     found = (new.params, new.ema, metrics), (closed.params, closed.ema, closed_metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), *found)
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_on_a_mesh_what_is_held_lies_in_pieces_and_nothing_else_changes(name, ax
             state, metrics = compiled(state, meshes.shard_batch(BATCH, mesh))
             losses.append(float(metrics["loss"]))
         results.append(losses)
-    np.testing.assert_allclose(*results, rtol=2e-4)
+    np.testing.assert_allclose(*results, rtol=1e-5)
     pieces = [(leaf.addressable_shards[0].data.size, leaf.size) for leaf in jax.tree.leaves(compiled.held)]
     assert sum(a for a, _ in pieces) < 0.5 * sum(b for _, b in pieces)
 

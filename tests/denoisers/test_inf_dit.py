@@ -31,7 +31,7 @@ def linear(p, x):
 def norm(x, p=None):
     x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
-    return x if p is None else x * np.asarray(p["scale"], float) + np.asarray(p["bias"], float)
+    return x if p is None else x * np.asarray(p["scale"], float) + np.asarray(p.get("bias", 0), float)
 
 
 def rotated(x, row, column):

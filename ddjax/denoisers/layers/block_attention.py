@@ -124,7 +124,8 @@ class NearbyAttention(nnx.Module):
         self.heads, self.implementation, self.dtype = heads, implementation, jnp.dtype(dtype)
         self.query = Linear(width, width, dtype=dtype, rngs=rngs)
         self.key_value = Linear(width, 2 * width, dtype=dtype, rngs=rngs)
-        self.query_norm, self.key_norm = LayerNorm(head), LayerNorm(head)
+        # A shift of all keys by one vector would change no softmax.
+        self.query_norm, self.key_norm = LayerNorm(head), LayerNorm(head, bias=False)
         self.query_position, self.key_position = (
             nnx.Param(0.02 * jax.random.normal(rngs.params(), (n, heads, head), jnp.float32))
             for n in (patches, entries)
