@@ -32,6 +32,7 @@ LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
 FEW = {"groups": 4}
 GRAPH = {"width": 16, "edge_width": 8, "global_width": 8, "depth": 3, "heads": 2, "feed_forward": (16, 16, 16)}
 DEEP = {"width": 16, "depth": 2, "heads": 2}
+BLOCKS = {"scale": 2, "patch": 2, "low_patch": 1, "block": 2}
 LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
@@ -41,11 +42,7 @@ NETWORKS = {
     "text-mdlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "norm": "scaled", "out_bias": False}, ()),
     "text-llada": (TextTransformer, {"length": 8, **TOKENS, **DEEP, **LLADA}, ()),
     "dit-linear": (DiT, {**PIXELS, "width": 16, "depth": 2, "heads": 2, "patch": 2, "attention": "linear"}, ()),
-    "inf-dit": (
-        InfDiT,
-        {**PIXELS, "scale": 2, "patch": 2, "low_patch": 1, "block": 2, "width": 16, "depth": 3, "heads": 2},
-        (),
-    ),
+    "inf-dit": (InfDiT, {**PIXELS, **DEEP, **BLOCKS}, ("low_embed/kernel",)),  # of an image that is not there
     "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2, "time_mlp": True}, ()),
     "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),
     "dico-attention": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 16}, ()),
