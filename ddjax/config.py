@@ -123,6 +123,9 @@ class ObjectiveConfig:
     # (independent; transported and group; and with x1 from the data paired, coarse and factor, blurred and width, holes
     # and share, patch, fill: each with show, whether the network sees x1, the last three with std, of noise added)
     options: dict = dataclasses.field(default_factory=dict)
+    # a trained network that this one learns from beside it: path (of a run, or published weights), prediction and
+    # variance, weights of its distances (`denoisers.taught`)
+    teacher: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,7 @@ class OptimizerConfig:
     moments: str = "float32"  # of the first moment: float32, bfloat16
     # pairs of a regular expression and a factor: the learning rate of parameters whose path has it; the first that fits
     groups: list = dataclasses.field(default_factory=list)
+    project: str = ""  # what the network's parameters become after each update: edm2 (kernels normalised)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +155,9 @@ class TrainConfig:
     accumulate: int = 1  # microbatches in a step
     ema: float = 0.999  # final decay of the parameters' moving average
     seed: int = 0
+    # parameters to begin with: path (of a run, or published weights), but (a regular expression: what is found in their
+    # paths stays new; default attention, `denoisers.inherited`)
+    inherit: dict = dataclasses.field(default_factory=dict)
     # axis: size; -1 is all that is left. data: rows of the batch; fsdp: rows, and every large parameter in pieces;
     # tensor: heads and hidden units; sequence: sites; expert: rows, and the experts of denoiser.options.mlp="experts"
     mesh: dict = dataclasses.field(default_factory=lambda: {"data": -1})

@@ -185,7 +185,17 @@ class Experiment:
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer over `train.steps` steps."""
         options, steps = dataclasses.asdict(self.config.optimizer), self.config.train.steps
+        options["project"] = self._projection(options["project"])
         return optimizer(steps=steps, **options | {"warmup": min(options["warmup"], steps)})  # a trial run may be short
+
+    def _projection(self, name: str) -> Callable[[Params], Params] | None:
+        """Of the network's parameters, among those that are trained."""
+        if not name:
+            return None
+        project = naming.pick(names.PROJECTIONS, name, "config.optimizer.project")
+        if not self.learns_process and self.named.parameters is None:
+            return project
+        return lambda params: {**params, "network": project(params["network"])}
 
     def ema(self) -> Ema:
         """The moving average of the parameters."""
@@ -295,7 +305,7 @@ class Experiment:
         guided = self.guided(denoise, scale, cond)
         if not isinstance(self.apply, denoisers.outputs.FirstHeads) or not self.named.planner:
             return guided
-        heads = TwoHeads(dataclasses.replace(denoise, apply=self.apply.apply))
+        heads = TwoHeads(bind(self.apply.apply, params, self.sampling_process, self.kind))
         return heads if guided is denoise else planned(guided, heads.planner)
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from ddjax import random
-from ddjax.denoisers.sites import Sites
 from ddjax.processes import Masked
 from ddjax.processes.masked import left_over
 from ddjax.processes.mixture import PerSite, Tokens
+from ddjax.sites import Sites
 from ddjax.types import Denoise, Keys
 
 

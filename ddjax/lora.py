@@ -12,23 +12,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from ddjax.pytrees import as_pytree
 from ddjax.types import Apply, Params
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Beside:
-    """A network some of whose parameters are held, `apply(held + trained)`: called with the trained ones alone.
+    """A network some of whose parameters are held (`beside`): an `Apply` that is a pytree, these its leaves.
 
-    What is not handed in has no gradient, no moments and no place in a checkpoint.
+    So a compiled program takes them as inputs, wherever it takes the network as one: `bind`'s denoisers, and training
+    steps under `training.compile_step`. They have no gradient, no moments and no place in a checkpoint.
     """
 
     apply: Apply
     held: Params
-    join: Callable[[Params, Params], Params]  # (held, trained) -> the parameters of `apply`
+    join: Callable[[Params, Params], Params] = dataclasses.field(metadata={"static": True})
 
     def __call__(self, params: Params, xt: Array, t: Array | None, cond: Any = None, **options: Any) -> Array:
         """Run the network."""
         return self.apply(self.join(self.held, params), xt, t, cond, **options)
+
+
+def beside(apply: Apply, held: Params, join: Callable[[Params, Params], Params]) -> Beside:
+    """`apply` as a network of its trained parameters alone.
+
+    join: `join(held, trained)` gives the parameters of `apply`; hashable.
+    """
+    return Beside(as_pytree(apply), held, join)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +82,7 @@ def wrap(
             node = node.setdefault(part, {})
         up = jnp.zeros((*axes, rank, features_out), leaf.dtype)
         node[last] = {"down": down / math.sqrt(features_in), "up": up}
-    return Beside(apply, params, _Merge(float(rank if alpha is None else alpha))), adapters
+    return beside(apply, params, _Merge(float(rank if alpha is None else alpha))), adapters
 
 
 def merge(params: Params, adapters: Params, alpha: float) -> Params:

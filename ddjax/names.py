@@ -224,6 +224,7 @@ DENOISERS = {
     "diffussm": denoisers.DiffuSSM,
     "tabular": denoisers.TabularMLP,
     "graph": denoisers.GraphTransformer,
+    "inf_dit": denoisers.InfDiT,
 }
 SITE_WEIGHTINGS = {"clipped": objectives.clipped, "dynamic": objectives.dynamic}
 WEIGHTINGS = {
@@ -497,3 +498,4 @@ GRIDS = {
     "uniform_shifted": grids.uniform_shifted,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PROJECTIONS = {"edm2": denoisers.edm2.forced}

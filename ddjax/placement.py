@@ -37,7 +37,7 @@ def _cutting() -> dict[str, int]:
 
 
 def as_rows(x: Array) -> Array:
-    """`x` as a matrix, all its axes but the last in one; as it is under a mesh, which could not cut that axis as before.
+    """`x` as a matrix, all its axes but the last in one; as it is under a mesh, which could not cut this axis as those.
 
     The gradient of a matrix that multiplies rows is one plain product; over several axes XLA's CPU compiler writes
     transposed copies of both its factors first, on one thread (a training step of DiT-S/2 takes half as long again).

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddjax.pytrees import as_pytree
+from ddjax.pytrees import as_pytree, unwrapped
 from ddjax.types import Apply, Denoise, Params, State, Time
 
 GAUSSIAN_KINDS = ("x0", "noise", "score", "velocity", "v", "edm")
@@ -61,7 +61,7 @@ class BoundDenoiser:
 
     params: Params
     rng: jax.Array | None
-    apply: Apply = dataclasses.field(metadata={"static": True})
+    apply: Apply  # a pytree, mostly without leaves (`as_pytree`)
     process: Any = dataclasses.field(metadata={"static": True})
     kind: str = dataclasses.field(metadata={"static": True})
     train: bool = dataclasses.field(metadata={"static": True})
@@ -89,11 +89,12 @@ def bind(
 
     kind: what the network's output means for this process (for example `"posterior"` or `"velocity"`). With `"edm"` the
     process also scales the network's inputs (Karras et al. 2022, table 1).
-    The result is a pytree whose leaves are `params`: it goes through `jax.jit` as an argument.
+    The result is a pytree whose leaves are `params`, and what `apply` holds (`lora.Beside`): it goes through `jax.jit`
+    as an argument.
     Raises ValueError where the process has no such kind.
     """
     check_kind(kind, process.kinds, process)
-    return BoundDenoiser(params, rng, apply, process, kind, train)
+    return BoundDenoiser(params, rng, as_pytree(apply), process, kind, train)
 
 
 @jax.tree_util.register_dataclass
@@ -169,5 +170,4 @@ class TwoHeads:
 
 def evaluations(denoise: Any) -> int:
     """Network evaluations that one call of `denoise` costs (guidance costs two)."""
-    function = denoise.func if isinstance(denoise, jax.tree_util.Partial) else denoise  # see pytrees.as_pytree
-    return getattr(function, "evaluations", 1)
+    return getattr(unwrapped(denoise), "evaluations", 1)

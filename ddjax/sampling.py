@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from ddjax import random
-from ddjax.denoisers.taps import record
 from ddjax.grids import check_grids
 from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
 from ddjax.solvers.base import Solver, batched, check_own_times, first_carry
+from ddjax.taps import record
 from ddjax.types import Denoise, Sample, State, left_broadcast
 
 
@@ -61,7 +61,7 @@ def sample(
     observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
         copy, as in RePaint, Lugmayr et al. 2022, without its resampling).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
-    taps: also return what the network had at these points (`denoisers.taps`) in every step, `{name: (steps, batch,
+    taps: also return what the network had at these points (`ddjax.taps`) in every step, `{name: (steps, batch,
         ...)}`: of a step that evaluates the network more than once its last time, and of guidance, which evaluates
         several conditions in one batch, that batch. Not for solvers that call the network inside a loop or branch of
         their own, nor with grids for each example.

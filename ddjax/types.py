@@ -17,6 +17,8 @@ Keys = Key[Array, "batch"]
 PyTree = Any
 Params = PyTree  # a nested plain dict of arrays
 Apply = Callable[..., Array]  # (params, xt, t, cond, *, rng=None, train=False) -> Array
+# Keys and values of every layer of a network at sites that it ran at before.
+Past = tuple[Float[Array, "batch depth length heads head"], Float[Array, "batch depth length heads head"]]
 
 
 class Rows(NamedTuple):

@@ -5,7 +5,8 @@ apply, params = functional(module)
 logits = apply(params, xt, t)            # (batch, 8, 8, 1, 17)
 """
 
-from ddjax.denoisers import control, edm2, graphs, layers, outputs, sizes, taps
+from ddjax import taps
+from ddjax.denoisers import control, edm2, graphs, layers, outputs, sizes
 from ddjax.denoisers.conditions import Coherent, OverDraws, Pointed, ShownX1
 from ddjax.denoisers.dico import DiCo
 from ddjax.denoisers.diffit import DiffiT
@@ -17,6 +18,7 @@ from ddjax.denoisers.functional import Functional, from_linen, functional, funct
 from ddjax.denoisers.given import nulls
 from ddjax.denoisers.graph import GraphTransformer
 from ddjax.denoisers.graph_features import graph_features
+from ddjax.denoisers.inf_dit import InfDiT
 from ddjax.denoisers.inheritance import inherited
 from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
@@ -25,7 +27,7 @@ from ddjax.denoisers.multi_resolution import MultiResolution
 from ddjax.denoisers.neural_process import NeuralProcess
 from ddjax.denoisers.state_space import StateSpace
 from ddjax.denoisers.tabular import TabularMLP
-from ddjax.denoisers.taught import Taught
+from ddjax.denoisers.taught import taught
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
 from ddjax.denoisers.unet import UNet
@@ -45,6 +47,7 @@ __all__ = [
     "FreeU",
     "Functional",
     "GraphTransformer",
+    "InfDiT",
     "LowRankGaussian",
     "MultiResolution",
     "NeuralProcess",
@@ -54,7 +57,6 @@ __all__ = [
     "ShownX1",
     "StateSpace",
     "TabularMLP",
-    "Taught",
     "TextTransformer",
     "TruncatedLogistic",
     "UNet",
@@ -75,6 +77,7 @@ __all__ = [
     "sizes",
     "stack_blocks",
     "taps",
+    "taught",
     "truncated_logistic_logits",
     "unstack_blocks",
 ]

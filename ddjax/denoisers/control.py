@@ -9,13 +9,13 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from ddjax.denoisers import taps
+from ddjax import taps
 from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.functional import functional_init
 from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import Linear, zeros
 from ddjax.denoisers.views import View
-from ddjax.lora import Beside
+from ddjax.lora import beside
 from ddjax.types import Apply, Params
 
 
@@ -88,7 +88,7 @@ def attach(
     copied = {name: value for name, value in params.items() if name in new["side"]}
     first = {str(i): params["stack"]["blocks"][str(i)] for i in range(blocks)}
     copied = jax.tree.map(lambda x: x, {**copied, "stack": {"blocks": first}})
-    return Beside(apply, params, _with_trunk), {"side": copied, "hint": new["hint"], "out": new["out"]}
+    return beside(apply, params, _with_trunk), {"side": copied, "hint": new["hint"], "out": new["out"]}
 
 
 def _with_trunk(trunk: Params, side: Params) -> Params:

@@ -29,8 +29,8 @@ from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.convolution import Conv, Image
 from ddjax.denoisers.layers.embed import Conditioner
 from ddjax.denoisers.layers.long_skips import run_blocks
-from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 KINDS = "caf"  # of blocks: convolution, attention, AsCAN's convolution

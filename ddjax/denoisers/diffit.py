@@ -15,10 +15,10 @@ from ddjax.denoisers.layers.attention import Attention
 from ddjax.denoisers.layers.basic import MLP, DType, check_rate, dropout, dropout_keys, layer_norm
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Image, Resampling
 from ddjax.denoisers.layers.embed import Conditioner
-from ddjax.denoisers.taps import Below, tap
 from ddjax.denoisers.unet import FinalConv, Stage, UShaped, check_sides
 from ddjax.placement import constrain
 from ddjax.random import split
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 

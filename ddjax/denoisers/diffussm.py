@@ -16,8 +16,8 @@ from ddjax.denoisers.layers.blocks import FinalLayer, Stack
 from ddjax.denoisers.layers.diagonal_ssm import DiagonalSSM
 from ddjax.denoisers.layers.embed import Conditioner, sincos
 from ddjax.denoisers.layers.long_skips import run_blocks
-from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 

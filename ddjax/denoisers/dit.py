@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax import random
+from ddjax import auxiliary, random
 from ddjax.denoisers import graphs
 from ddjax.denoisers.given import Given, at_least_one
 from ddjax.denoisers.images import ImageNetwork
@@ -23,10 +23,10 @@ from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, check_condit
 from ddjax.denoisers.layers.embed import Conditioner, sincos
 from ddjax.denoisers.layers.generated import GeneratedLinear, Generator
 from ddjax.denoisers.layers.merging import Sizes, check_sizes
-from ddjax.denoisers.layers.routing import Route, channel_mask, nearest_grid
-from ddjax.denoisers.taps import tap
+from ddjax.denoisers.layers.routing import Route, channel_mask, counted, each_routed, nearest_grid, reconstruction
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
+from ddjax.taps import tap
 from ddjax.types import SoftTokens
 
 LABELS = 2**20  # a stream of random numbers apart from the layers'
@@ -84,7 +84,13 @@ class DiT(ImageNetwork):
             2**bits symbols, and a mask or not. 0: embeddings.
         cond_width: width of the conditioning vector, default `width`.
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`), or "linear" (`layers.LinearAttention`).
-        route: None, or (start, stop, share) of the sites that bypass these blocks in training (TREAD; `layers.Stack`).
+        route: None, or (start, stop, share) of the sites that bypass these blocks in training, or several of these
+            (TREAD; `layers.Stack`).
+        route_loss: None, or the weight of a loss that accounts for the routes in training (TREAD's first version, 0.1):
+            the objective then learns from the sites that did not bypass, route by route (`layers.routing.counted`; what
+            is reported is its mean over all sites), and as many outputs as the state has channels reconstruct the noisy
+            input where sites bypassed (`reconstruction`; theirs are of the denoised image, kind "x0"). 0: only the
+            first of the two, also of a discrete state.
         task_share: share of the channels that blocks use at a time, a window that moves with t (denoising task routing;
             `layers.routing.channel_mask`). 1: all.
         downsample: when not training, sites attend to every `downsample`-th place along each axis only (ToDo, Smith et
@@ -133,7 +139,8 @@ class DiT(ImageNetwork):
         bits: int = 0,
         cond_width: int | None = None,
         attention: str | None = None,
-        route: Route | None = None,
+        route: Route | Sequence[Route] | None = None,
+        route_loss: float | None = None,
         task_share: float = 1.0,
         downsample: int = 1,
         merge: Sizes | None = None,
@@ -177,6 +184,11 @@ class DiT(ImageNetwork):
             merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
         )  # fmt: skip
         self.heads, self.width = heads, width
+        if route_loss is not None and (not route or route_loss < 0 or (route_loss and symbols_in is not None)):
+            raise ValueError(
+                f"route_loss={route_loss}: expected a route, and a weight of 0 or more, 0 for a discrete state"
+            )
+        self.route_loss = route_loss
         self.task_share, self.downsample, self.merges = task_share, downsample, merge is not None
         nearest_grid(self.grid, downsample)  # raises for what cannot be
         if downsample > 1 and relations:
@@ -228,7 +240,10 @@ class DiT(ImageNetwork):
             ValueError: for a shape or dtype that the network was not built for.
         """
         h, c, view = self.hidden(xt, t, cond, rng=rng, train=train)
-        return self.images(view.everywhere(self.final(h, c), math.prod(self.grid)))
+        y = self.final(h, c)
+        if train and self.route_loss is not None:
+            y = self._of_routes(y, xt, view, rng)
+        return self.images(view.everywhere(y, math.prod(self.grid)))
 
     def hidden(
         self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
@@ -287,6 +302,18 @@ class DiT(ImageNetwork):
         more["projection"] = self.projection(c) if generated else None
         h = self.stack(h, c, keys, layout, route_keys=routes, **more)
         return h if view.clean is None else h[:, :length], c, view
+
+    def _of_routes(self, y: Array, xt: Any, view: View, rng: Any) -> Array:
+        """The output as losses see it; tells the auxiliary loss."""
+        if view.clean is not None:
+            raise ValueError("route_loss is of the sites of one pass: it goes without a clean state beside")
+        kept = each_routed(self.stack.route_keys(y.shape[0], rng, True), y.shape[1], self.stack.routes)
+        shown, went = counted(y, kept)
+        if self.route_loss:
+            own = y.reshape(*y.shape[:2], -1, self.out_channels)[..., : self.shape[-1]].reshape(*y.shape[:2], -1)
+            noisy = self.patches(xt).reshape(own.shape)
+            auxiliary.add_loss("route_reconstruction", self.route_loss * reconstruction(own, noisy, went))
+        return shown
 
     def _own_layout(self, length: int, *, sparse: bool) -> Layout | None:
         """Who sees whom, as the network itself says (None: all)."""

@@ -16,9 +16,9 @@ from ddjax.denoisers.layers.attention import check_implementation, dot_product_a
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
-from ddjax.denoisers.taps import tap
 from ddjax.denoisers.unet import Stage, UShaped, check_sides, plan
 from ddjax.placement import constrain
+from ddjax.taps import tap
 from ddjax.types import Params, SoftTokens
 
 EPSILON = 1e-4

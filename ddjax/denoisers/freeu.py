@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddjax.denoisers import taps
+from ddjax import taps
 from ddjax.denoisers.layers.basic import at_least_float32
 from ddjax.types import Apply
 

@@ -27,9 +27,9 @@ from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
 from ddjax.denoisers.layers.long_skips import run_blocks
 from ddjax.denoisers.states import check_state, hard_state
-from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
 from ddjax.symmetric import pack, unpack
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-5  # of the published norms

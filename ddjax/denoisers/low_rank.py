@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from ddjax.denoisers.layers.basic import at_least_float32
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
 from ddjax.denoisers.states import check_state
-from ddjax.denoisers.taps import tap
+from ddjax.taps import tap
 
 
 class LowRankGaussian(nnx.Module):

@@ -29,8 +29,8 @@ from ddjax.denoisers.layers.convolution import Conv, Image
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.time_norm import TimeNorm
-from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-16  # of the norms in blocks: theirs adds 1e-8 to the root

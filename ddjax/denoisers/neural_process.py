@@ -17,8 +17,8 @@ from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import TIME_SCALE, check_time
 from ddjax.denoisers.layers.long_skips import run_blocks
 from ddjax.denoisers.states import check_state
-from ddjax.denoisers.taps import Below, tap
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 
 
 class NeuralProcess(nnx.Module):

@@ -21,9 +21,9 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.selective_scan import Mamba
-from ddjax.denoisers.taps import Below, tap
 from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 

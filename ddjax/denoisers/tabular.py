@@ -21,8 +21,8 @@ from ddjax.denoisers.layers.basic import (
 )
 from ddjax.denoisers.layers.embed import TokenEmbed, check_labels, check_time, lookup, time_embedding
 from ddjax.denoisers.states import check_state, hard_state
-from ddjax.denoisers.taps import tap
 from ddjax.placement import constrain
+from ddjax.taps import tap
 from ddjax.types import SoftTokens
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,9 @@ from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
 from ddjax.denoisers.layers.routing import Route
 from ddjax.denoisers.states import check_state, hard_state
-from ddjax.denoisers.taps import tap
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
+from ddjax.taps import tap
 from ddjax.types import SoftTokens
 
 
@@ -102,7 +102,7 @@ class TextTransformer(nnx.Module):
         dtype: DType = jnp.float32,
         cond_width: int | None = None,
         attention: str | None = None,
-        route: Route | None = None,
+        route: Route | Sequence[Route] | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,

@@ -16,7 +16,7 @@ from ddjax.denoisers.layers.basic import Linear
 from ddjax.denoisers.layers.generated import GeneratedLinear
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.told import ConditionTokens
-from ddjax.denoisers.taps import tap
+from ddjax.taps import tap
 
 
 class TokenRow(ImageNetwork):

@@ -18,9 +18,9 @@ from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropou
 from ddjax.denoisers.layers.blocks import REMAT
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock, downsample
 from ddjax.denoisers.layers.embed import TIME_SCALE, check_labels, check_time, lookup
-from ddjax.denoisers.taps import active, tap
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNetDesign
 from ddjax.placement import constrain
+from ddjax.taps import active, tap
 from ddjax.types import SoftTokens
 
 

@@ -24,9 +24,9 @@ from ddjax.denoisers.layers.basic import (
 )
 from ddjax.denoisers.layers.convolution import Conv
 from ddjax.denoisers.layers.generated import GeneratedMLP, Generator
-from ddjax.denoisers.taps import Below, tap
 from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
+from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-5  # of the published norms

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ddjax.denoisers.given import Given
-from ddjax.denoisers.layers.attention import Layout, Past, everywhere, group_causal, group_teacher_forced, put, within
-from ddjax.types import SoftTokens, State
+from ddjax.denoisers.layers.attention import Layout, everywhere, group_causal, group_teacher_forced, within
+from ddjax.sites import put
+from ddjax.types import Past, SoftTokens, State
 
 
 class View(NamedTuple):

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddjax.denoisers.taps import GUIDANCE, tap
 from ddjax.nulls import nullified
 from ddjax.predictions import LOGIT_KINDS, Prediction
 from ddjax.predictions import evaluations as cost
 from ddjax.pytrees import as_pytree
+from ddjax.taps import GUIDANCE, tap
 from ddjax.types import Denoise, State, Time
 
 

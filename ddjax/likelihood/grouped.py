@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from ddjax import random
-from ddjax.denoisers.sites import Sites
 from ddjax.groups import check_groups, free_sites, in_random_groups, nats_in_groups
 from ddjax.likelihood.bound import mean_and_error
 from ddjax.processes import Masked
 from ddjax.pytrees import as_pytree
+from ddjax.sites import Sites
 from ddjax.types import Bound, Rows, State, per_example, sites, time_dtype
 
 

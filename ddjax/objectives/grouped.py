@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ddjax import random
-from ddjax.denoisers.sites import Sites
 from ddjax.groups import check_groups, free_sites, in_random_groups, nats_in_groups
 from ddjax.objectives.base import Objective, Reduction
 from ddjax.predictions import bind
 from ddjax.processes import Masked
+from ddjax.sites import Sites
 from ddjax.types import Rows
 
 

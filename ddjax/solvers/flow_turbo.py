@@ -27,7 +27,7 @@ class Refined:
 
     denoise: Denoise
     params: Params
-    apply: Apply = dataclasses.field(metadata={"static": True})
+    apply: Apply  # a pytree (`as_pytree`)
 
     @property
     def evaluations(self) -> int:
@@ -50,7 +50,7 @@ def refined(denoise: Denoise, apply: Apply, params: Params) -> Refined:
     apply: `apply(params, (x_t, velocity), t, cond)`, the two on one last axis, gives the change of the velocity, shaped
         like x_t (`objectives.velocity_refiner`).
     """
-    return Refined(as_pytree(denoise), params, apply)
+    return Refined(as_pytree(denoise), params, as_pytree(apply))
 
 
 class Carry(NamedTuple):

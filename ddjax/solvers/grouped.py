@@ -10,20 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddjax import random
+from ddjax import random, taps
 from ddjax.categorical import categorical_where
-from ddjax.denoisers import taps
-from ddjax.denoisers.layers.attention import Past, put
-from ddjax.denoisers.sites import Sites
 from ddjax.groups import check_groups, free_sites
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked
 from ddjax.processes.masked import left_over
+from ddjax.sites import Sites, put
 from ddjax.solvers.base import Info, batched
 from ddjax.solvers.key_values import keys_values, tapped
 from ddjax.solvers.orders import Choice, Local, Order
 from ddjax.solvers.unmask import highest, revealing
-from ddjax.types import Denoise, State
+from ddjax.types import Denoise, Past, State
 
 
 class InGroups(NamedTuple):

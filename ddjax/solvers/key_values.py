@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ddjax.denoisers import taps
-from ddjax.denoisers.layers.attention import Past
+from ddjax import taps
 from ddjax.predictions import evaluations
 from ddjax.processes import Staggered, in_blocks
 from ddjax.solvers.base import Info, batched, first_carry
-from ddjax.types import Denoise, State, Time
+from ddjax.types import Denoise, Past, State, Time
 
 
 class Written(NamedTuple):

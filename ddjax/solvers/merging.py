@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ddjax import random
-from ddjax.denoisers import taps
-from ddjax.denoisers.sites import Sites
+from ddjax import random, taps
+from ddjax.sites import Sites
 from ddjax.solvers.base import batched, first_carry
 from ddjax.types import Denoise, State
 

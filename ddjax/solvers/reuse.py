@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ddjax import random
-from ddjax.denoisers import taps
-from ddjax.denoisers.layers.attention import Past, put
-from ddjax.denoisers.sites import Sites
+from ddjax import random, taps
 from ddjax.predictions import Prediction
 from ddjax.processes import Masked
+from ddjax.sites import Sites, put
 from ddjax.solvers.base import Info, batched, first_carry
 from ddjax.solvers.cached import Asked
 from ddjax.solvers.key_values import keys_values, tapped
-from ddjax.types import Denoise, State
+from ddjax.types import Denoise, Past, State
 
 
 class Reused(NamedTuple):

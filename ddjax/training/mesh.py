@@ -8,6 +8,7 @@ of matrices and the heads, `expert` the experts (`LAYOUT`); `sequence` cuts the 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -185,24 +186,57 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def compile_step(step: Step, state_shardings: PyTree, mesh: Mesh) -> Step:
+class OnMesh:
+    """A jitted step, and what it holds (`make_train_step`), which goes in as an argument (`compile_step`)."""
+
+    def __init__(self, jitted: Any, step: Step, shardings: PyTree):
+        self.jitted, self._step, self._shardings = jitted, step, shardings
+
+    @functools.cached_property
+    def held(self) -> PyTree:
+        """The step with its arrays in place on the mesh."""
+        return jax.tree.map(_placed, self._step, self._shardings)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Make the step. The given state is gone afterwards."""
+        return self.jitted(self.held, state, batch)
+
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """The program for arrays of such shapes, of the step, state and batch."""
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._step)
+        return self.jitted.lower(shapes, state, batch)
+
+
+def compile_step(step: Step, shardings: PyTree, mesh: Mesh) -> OnMesh:
     """`jax.jit(step)`, laid over the mesh. The given state is donated: its buffers are gone after the call.
 
     Takes batches from `shard_batch` (or numpy). Metrics come back replicated. Arrays that live in the host's memory
-    (`on_host`) visit the devices for the length of a step.
+    (`on_host`) visit the devices for the length of a step. What the step holds is no constant of the program, and lies
+    as parameters do.
+
+    shardings: of the state (`state_shardings`).
     """
 
-    def laid(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def laid(step: Step, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # networks constrain what they compute by it
-            new, metrics = step(jax.tree.map(_fetch, state, state_shardings), batch)
-        return jax.tree.map(_put_back, new, state_shardings), metrics
+            new, metrics = step(jax.tree.map(_fetch, state, shardings), batch)
+        return jax.tree.map(_put_back, new, shardings), metrics
 
-    return jax.jit(
+    held = state_shardings(step, mesh)
+    jitted = jax.jit(
         laid,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
-        out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
+        in_shardings=(held, shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=1,
     )
+    return OnMesh(jitted, step, held)
+
+
+def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 HOST = "pinned_host"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -72,6 +72,7 @@ def optimizer(
     clip: float | None = None,
     moments: str = "float32",
     groups: Groups = (),
+    project: Callable[[Params], Params] | None = None,
 ) -> optax.GradientTransformation:
     """An optimizer on `learning_rate_schedule`.
 
@@ -86,6 +87,7 @@ def optimizer(
         (1 - b2) of itself a step, and bfloat16 does not resolve less than 1/256.
     groups: (regular expression, factor) pairs: the first expression that is found in a parameter's path multiplies its
         learning rate; 0 freezes it. A list, as configs have it, will do.
+    project: what parameters become after each update (`projected`).
     Raises ValueError for an unknown name or dtype; when initialised, for an expression that no path has.
     """
     if moments not in ("float32", "bfloat16"):
@@ -119,8 +121,23 @@ def optimizer(
     else:
         raise ValueError(f"unknown optimizer {name!r}; it is one of adamw, adafactor, lion, muon")
     parts = [optax.clip_by_global_norm(clip)] if clip else []
-    parts += [update, *([scale_groups(groups)] if groups else [])]
+    parts += [update, *([scale_groups(groups)] if groups else []), *([projected(project)] if project else [])]
     return optax.chain(*parts) if len(parts) > 1 else update
+
+
+def projected(project: Callable[[Params], Params]) -> optax.GradientTransformation:
+    """The last of a chain: after each update parameters are `project(parameters)`, to rounding.
+
+    (EDM2's forced weight normalisation, `denoisers.edm2.forced`; any constraint that they can be brought back to.)
+    """
+
+    def update(updates: PyTree, state: optax.EmptyState, params: Params | None = None) -> Any:
+        if params is None:
+            raise ValueError("a projection is of parameters: call update(updates, state, params)")
+        new = project(optax.apply_updates(params, updates))
+        return jax.tree.map(jnp.subtract, new, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def matrices(params: Params) -> PyTree:

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from ddjax import flops
 from ddjax.config import ConfigError
 from ddjax.experiment import Experiment, build
-from ddjax.training.mesh import check_axes, compile_step, make_mesh, on_host, state_shardings
+from ddjax.training.mesh import OnMesh, check_axes, compile_step, make_mesh, on_host, state_shardings
 from ddjax.training.state import TrainState, init_state
 from ddjax.training.step import Step, make_train_step
+from ddjax.training.teacher import inheriting, taught
 from ddjax.types import PyTree
 
 
@@ -24,7 +25,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     state: TrainState  # initial, in place on the mesh
     shardings: TrainState  # of the state
-    step: Step  # jitted; donates the state
+    step: OnMesh  # jitted; donates the state
 
 
 def prepare(experiment: Experiment) -> Setup:
@@ -36,6 +37,8 @@ def prepare(experiment: Experiment) -> Setup:
     key = jax.random.key(experiment.config.train.seed)
     shardings = places(experiment, mesh)
     state = jax.jit(functools.partial(initial_state, experiment), out_shardings=shardings)(key)
+    if experiment.config.train.inherit:
+        state = inheriting(experiment, state)
     return Setup(mesh, state, shardings, compile_step(train_step(experiment), shardings, mesh))
 
 
@@ -60,7 +63,7 @@ def train_step(experiment: Experiment) -> Step:
     """The step as the pure function it is, without devices (`make_train_step`)."""
     return make_train_step(
         experiment.objective(),
-        experiment.apply,
+        taught(experiment) if experiment.config.objective.teacher else experiment.apply,
         experiment.optimizer(),
         accumulate=experiment.config.train.accumulate,
         ema=experiment.ema(),

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ddjax import auxiliary
+from ddjax.pytrees import as_pytree
 from ddjax.training.state import TrainState
 from ddjax.types import Apply, Params, PyTree, Rows
 
@@ -77,6 +78,10 @@ def make_train_step(
 ) -> Step:
     """Build `step(state, batch) -> (state, metrics)`: pure, to be jitted by `compile_step` or by the caller.
 
+    It is a pytree whose leaves are what the network or the objective holds (`lora.Beside`, `denoisers.taught`), so that
+    a compiled program can take these as inputs: `compile_step` does; by hand, `jax.jit(lambda step, *rest: step(*rest),
+    donate_argnums=1)(step, state, batch)`. Most hold nothing, and `jax.jit(step)` is all that is needed.
+
     objective: `objective(key, apply, params, x0, cond, weights, rows, train) -> (loss, metrics)`,
         docs/design.md; the loss is the weighted mean over the examples it is given.
     apply: the network, `apply(params, xt, t, cond, *, rng=None, train=False)`.
@@ -101,7 +106,9 @@ def make_train_step(
     if spike < 0:
         raise ValueError(f"a spike is a positive number of standard deviations, or 0 for none; got {spike}")
 
-    def gradient(params, key, part, rows):
+    def gradient(held, params, key, part, rows):
+        objective, apply = held
+
         def loss_of(params):
             with auxiliary.collect() as collector:
                 loss, metrics = objective(
@@ -122,7 +129,7 @@ def make_train_step(
         metrics = {**metrics, "loss": loss}
         return grads, jax.tree.map(lambda m: jnp.asarray(m, _wide(jnp.result_type(m))), metrics)
 
-    def accumulated_gradient(params, key, batch, size):
+    def accumulated_gradient(held, params, key, batch, size):
         parts = split_batch(batch, accumulate)
         index = split_batch(jnp.arange(size), accumulate)
         weights = parts.get("weights")
@@ -134,7 +141,7 @@ def make_train_step(
             shares = weights.reshape(accumulate, -1).sum(axis=1) / weights.sum()
 
         def share_of(part, rows, share):
-            grads, metrics = gradient(params, jax.random.clone(key), part, Rows(rows, size))
+            grads, metrics = gradient(held, params, jax.random.clone(key), part, Rows(rows, size))
 
             def weigh(x):
                 x = x.astype(_wide(x.dtype))
@@ -154,14 +161,14 @@ def make_train_step(
         (grads, metrics), _ = jax.lax.scan(body, zeros, inputs)
         return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(held: PyTree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {name: value for name, value in batch.items() if value is not None}
         size = _check_batch(batch, accumulate)
         key = jax.random.fold_in(state.key, state.step)
         if accumulate == 1:
-            grads, metrics = gradient(state.params, key, batch, Rows.all(size))
+            grads, metrics = gradient(held, state.params, key, batch, Rows.all(size))
         else:
-            grads, metrics = accumulated_gradient(state.params, key, batch, size)
+            grads, metrics = accumulated_gradient(held, state.params, key, batch, size)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A float, because int32 / int is float32 in JAX even where floats are float64.
@@ -180,7 +187,7 @@ def make_train_step(
         metrics = {**metrics, "grad_norm": norm, "finite": finite, "bad": losses.bad}
         return TrainState(state.step + 1, *updated, state.key, losses), metrics
 
-    return step
+    return jax.tree_util.Partial(step, (as_pytree(objective), as_pytree(apply)))
 
 
 def _mean(value: Float[Array, " batch"], weights: Array | None) -> Float[Array, ""]:

@@ -81,6 +81,20 @@ def test_it_is_the_loop(options):
     np.testing.assert_allclose(layer(x[1:2])[0], y[1], atol=1e-6)  # neighbours take no place
 
 
+def test_over_the_batch_it_is_the_loss_of_one_long_example():
+    """DiT-MoE's: shares and probabilities are means over all sites of the batch."""
+    layer = made(experts=4, top_k=2, capacity=2.0, normalised=False, balance=0.5, balance_over="batch")
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 10, WIDTH)), jnp.float32)
+    with auxiliary.collect() as collector:
+        layer(x)
+    _, balance, _ = by_loop(layer, x.reshape(1, 30, WIDTH), 2.0)
+    _, each, _ = by_loop(layer, x, 2.0)
+    np.testing.assert_allclose(collector.found().losses["expert_balance_loss"], np.repeat(0.5 * balance, 3), rtol=1e-5)
+    assert abs(each.mean() - balance[0]) > 1e-3
+    with pytest.raises(ValueError, match='expected "example" or "batch"'):
+        made(balance_over="all")
+
+
 def test_what_cannot_be_is_refused():
     for options in ({"top_k": 9}, {"top_k": 0}, {"capacity": 0.0}, {"shared": -1}, {"balance": -1.0}):
         with pytest.raises(ValueError, match="1 <= top_k <= experts"):

@@ -11,24 +11,26 @@ SMALL = {"shape": (4, 6, 2), "patch": 2, "width": 12, "depth": 2, "num_classes":
 
 
 def test_it_is_the_sum_over_pairs(noise):
-    """Every query weighs all values by relu(q) . relu(k); each feature of the values sees its neighbours beside."""
+    """Every query weighs all values by f(q) . f(k); each feature of a head's values sees its neighbours beside."""
     graphdef, state = nnx.split(layers.LinearAttention(8, 2, (3, 4), rngs=nnx.Rngs(0)))
     layer = nnx.merge(graphdef, noise(nnx.to_pure_dict(state)))
     x = np.random.default_rng(1).normal(size=(2, 12, 8)).astype(np.float32)
     weights = lambda p: np.asarray(p[...], np.float64)
     q, k, v = (x @ weights(layer.qkv.kernel)).reshape(2, 12, 2, 3, 4).transpose(3, 0, 2, 1, 4)  # (batch, head, site, f)
     kernel, y = weights(layer.local.kernel), np.zeros((2, 12, 8))
+    assert kernel.shape == (5, 5, 1, 4)  # of one head, for all
+    f = lambda a: np.maximum(a, 0) + 1e-6
     for b in range(2):
         for n in range(12):
             for h in range(2):
-                w = [np.maximum(q[b, h, n], 0) @ np.maximum(k[b, h, m], 0) for m in range(12)]
+                w = [f(q[b, h, n]) @ f(k[b, h, m]) / 12 for m in range(12)]
                 y[b, n, 4 * h : 4 * h + 4] = sum(w[m] * v[b, h, m] for m in range(12)) / (sum(w) + 1e-6)
             for i in range(-2, 3):
                 for j in range(-2, 3):
                     row, column = n // 4 + i, n % 4 + j
                     if 0 <= row < 3 and 0 <= column < 4:
-                        y[b, n] += kernel[i + 2, j + 2, 0] * v[b, :, 4 * row + column].reshape(-1)
-    want = (y + weights(layer.local.bias)) @ weights(layer.out.kernel) + weights(layer.out.bias)
+                        y[b, n] += (kernel[i + 2, j + 2, 0] * v[b, :, 4 * row + column]).reshape(-1)
+    want = (y + np.tile(weights(layer.local.bias), 2)) @ weights(layer.out.kernel) + weights(layer.out.bias)
     np.testing.assert_allclose(layer(x), want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 

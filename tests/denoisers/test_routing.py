@@ -70,6 +70,77 @@ def test_kept_sites_are_by_themselves_and_the_others_stay(name, noise):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_several_routes_are_one_after_the_other_each_with_its_own_sites(noise, scan):
+    """The stack's pieces by hand; and two routes of the same sites as one would be."""
+    routes = [[0, 1, 0.5], [1, 3, 0.34]]
+    apply, params = made("dit", noise, route=routes)
+    with taps.record() as seen:
+        whole = apply(params, states("dit"), T, rng=KEY, train=True)
+    blocks = nnx.merge(apply.graphdef, noise(nnx.split(MAKERS["dit"](nnx.Rngs(0)))[1])).stack.blocks
+    keys = random.fold_in(random.example_keys(KEY, 3), 2**20 + 1)
+    first, second = routed(keys, 6, 0.5), routed(random.fold_in(keys, 1), 6, 0.34)
+    assert first.shape == (3, 3)
+    assert second.shape == (3, 4)
+    h, c = seen["embed"], seen["condition"]
+    for sites, layers in ((first, (0,)), (second, (1, 2))):
+        inner = jax.vmap(lambda x, s: x[s])(h, sites)
+        for i in layers:
+            inner = jnp.concatenate(
+                [blocks[i](inner[b : b + 1], c[b : b + 1], layout=Layout(sites[b], None)) for b in range(3)]
+            )
+        h = jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, inner)
+    np.testing.assert_allclose(seen["block/3"], blocks[3](h, c), atol=1e-5)
+    if scan:
+        scanned, _ = made("dit", noise, route=routes, scan=True)
+        again = scanned(stack_blocks(params), states("dit"), T, rng=KEY, train=True)
+        np.testing.assert_allclose(again, whole, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_loss_of_routes_is_the_published_one(x64):
+    """Gradients of mean over routes of (mean of unrouted sites + weight times the reconstruction of routed ones).
+
+    Against a transcription of the first published version (CompVis/tread, January 2025; its loss is MaskDiT's).
+    """
+    routes, coefficient = [(0, 1, 0.5), (1, 2, 0.34)], 0.1
+    options = {"shape": (4, 6, 2), "patch": 2, "width": 8, "depth": 3, "heads": 2, "dtype": jnp.float64}
+    build = lambda **o: functional_init(lambda rngs: DiT(**options, **o, rngs=rngs))
+    init, plain = build(route=routes)
+    _, routed_loss = build(route=routes, route_loss=coefficient)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape) * 0.3, jax.eval_shape(init, jax.random.key(0)))
+    xt, x0, t = rng.normal(size=(3, 4, 6, 2)), rng.normal(size=(3, 4, 6, 2)), np.array([0.1, 0.5, 0.9])
+    keys = random.fold_in(random.example_keys(KEY, 3), 2**20 + 1)
+    kept = routed(keys, 6, 0.5), routed(random.fold_in(keys, 1), 6, 0.34)
+    masks = [np.array([[i not in row for i in range(6)] for row in np.asarray(sites)], float) for sites in kept]
+    patches = lambda x: x.reshape(3, 2, 2, 3, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(3, 6, 8)
+
+    def theirs(params):
+        out = plain(params, xt, t, rng=KEY, train=True)
+        errors = patches((out - x0) ** 2).mean(-1)
+        target = patches(xt)
+        mean, variance = target.mean(-1, keepdims=True), target.var(-1, keepdims=True, ddof=1)
+        apart = ((patches(out) - (target - mean) / (variance + 1e-6) ** 0.5) ** 2).mean(-1)
+        loss = 0.0
+        for mask in masks:
+            loss += (errors * (1 - mask)).sum(1) / (1 - mask).sum(1) / 2
+            loss += coefficient * (apart * mask).sum(1) / mask.sum(1) / 2
+        return loss.mean()
+
+    def ours(params):
+        with auxiliary.collect() as collector:
+            out = routed_loss(params, xt, t, rng=KEY, train=True)
+        return ((out - x0) ** 2).mean() + sum(v.mean() for v in collector.found().losses.values())
+
+    for a, b in zip(jax.tree.leaves(jax.grad(ours)(params)), jax.tree.leaves(jax.grad(theirs)(params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+    out = plain(params, xt, t, rng=KEY, train=True)
+    np.testing.assert_allclose(routed_loss(params, xt, t, rng=KEY, train=True), out, atol=1e-12)  # the values stay
+    np.testing.assert_array_equal(routed_loss(params, xt, t), plain(params, xt, t))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_scanned_rematerialised_and_row_by_row_it_is_the_same(name, noise, jit):
     options = {"route": (1, 3, 0.5), "dropout": 0.1}
@@ -188,6 +259,9 @@ def test_sites_attend_to_every_second_one_only(noise):
         ({"route": (1, 5, 0.5)}, "stop <= depth=4"),
         ({"route": (2, 2, 0.5)}, "expected .start, stop, share."),
         ({"route": (1, 2, 1.0)}, "at least 0 and below 1"),
+        ({"route": [(0, 2, 0.5), (1, 3, 0.5)]}, "or several, one after the other"),
+        ({"route_loss": 0.0}, "expected a route"),
+        ({"route": (1, 2, 0.5), "route_loss": 0.1}, "0 for a discrete state"),
         ({"task_share": 0.0}, "task_share=0.0"),
         ({"task_share": 0.5, "time": False}, "1 without time"),
         ({"downsample": 0}, "downsample=0"),

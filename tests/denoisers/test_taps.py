@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddjax.denoisers import TextTransformer, functional_init, taps
-from ddjax.denoisers.taps import tap
+from ddjax.taps import tap
 
 CONFIG = {"length": 4, "symbols_in": 3, "symbols_out": 3, "width": 8, "depth": 2, "heads": 2}
 XT = jnp.array([[0, 1, 2, 1], [2, 2, 0, 1]])

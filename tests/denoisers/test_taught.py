@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddjax import auxiliary
-from ddjax.denoisers import Taught
+from ddjax.denoisers import taught
 from ddjax.objectives import ddpm_hybrid
 from ddjax.processes import LearnedVariance
 from ddjax.schedules import VPCosine
@@ -23,7 +23,7 @@ def test_its_loss_is_the_weighted_distance_and_only_in_training():
     rng = np.random.default_rng(0)
     own, theirs = ({"w": rng.normal(size=6).astype(np.float32)} for _ in range(2))
     xt, t, cond = rng.normal(size=(4, 3)).astype(np.float32), rng.uniform(size=4), rng.normal(size=4)
-    network = Taught(linear, linear, theirs, prediction=0.5, variance=0.2)
+    network = taught(linear, linear, theirs, prediction=0.5, variance=0.2)
     with auxiliary.collect() as collector:
         np.testing.assert_array_equal(network(own, xt, t, cond), linear(own, xt, t, cond))
         assert not collector.found().losses
@@ -32,16 +32,16 @@ def test_its_loss_is_the_weighted_distance_and_only_in_training():
     want = 0.5 * apart[:, :3].mean(-1) + 0.2 * apart[:, 3:].mean(-1)
     np.testing.assert_allclose(collector.found().losses["distillation"], want, rtol=1e-5)
     with pytest.raises(ValueError, match="the teacher says"):
-        Taught(linear, lambda params, xt, *args: xt, theirs, 1.0)(own, xt, t, cond, train=True)
+        taught(linear, lambda params, xt, *args: xt, theirs)(own, xt, t, cond, train=True)
     with pytest.raises(ValueError, match="weights of 0 or more"):
-        Taught(linear, linear, theirs, -1.0)
+        taught(linear, linear, theirs, prediction=-1.0)
 
 
 @pytest.mark.slow
 def test_a_student_of_it_alone_becomes_the_teacher():
     process = LearnedVariance(VPCosine())
     theirs = {"w": jnp.array([0.3, -0.7, 1.1, 0.2, 0.4, -0.5])}
-    network = Taught(linear, linear, theirs, prediction=1e4, variance=1e4)  # the objective says nothing against it
+    network = taught(linear, linear, theirs, prediction=1e4, variance=1e4)  # the objective says nothing against it
     objective = ddpm_hybrid(process, "noise", times=np.linspace(0.98, 0.02, 9))
     descent = optimizer("adamw", 0.05, 300)
     step = jax.jit(make_train_step(objective, network, descent))

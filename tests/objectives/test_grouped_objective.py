@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax import groups, likelihood, random
-from ddjax.denoisers import taps
-from ddjax.denoisers.sites import Sites
+from ddjax import groups, likelihood, random, taps
 from ddjax.fixtures import Categorical
 from ddjax.objectives import grouped
 from ddjax.predictions import bind
 from ddjax.processes import Masked, Uniform
 from ddjax.schedules import Cosine
+from ddjax.sites import Sites
 
 LAW = Categorical(3, 2, seed=2)
 PROCESS = Masked(2)

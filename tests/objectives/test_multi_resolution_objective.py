@@ -8,8 +8,8 @@ import pytest
 from ddjax import data, objectives, processes, schedules
 from ddjax.config import typed
 from ddjax.denoisers import MultiResolution, functional_init
-from ddjax.denoisers.taps import tap
 from ddjax.experiment import build
+from ddjax.taps import tap
 
 PROCESS = processes.Gaussian(schedules.VPCosine())
 

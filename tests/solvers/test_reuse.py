@@ -10,8 +10,8 @@ import pytest
 import ddjax
 from ddjax import grids, guidance, processes, random
 from ddjax.denoisers import DiT, TextTransformer, functional_init, taps
-from ddjax.denoisers.sites import Sites
 from ddjax.predictions import Prediction, bind
+from ddjax.sites import Sites
 from ddjax.solvers import Ancestral, Reuse
 from ddjax.solvers.key_values import keys_values
 

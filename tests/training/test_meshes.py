@@ -25,6 +25,7 @@ NETWORKS = {
         "name": "text",
         "options": {**SIZES, "mlp": "experts", "mlp_width": 64, "experts": {"experts": 8, "top_k": 2, "shared": 1}},
     },
+    "pooled": {"name": "dit", "options": {**SIZES, "patch": 2, "mlp": "pooled", "experts": {"experts": 8}}},
 }
 MESHES = {
     "dit": [
@@ -36,13 +37,14 @@ MESHES = {
         {"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"tensor": 2, "expert": 4},
         {"fsdp": 2, "tensor": 2, "expert": 2}, {"sequence": 2, "expert": 4}, {"fsdp": 8},
     ],
+    "pooled": [{"data": 8}, {"fsdp": 2, "expert": 4}],  # one pool, whatever the devices
 }  # fmt: skip
 
 
 def experiment(network):
     """An experiment on tokens of 8 x 8 pixels, or sequences of 32."""
     rng = np.random.default_rng(0)
-    shape = (8, 8, 1) if network == "dit" else (32,)
+    shape = (8, 8, 1) if network in ("dit", "pooled") else (32,)
     symbols = rng.integers(0, 15, (64, *(1 for _ in shape)))  # one in the whole of an item: soon learned
     items = data.from_arrays(np.broadcast_to(symbols, (64, *shape)).astype(np.int32), num_symbols=15)
     options = {"optimizer": {"learning_rate": 3e-3, "warmup": 2}, "train": {"steps": 20, "batch_size": 16}}
@@ -122,7 +124,7 @@ def check_collectives(network, axes, text):
         assert "all-gather" in over("fsdp"), found  # of parameters
     if axes.get("sequence", 1) > 1:
         assert "all-gather" in over("sequence"), found  # of keys and values
-    if axes.get("expert", 1) > 1:
+    if axes.get("expert", 1) > 1 and network == "experts":
         assert "all-to-all" in over("expert"), found  # of sites on their way into the experts
     for name in ("data", "tensor"):
         if axes.get(name, 1) > 1:

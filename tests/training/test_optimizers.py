@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddjax.training.optimizers import adamw, decays, matrices, optimizer
+from ddjax.training.optimizers import adamw, decays, matrices, optimizer, projected
 
 RATE, DECAY = 0.1, 0.3
 RNG = np.random.default_rng(0)
@@ -158,3 +158,22 @@ def test_adamw_alone_is_what_it_was():
     params = {"w": jnp.ones(3)}
     theirs = optax.adamw(lambda n: 0.1, mask=decays)
     assert jax.tree.structure(adamw(0.1, 3).init(params)) == jax.tree.structure(theirs.init(params))
+
+
+def test_a_projection_comes_after_each_update_and_moments_do_not_see_it(x64):
+    """Parameters on the unit sphere; the moments are those of the same gradients without it."""
+    unit = lambda tree: jax.tree.map(lambda p: p / jnp.sqrt((p * p).sum()), tree)
+    new, state = run("adamw", project=unit, weight_decay=0.0)
+    plain, other = run("adamw", weight_decay=0.0)
+    jax.tree.map(np.testing.assert_array_equal, state[0][0].mu, other[0].mu)
+    own, inner = jax.tree.map(jnp.asarray, PARAMS), optimizer("adamw", RATE, 100, schedule="constant")
+    inner_state = inner.init(own)
+    for g in GRADS:
+        updates, inner_state = inner.update(g, inner_state, own)
+        own = unit(optax.apply_updates(own, updates))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), new, own)
+    for leaf, free in zip(jax.tree.leaves(new), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose((leaf**2).sum(), 1, rtol=1e-12)
+        assert abs((free**2).sum() - 1) > 0.1
+    with pytest.raises(ValueError, match="a projection is of parameters"):
+        projected(unit).update(GRADS[0], projected(unit).init(PARAMS))

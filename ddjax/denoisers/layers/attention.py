@@ -15,13 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, per_site
 from ddjax.denoisers.layers.generated import with_weights
-from ddjax.denoisers.taps import Below
 from ddjax.placement import constrain
+from ddjax.taps import Below
+from ddjax.types import Past
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")
 WEIGHTS = "/attention/weights"  # the tap
-
-Past = tuple[Float[Array, "batch depth length heads head"], Float[Array, "batch depth length heads head"]]
 
 
 class Layout(NamedTuple):
@@ -70,14 +69,6 @@ class Layout(NamedTuple):
     def seeing(self, keys: Int[np.ndarray, " some"]) -> Layout:
         """As before, but sites attend to these only."""
         return self._replace(keys=keys, mask=None if self.mask is None else self.mask[..., keys])
-
-
-def put(new: Array, sites: Int[Array, "batch some"], old: Array, axis: int = 1) -> Array:
-    """`old`, with `new` in its place at some sites of the axis; those beyond it count for nothing."""
-    own = sites[:, :, None] == jnp.arange(old.shape[axis])
-    shape = [old.shape[i] if i in (0, axis) else 1 for i in range(old.ndim)]
-    ran, where = (v.reshape(shape) for v in (own.any(axis=1), own.argmax(axis=1)))
-    return jnp.where(ran, jnp.take_along_axis(new, where, axis=axis), old)
 
 
 def everywhere(length: int) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +32,9 @@ from ddjax.denoisers.layers.generated import GeneratedMLP
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.merging import Sizes, merging
 from ddjax.denoisers.layers.pooled_experts import PooledExperts
-from ddjax.denoisers.layers.routing import Route, check_route, routed
-from ddjax.denoisers.taps import Below, active, refuse, tap
+from ddjax.denoisers.layers.routing import Route, check_routes, each_routed
 from ddjax.placement import constrain
+from ddjax.taps import Below, active, refuse, tap
 from ddjax.types import Params
 
 ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
@@ -246,7 +246,7 @@ class Stack(nnx.Module):
     memory, "everything" all that JAX would. True is "full", False "none".
     route: None, or (start, stop, share): in training a share of the sites, drawn for each example, bypasses blocks
     start to stop - 1 and stays as it is (Krause et al. 2025, "TREAD"; theirs from the third block to the fourth last,
-    share 1/2). Otherwise all sites go through all blocks.
+    share 1/2). Or several, one after the other, each with sites of its own. Otherwise all sites go through all blocks.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Stack(nnx.Module):
         *,
         scan: bool = False,
         remat: bool | str = False,
-        route: Route | None = None,
+        route: Route | Sequence[Route] | None = None,
         rngs: nnx.Rngs,
     ):
         if depth < 1:
@@ -265,7 +265,7 @@ class Stack(nnx.Module):
         if remat not in REMAT:
             raise ValueError(f"remat={remat!r}: expected True, False or one of {', '.join(map(repr, REMAT))}")
         self.depth, self.scan, self.remat = depth, scan, remat
-        self.route = None if route is None else check_route(route, depth)
+        self.routes = check_routes(route, depth)
         keys = jax.random.split(rngs.params(), depth)
         if scan:
             structure = []
@@ -296,24 +296,21 @@ class Stack(nnx.Module):
         """
         more = {name: value for name, value in more.items() if value is not None}
         run = self._scanned if self.scan else self._unrolled
-        if self.route is None or route_keys is None:
-            h, told = run(h, c, keys, layout, more, range(self.depth))
-            told.mean().tell()
-            return h
-        start, stop, share = self.route
-        sites = routed(route_keys, h.shape[1], share)
-        at = jax.vmap(lambda x, s: x[s])
-        there = (Layout(jnp.arange(h.shape[1]), None) if layout is None else layout).among(sites)
-        c_there = c if c.ndim == 2 else at(per_site(c, h.shape[1]), sites)
-        parts = []
-        if start > 0:
-            h, told = run(h, c, keys, layout, more, range(start))
+        routes = () if route_keys is None else self.routes
+        kept = each_routed(route_keys, h.shape[1], routes) if routes else []
+        parts, done = [], 0
+        for (start, stop, _), sites in zip(routes, kept, strict=True):
+            if start > done:
+                h, told = run(h, c, keys, layout, more, range(done, start))
+                parts.append(told)
+            there = (Layout(jnp.arange(h.shape[1]), None) if layout is None else layout).among(sites)
+            c_there = c if c.ndim == 2 else _at(per_site(c, h.shape[1]), sites)
+            new, told = run(_at(h, sites), c_there, keys, there, more, range(start, stop))
             parts.append(told)
-        kept, told = run(at(h, sites), c_there, keys, there, more, range(start, stop))
-        parts.append(told)
-        h = constrain(jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, kept), "batch", "sites", None)
-        if stop < self.depth:
-            h, told = run(h, c, keys, layout, more, range(stop, self.depth))
+            h = constrain(jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, new), "batch", "sites", None)
+            done = stop
+        if done < self.depth:
+            h, told = run(h, c, keys, layout, more, range(done, self.depth))
             parts.append(told)
         jax.tree.map(lambda *found: jnp.concatenate(found), *parts).mean().tell()
         return h
@@ -322,9 +319,10 @@ class Stack(nnx.Module):
         self, batch: int, rng: Key[Array, ""] | Key[Array, " batch"] | None, train: bool
     ) -> Key[Array, " batch"] | None:
         """For a call: None but in training with a route. Raises ValueError without the key that it needs."""
-        if self.route is None or not train:
+        if not self.routes or not train:
             return None
-        return random.fold_in(example_keys(batch, rng, f"route={self.route}"), ROUTE)
+        named = self.routes if len(self.routes) > 1 else self.routes[0]
+        return random.fold_in(example_keys(batch, rng, f"route={named}"), ROUTE)
 
     def _unrolled(
         self, h: Array, c: Array, keys: Key[Array, " batch"] | None, layout: Layout | None, more: dict[str, Any],
@@ -371,6 +369,11 @@ class Stack(nnx.Module):
         numbers = jnp.arange(layers.start, layers.stop)
         h, told = jax.lax.scan(body, constrain(h, "batch", "sites", None), (stacked, numbers))
         return constrain(h, "batch", "sites", None), told
+
+
+def _at(x: Array, sites: Array) -> Array:
+    """At some sites of each example."""
+    return jax.vmap(lambda x, s: x[s])(x, sites)
 
 
 def rematerialised(function: Callable, remat: str, **options: Any) -> Callable:

@@ -20,8 +20,8 @@ from ddjax.denoisers.layers.basic import (
     xavier,
     zeros,
 )
-from ddjax.denoisers.taps import tap
 from ddjax.placement import constrain
+from ddjax.taps import tap
 
 Filter = Sequence[float]
 Image = Float[Array, "batch H W features"]

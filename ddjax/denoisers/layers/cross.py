@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_product_attention
 from ddjax.denoisers.layers.basic import DType, Linear, layer_norm, zeros
-from ddjax.denoisers.taps import Below
 from ddjax.placement import constrain
+from ddjax.taps import Below
 
 # The entries of a sequence, and which of them there are (None: all).
 Context = tuple[Float[Array, "batch entries context"], Bool[Array, "batch entries"] | None]

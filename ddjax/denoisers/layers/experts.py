@@ -14,7 +14,30 @@ from ddjax.denoisers.layers.basic import DType, GatedMLP, Initializer, Linear, a
 from ddjax.placement import constrain
 
 
-class Experts(nnx.Module):
+class ExpertMLPs(nnx.Module):
+    """`experts` gated MLPs, and `shared` more that are used by all sites: what layers of experts have in common."""
+
+    def __init__(
+        self, width: int, hidden: int, *, experts: int, shared: int, dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.experts, self.dtype = experts, jnp.dtype(dtype)
+        self.gate = nnx.Param(each(xavier, rngs, experts, width, hidden))
+        self.up = nnx.Param(each(xavier, rngs, experts, width, hidden))
+        self.down = nnx.Param(each(xavier, rngs, experts, hidden, width))
+        self.shared = GatedMLP(width, shared * hidden, dtype=dtype, rngs=rngs) if shared else None
+
+    def run(self, sent: Float[Array, "experts *any width"]) -> Float[Array, "experts *any width"]:
+        """Each expert on what it is sent."""
+        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
+        opened = jnp.einsum("e...d,edh->e...h", sent, gate), jnp.einsum("e...d,edh->e...h", sent, up)
+        return jnp.einsum("e...h,ehd->e...d", jax.nn.silu(opened[0]) * opened[1], down)
+
+    def with_shared(self, y: Array, x: Array) -> Array:
+        """What the chosen experts said, and the shared ones."""
+        return y if self.shared is None else y + self.shared(x)
+
+
+class Experts(ExpertMLPs):
     """`experts` gated MLPs, of which each site uses `top_k`, weighed by the router, and `shared` that all use.
 
     (Shazeer et al. 2017; capacity and balance: Lepikhin et al. 2021, GShard, and Fedus et al. 2022, Switch, equations
@@ -28,13 +51,16 @@ class Experts(nnx.Module):
 
     In training it adds the loss `balance * experts * sum_e f_e p_e` of each example, f_e the share of choices that
     fall on e before capacity and p_e the mean probability: `balance` where all are used alike. It reports that sum as
-    `expert_balance`, and `expert_dropped`, the share of choices beyond capacity. All three are means over layers.
+    `expert_balance`, and `expert_dropped`, the share of choices beyond capacity. All three are means over layers
+    (DiT-MoE adds the losses of layers up).
 
     Args:
         width, hidden: of each expert.
         experts, top_k, shared: see above.
         capacity: over an equal share; `experts / top_k` or more drops nothing.
         balance: weight of that loss.
+        balance_over: "example", or "batch" (DiT-MoE's): f and p are then means over the batch, of all devices (theirs
+            has one of each device) but of one microbatch: experts may specialise in examples.
         normalised: whether a site's weights sum to 1.
 
     Raises:
@@ -51,6 +77,7 @@ class Experts(nnx.Module):
         shared: int = 0,
         capacity: float = 1.25,
         balance: float = 0.01,
+        balance_over: str = "example",
         normalised: bool = True,
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
@@ -60,13 +87,12 @@ class Experts(nnx.Module):
                 f"experts={experts}, top_k={top_k}, shared={shared}, capacity={capacity}, balance={balance}: expected "
                 "1 <= top_k <= experts, no negative number, and a capacity above 0"
             )
-        self.experts, self.top_k, self.capacity, self.balance = experts, top_k, capacity, balance
-        self.normalised, self.dtype = normalised, jnp.dtype(dtype)
+        if balance_over not in ("example", "batch"):
+            raise ValueError(f'balance_over={balance_over!r}: expected "example" or "batch"')
+        self.top_k, self.capacity, self.normalised = top_k, capacity, normalised
+        self.balance, self.balance_over = balance, balance_over
         self.router = Linear(width, experts, bias=False, rngs=rngs)
-        self.gate = nnx.Param(each(xavier, rngs, experts, width, hidden))
-        self.up = nnx.Param(each(xavier, rngs, experts, width, hidden))
-        self.down = nnx.Param(each(xavier, rngs, experts, hidden, width))
-        self.shared = GatedMLP(width, shared * hidden, dtype=dtype, rngs=rngs) if shared else None
+        super().__init__(width, hidden, experts=experts, shared=shared, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch sites width"]) -> Float[Array, "batch sites width"]:
         """Apply to each site."""
@@ -82,17 +108,17 @@ class Experts(nnx.Module):
         # Two constraints: first each device sorts its own rows, then rows and experts change places (all-to-all).
         sent = constrain(sent, None, "batch", None, None)
         sent = constrain(sent, "experts", "rows of experts", None, None)
-        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        hidden = jax.nn.silu(jnp.einsum("ebcd,edh->ebch", sent, gate)) * jnp.einsum("ebcd,edh->ebch", sent, up)
-        back = constrain(jnp.einsum("ebch,ehd->ebcd", hidden, down), "experts", "rows of experts", None, None)
+        back = constrain(self.run(sent), "experts", "rows of experts", None, None)
         back = constrain(back, None, "batch", None, None)
-        y = jnp.einsum("bsec,ebcd->bsd", combine.astype(self.dtype), back)
-        return y if self.shared is None else y + self.shared(x)
+        return self.with_shared(jnp.einsum("bsec,ebcd->bsd", combine.astype(self.dtype), back), x)
 
     def _tell(self, probabilities: Array, chosen: Array, combine: Array) -> None:
         choices = chosen.shape[1] * self.top_k
         share = jax.nn.one_hot(chosen, self.experts, dtype=probabilities.dtype).sum(axis=(1, 2)) / choices
-        balance = self.experts * (share * probabilities.mean(axis=1)).sum(axis=-1)
+        probable = probabilities.mean(axis=1)
+        if self.balance_over == "batch":
+            share, probable = (jnp.broadcast_to(v.mean(axis=0), v.shape) for v in (share, probable))
+        balance = self.experts * (share * probable).sum(axis=-1)
         auxiliary.add_loss("expert_balance_loss", self.balance * balance)
         auxiliary.report("expert_balance", balance)
         auxiliary.report("expert_dropped", 1 - (combine > 0).sum(axis=(1, 2, 3)) / choices)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from ddjax import random
 from ddjax.denoisers.layers.blocks import Stack, rematerialised
-from ddjax.denoisers.taps import active, refuse
+from ddjax.taps import active, refuse
 from ddjax.types import Params, PyTree
 
 

@@ -10,17 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ddjax import auxiliary
-from ddjax.denoisers.layers.basic import DType, GatedMLP, Linear, at_least_float32, xavier
-from ddjax.denoisers.layers.experts import each
+from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32
+from ddjax.denoisers.layers.experts import ExpertMLPs
 
 
-class PooledExperts(nnx.Module):
+class PooledExperts(ExpertMLPs):
     """`experts` gated MLPs, each of which takes the sites that want it most (Shi et al. 2025, DiffMoE, section 3).
 
     A router's softmax over experts, in float32, scores each site for each expert. In training the sites of the whole
     batch, of all its noise levels, are one pool: an expert takes its `floor(capacity * sites / experts)` best, and the
-    output is the sum of what experts say, times their scores. So examples depend on their batch while training, and on
-    the devices' only as far as these hold one batch together; microbatches are pools of their own.
+    output is the sum of what experts say, times their scores. So examples depend on their batch while training. The
+    pool is that of all devices of a mesh (theirs is one of each device); microbatches are pools of their own.
 
     A small network learns beside it, from features without a gradient, which experts took a site (binary cross-entropy,
     `weight` times); and for each expert a threshold learns the quantile of its logits that as many sites exceed (by its
@@ -58,17 +58,13 @@ class PooledExperts(nnx.Module):
                 f"experts={experts}, capacity={capacity}, shared={shared}, weight={weight}, room={room}: expected "
                 "0 < capacity < experts, no negative number, and room above 0"
             )
-        self.experts, self.capacity, self.weight, self.room = experts, capacity, weight, room
-        self.dtype = jnp.dtype(dtype)
+        self.capacity, self.weight, self.room = capacity, weight, room
         self.router = Linear(width, experts, bias=False, rngs=rngs)
         self.predictor_in = Linear(width, width, rngs=rngs)
         self.predictor_out = Linear(width, experts, rngs=rngs)
         share = capacity / experts
         self.threshold = nnx.Param(jnp.full((experts,), math.log(share / (1 - share)), jnp.float32))
-        self.gate = nnx.Param(each(xavier, rngs, experts, width, hidden))
-        self.up = nnx.Param(each(xavier, rngs, experts, width, hidden))
-        self.down = nnx.Param(each(xavier, rngs, experts, hidden, width))
-        self.shared = GatedMLP(width, shared * hidden, dtype=dtype, rngs=rngs) if shared else None
+        super().__init__(width, hidden, experts=experts, shared=shared, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch sites width"], train: bool = False) -> Float[Array, "batch sites width"]:
         """Apply to each site; `train`: of one pool."""
@@ -85,14 +81,11 @@ class PooledExperts(nnx.Module):
             wanted = jnp.where(logits > self.threshold[...], scores, 0)
             weights, chosen = jax.lax.top_k(jnp.swapaxes(wanted, 1, 2), kept)
             y = jax.vmap(self._run)(x, weights, chosen)
-        return y if self.shared is None else y + self.shared(x)
+        return self.with_shared(y, x)
 
     def _run(self, x: Array, weights: Array, chosen: Array) -> Array:
         """Each expert at the sites that it chose, `(experts, kept)`, times its weights, and the sum."""
-        sent = x.astype(self.dtype)[chosen]
-        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        hidden = jax.nn.silu(jnp.einsum("ecd,edh->ech", sent, gate)) * jnp.einsum("ecd,edh->ech", sent, up)
-        back = jnp.einsum("ech,ehd->ecd", hidden, down).astype(at_least_float32(self.dtype)) * weights[..., None]
+        back = self.run(x.astype(self.dtype)[chosen]).astype(at_least_float32(self.dtype)) * weights[..., None]
         return jnp.zeros(x.shape, back.dtype).at[chosen].add(back).astype(self.dtype)
 
     def _tell(self, logits: Array, chosen: Array) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from ddjax.denoisers import taps
+from ddjax import taps
 from ddjax.types import Denoise, State, Time
 
 
@@ -52,3 +53,11 @@ class Sites:
     def spread(self, v: Array) -> Array:
         """One value of each of the network's sites, `(batch, count)`, at the sites of the state."""
         return v[:, self.place.reshape(-1)].reshape(v.shape[0], *self.place.shape)
+
+
+def put(new: Array, sites: Int[Array, "batch some"], old: Array, axis: int = 1) -> Array:
+    """`old`, with `new` in its place at some sites of the axis; those beyond it count for nothing."""
+    own = sites[:, :, None] == jnp.arange(old.shape[axis])
+    shape = [old.shape[i] if i in (0, axis) else 1 for i in range(old.ndim)]
+    ran, where = (v.reshape(shape) for v in (own.any(axis=1), own.argmax(axis=1)))
+    return jnp.where(ran, jnp.take_along_axis(new, where, axis=axis), old)
