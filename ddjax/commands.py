@@ -381,8 +381,6 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     from ddjax import interop
 
-    if arguments.out.suffix != ".safetensors":
-        raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     settings = dict(_option(text, "--set") for text in arguments.set)
     try:
         back = interop.published.is_ours(arguments.input)
@@ -395,6 +393,8 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print("\n".join(lines))
         raise ValueError(summary) from error
     dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
+    if arguments.out.suffix != ".safetensors" and not (back and model.orbax):
+        raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     if back:
         model.export(arguments.out, dtype)
     else:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 
 from ddjax import grids, guidance, solvers
 from ddjax.denoisers import functional_init
-from ddjax.interop import mapping
+from ddjax.interop import mapping, orbax
 from ddjax.interop.adapters import guided_channels
 from ddjax.interop.mapping import Entry, Fixed, Report
 from ddjax.interop.tensors import Tensors, open_tensors, prefix_of
@@ -58,10 +58,12 @@ class Family:
     """A family of published networks.
 
     name: what `load(family=...)` calls it. source: whose it is, in words.
-    marks: tensors that each of its files has, by which it is recognised; not: those that none has.
+    marks: tensors that each of its files has, by which it is recognised; others: or those of one of these sets;
+        without: those that none has.
     claims: whether a config.json says that it is of this family; None: it says nothing.
     settings: from tensors, config.json and what the caller says, all that is needed to build it: what JSON can hold.
     model: of the settings.
+    orbax: whether its authors' weights are an Orbax checkpoint, not safetensors.
     """
 
     name: str
@@ -71,6 +73,13 @@ class Family:
     model: Callable[[Mapping[str, Any]], Model]
     without: tuple[str, ...] = ()
     claims: Callable[[Mapping[str, Any]], bool | None] = lambda config: None
+    others: tuple[tuple[str, ...], ...] = ()
+    orbax: bool = False
+
+    def prefix(self, names: Sequence[str]) -> tuple[str | None, list[str]]:
+        """See `tensors.prefix_of`, for whichever of its sets of marks is there."""
+        found = [prefix_of(names, marks) for marks in (self.marks, *self.others)]
+        return next((one for one in found if one[0] is not None), found[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Published:
     params: Params
     report: Report
     prefix: str = ""
+    orbax: bool = False
 
     @property
     def process(self) -> Any:
@@ -157,7 +167,8 @@ class Published:
         export_safetensors(path, self.params, about)
 
     def export(self, path: str | os.PathLike, dtype: Any = None) -> None:
-        """Write it under the authors' names and in their shapes, as one safetensors file. Atomic.
+        """Write it under the authors' names and in their shapes: one safetensors file, or where they have Orbax a new
+        directory. Atomic.
 
         dtype: of the tensors, default the parameters'.
         """
@@ -167,7 +178,9 @@ class Published:
 
         tensors = mapping.save(self.model.entries, self.params, dtype)
         tensors = {f"{self.prefix}{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
-        write_atomically(Path(path), save(tensors, metadata={"format": "pt"}))
+        if self.orbax:
+            return orbax.save(path, tensors)
+        return write_atomically(Path(path), save(tensors, metadata={"format": "pt"}))
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -190,7 +203,7 @@ def load(
     if header.get("format") == FORMAT:
         return _load_ours(path, header, families, dtype)
     chosen = _family(family, families, list(found), config, path)
-    prefix, aside = prefix_of(list(found), chosen.marks)
+    prefix, aside = chosen.prefix(list(found))
     if prefix is None:
         raise ValueError(f"{path} is no {chosen.name} ({chosen.source}): it has no {', no '.join(chosen.marks)}")
     own = found.under(prefix)
@@ -207,7 +220,7 @@ def load(
         initial=(lambda: init(key)) if partial else None, aside=aside,
     )  # fmt: skip
     return Published(
-        chosen.name, all_settings | settings, model, init, model.wrap(apply), params, report, prefix=prefix
+        chosen.name, all_settings | settings, model, init, model.wrap(apply), params, report, prefix, chosen.orbax
     )
 
 
@@ -218,7 +231,8 @@ def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Fami
     settings, name = json.loads(header["settings"]), header["family"]
     if name not in families:
         raise ValueError(f"{path} is of the family {name!r}; this ddjax knows {', '.join(families)}")
-    model = families[name].model(settings)
+    family = families[name]
+    model = family.model(settings)
     init, apply = functional_init(_making(model))
     leaves, shapes = mapping.flat(load_safetensors(path)[0]), mapping.shapes_of(init)
     wrong = sorted(leaves.keys() ^ shapes.keys()) or [n for n in shapes if leaves[n].shape != shapes[n]]
@@ -226,7 +240,9 @@ def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Fami
         raise ValueError(f"{path} does not hold the parameters that its header describes: {', '.join(wrong[:6])}")
     params = mapping.nested({n: np.asarray(leaves[n], dtype) for n in shapes})
     report = Report(matched=tuple(((n,), (n,)) for n in shapes))
-    return Published(name, settings, model, init, model.wrap(apply), params, report, prefix=header.get("prefix", ""))
+    return Published(
+        name, settings, model, init, model.wrap(apply), params, report, header.get("prefix", ""), family.orbax
+    )
 
 
 def _making(model: Model) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -243,7 +259,7 @@ def _family(
         return families[name]
     likely = []
     for family in families.values():
-        prefix = prefix_of(names, family.marks)[0]
+        prefix = family.prefix(names)[0]
         if prefix is not None and not any(prefix + n in names for n in family.without):
             likely.append(family)
     claimed = [family for family in likely if family.claims(config)]

@@ -52,6 +52,16 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.out_dtype)
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "sigmoid": jax.nn.sigmoid}
+
+
+def activation_of(name: str) -> Callable[[Array], Array]:
+    """An activation by its name in `ACTIVATIONS`. Raises ValueError for another."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
 class MLP(nnx.Module):
     """Two layers with a GELU between, by default approximated by a tanh."""
 
@@ -68,16 +78,22 @@ class MLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` without biases (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
+    """`down(activation(gate(x)) * up(x))` without biases (Shazeer 2020, arXiv:2002.05202).
 
-    def __init__(self, width: int, hidden: int, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+    activation: of `ACTIVATIONS`; "silu" is SwiGLU, "gelu" GEGLU, "sigmoid" the GLU.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, *, activation: str = "silu", dtype: DType = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.activation = activation_of(activation)
         self.gate = Linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
         self.up = Linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Apply to the last axis."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class LayerNorm(nnx.Module):

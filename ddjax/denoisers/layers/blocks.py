@@ -59,7 +59,8 @@ class Block(nnx.Module):
     mlp: "gelu", "gated" (SwiGLU), or "experts" or "pooled", of which `experts` are the options (`layers.Experts`,
         `layers.PooledExperts`).
     cond_width: of the condition. 0: there is none, no modulation and no gate: `h + attention(norm(h))`, then the MLP.
-    rotary, qkv_bias, out_bias: of `layers.Attention`.
+    rotary, qkv_bias, out_bias, kv_heads: of `layers.Attention`.
+    activation: of a "gated" MLP.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
     attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
@@ -78,6 +79,8 @@ class Block(nnx.Module):
         rotary: bool | float = False,
         qkv_bias: bool = False,
         out_bias: bool = True,
+        kv_heads: int | None = None,
+        activation: str = "silu",
         norm: str = "plain",
         epsilon: float = 1e-6,
         dropout: float = 0.0,
@@ -95,17 +98,18 @@ class Block(nnx.Module):
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts" or "pooled", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
-        if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
+        if attention == "linear" and (grid is None or rotary or qkv_bias or kv_heads or not out_bias):
             raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
         self.attention = (
             LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
             if attention == "linear"
             else Attention(
-                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, dtype=dtype,
+                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, kv_heads=kv_heads, dtype=dtype,
                 implementation=attention, rngs=rngs,
             )
         )  # fmt: skip
-        self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
+        options = {"activation": activation} if mlp == "gated" else experts or {}
+        self.mlp = MLPS[mlp](width, mlp_width, dtype=dtype, **options, rngs=rngs)
         self.norm_a, self.norm_m = (make_norm(norm, width, epsilon) for _ in range(2))
         self.modulation = (
             Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None

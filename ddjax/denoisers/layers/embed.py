@@ -121,6 +121,7 @@ class Conditioner(nnx.Module):
     latent: numbers of a latent that comes along, `cond = {"z": (batch, latent), "cond": label}`, and is added too.
     closed: of the time's frequencies (`time_embedding`).
     vector: numbers of a vector that is a condition, `cond = {"vector": (batch, vector), "cond": label}`, zeros: none.
+    each: silu(time_mlp(t)) + silu(label_table[label]) in its place (UDLM, Schiff et al. 2024).
     label_noise: in training the label's row gets N(0, label_noise^2 / width) (condition embedding perturbation, Chen et
         al. 2024, "Slight corruption in pre-training data makes better diffusion models").
     """
@@ -135,6 +136,7 @@ class Conditioner(nnx.Module):
         vector: int = 0,
         label_noise: float = 0.0,
         closed: bool = False,
+        each: bool = False,
         rngs: nnx.Rngs,
     ):
         if not label_noise >= 0 or (label_noise and not num_classes):
@@ -149,7 +151,7 @@ class Conditioner(nnx.Module):
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
         self.latent = Linear(latent, width, kernel_init=_normal, rngs=rngs) if latent else None
         self.vector = Linear(vector, width, kernel_init=_normal, rngs=rngs) if vector else None
-        self.label_noise, self.closed = label_noise, closed
+        self.label_noise, self.closed, self.each = label_noise, closed, each
 
     def __call__(
         self,
@@ -166,10 +168,10 @@ class Conditioner(nnx.Module):
         """
         given = Given.of(cond)
         given.check_taken(*("z",) * (self.latent is not None), *("vector",) * (self.vector is not None))
-        total = jnp.zeros((), jnp.float32)
+        total, part = jnp.zeros((), jnp.float32), jax.nn.silu if self.each else lambda v: v
         if self.time:
             features = time_embedding(check_time(t, batch, sites), closed=self.closed)
-            total = self.time_out(jax.nn.silu(self.time_in(features)))
+            total = part(self.time_out(jax.nn.silu(self.time_in(features))))
         labels = check_labels(given.cond, self.num_classes, batch)
         told = []
         if self.labels is not None:
@@ -182,8 +184,8 @@ class Conditioner(nnx.Module):
         if self.vector is not None:
             told.append(self.vector(_check_vector(given.vector, batch, self.vector.kernel.shape[0])))
         for v in told:
-            total = total + (v[:, None] if total.ndim == 3 else v)
-        return jax.nn.silu(total)
+            total = total + part(v[:, None] if total.ndim == 3 else v)
+        return total if self.each else jax.nn.silu(total)
 
 
 def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
