@@ -70,7 +70,7 @@ class ProcessConfig:
     # blurring, shortest_path, linear_sde, critically_damped, geometric, reflected, bridge_mixture (GruM),
     # mixture_output and soft_mixture (SMD), adaptive_gaussian (MuLAN with its latent), barycentric (several marginals)
     name: str = "masked"
-    # linear, polynomial, cosine, log_linear; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
+    # linear, polynomial, cosine, log_linear, geometric; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
     # trigonometric, polynomial_path, linear_vp, log_snr_linear, laplace, sigmoid, ddpm_linear, ddpm_cosine, shifted,
     # ou_bridge (bridge_mixture's), and monotone and per_site, which the objective learned_elbo trains
     schedule: str = "linear"

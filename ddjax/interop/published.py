@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from ddjax import grids, guidance, solvers
+from ddjax import grids, solvers
+from ddjax import guidance as guides
 from ddjax.denoisers import functional_init
 from ddjax.interop import mapping, orbax
 from ddjax.interop.adapters import guided_channels
@@ -24,8 +25,9 @@ from ddjax.interop.mapping import Entry, Fixed, Report
 from ddjax.interop.tensors import Tensors, open_tensors, prefix_of
 from ddjax.predictions import BoundDenoiser, bind
 from ddjax.sampling import Observed, sample
-from ddjax.types import Apply, Denoise, Params, Sample
+from ddjax.types import Apply, Denoise, Params, Sample, State
 
+CLASSES = "classes"  # the kind of a classifier's output: logits of labels
 FORMAT = "ddjax.interop 1"
 
 
@@ -114,13 +116,20 @@ class Published:
         """The network closed over its parameters."""
         return bind(self.apply, self.params, self.process, self.kind)
 
+    @property
+    def log_prob(self) -> Callable:
+        """Of a classifier: `(xt, t, labels)` to log p(label | x_t), `(batch,)`. Raises ValueError for other models."""
+        if self.kind != CLASSES:
+            raise ValueError(f"{self.family} is no classifier of noisy states")
+        return jax.tree_util.Partial(partial(_log_prob, self.apply), self.params)
+
     def guided(self, scale: float | None = None) -> Denoise:
         """The denoiser under classifier-free guidance, by default as strong as the authors'."""
         scale, null = self.model.scale if scale is None else scale, self.model.num_classes
         if not null and scale != 1.0:
             raise ValueError(f"guidance={scale} leads towards labels, and {self.family} has none here")
         if self.model.guided is None:
-            return guidance.classifier_free(self.denoise, null=null, scale=scale)
+            return guides.classifier_free(self.denoise, null=null, scale=scale)
         return guided_channels(self.denoise, null=null, scale=scale, channels=self.model.guided)
 
     def sample(
@@ -134,25 +143,49 @@ class Published:
         solver: Any = None,
         length: int | None = None,
         observed: Observed | None = None,
+        init: State | None = None,
+        classifier: Published | None = None,
+        weaker: Published | None = None,
     ) -> Sample:
         """Draw `num` examples with the authors' sampler.
 
         cond: labels; None draws without, and without guidance. guidance: 1 is off. steps: of the solver. solver:
             another one, for this process. length: of texts, up to the model's own. observed: sites that are known.
+            init: states at the first time of the grid, for those of the prior.
+        classifier: one of noisy images (family "adm_classifier"), whose gradient, times `guidance` (default 1), leads
+            towards the labels: `guidance.GuidedMean`, or with another solver `guidance.by_classifier`.
+        weaker: another model of the same process, from which `guidance` leads away (EDM2; `guidance.by_weaker`).
         A continuous chain that ends with noise ends at what the network then says of x_0 (DDPM's last step).
         Raises ValueError as `ddjax.sample` does.
         """
+        if self.kind == CLASSES:
+            raise ValueError(f"{self.family} is a classifier: sample from a denoiser, with classifier=this")
         model = self.model
         shape = model.shape if length is None else (length,)
         if length is not None and len(model.shape) != 1:
             raise ValueError(f"length={length}: examples of {self.family} have the shape {model.shape}")
-        denoise = self.denoise if cond is None else self.guided(guidance)
-        if cond is None and guidance not in (None, 1.0):
+        own, labelled = model.solver, model.num_classes > 0
+        if classifier is not None and weaker is not None:
+            raise ValueError("give a classifier or a weaker model to guide by, not both")
+        if classifier is not None:
+            if cond is None:
+                raise ValueError("a classifier leads towards labels, and there are none: give cond")
+            scale = 1.0 if guidance is None else guidance
+            denoise = guides.by_classifier(self.denoise, classifier.log_prob, self.process, scale=scale, told=labelled)
+            own = guides.GuidedMean
+        elif weaker is not None:
+            if guidance is None:
+                raise ValueError("guidance away from a weaker model needs its scale: give guidance")
+            told = weaker.model.num_classes > 0
+            denoise = guides.by_weaker(self.denoise, weaker.denoise, scale=guidance, told=told)
+        else:
+            denoise = self.denoise if cond is None else self.guided(guidance)
+        if cond is None and weaker is None and guidance not in (None, 1.0):
             raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond")
         cond = cond if cond is None else jnp.asarray(cond)
         drawn = sample(
-            key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed,
-            solver=model.solver(self.process) if solver is None else solver,
+            key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed, init=init,
+            solver=own(self.process) if solver is None else solver,
             times=model.grid(model.steps if steps is None else steps),
         )  # fmt: skip
         if self.process.state != "gaussian" or not np.isfinite(float(self.process.schedule.log_snr(jnp.zeros(())))):
@@ -243,6 +276,11 @@ def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Fami
     return Published(
         name, settings, model, init, model.wrap(apply), params, report, header.get("prefix", ""), family.orbax
     )
+
+
+def _log_prob(apply: Apply, params: Params, xt: Array, t: Array, labels: Array) -> Array:
+    logits = jax.nn.log_softmax(apply(params, xt, t))
+    return jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
 
 
 def _making(model: Model) -> Callable[[nnx.Rngs], nnx.Module]:
