@@ -185,7 +185,7 @@ class DDiTFinal(nn.Module):
 
 
 class DDiT(nn.Module):
-    """Tokens (batch, length), sigma the total noise of each. cond = 0: RADD, which is told no noise. classes: UDLM's."""
+    """Tokens (batch, length), sigma the total noise of each. cond = 0: RADD, told no noise. classes: UDLM's."""
 
     def __init__(self, vocabulary, width, depth, heads, cond, classes=0):
         super().__init__()
