@@ -64,6 +64,9 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         cond = np.full(len(rows), arguments.label)
     elif run.data.num_classes and not arguments.unconditional:
         cond = rows % run.data.num_classes
+    if run.data.conditions and not arguments.unconditional:
+        told = companions.held_out_conditions(load_data(run.config, run.config.data.eval_split), rows)
+        cond = told if arguments.label is None else {**told, "cond": cond}
     seed = run.config.sample.seed if arguments.seed is None else arguments.seed
     init = None
     if companions.starts_from_data(run.experiment):

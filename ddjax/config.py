@@ -49,6 +49,12 @@ class DataConfig:
     # sha256)
     options: dict = dataclasses.field(default_factory=dict)
     eval_split: str = "test"  # the split on which bounds are reported
+    # arrays of the items that the network (dit) is told beside labels: from "vector", "sequence", "valid" and "image" to
+    # their names (of an .npz, in options.beside)
+    conditions: dict = dataclasses.field(default_factory=dict)
+    # latents in the place of images: autoencoder (a file of ddjax.autoencoders.save), scale (left out: 1 over their
+    # standard deviation), rounds (draws from q(z | x) in an epoch); empty for none. workers must be 0
+    latents: dict = dataclasses.field(default_factory=dict)
     # of values: what [-1, 1] is mapped onto, [0, 1] for reflected, of positive numbers for geometric
     interval: list = dataclasses.field(default_factory=lambda: [-1.0, 1.0])
     # sigma, share, seed: a share of the training items is seen through noise of standard deviation sigma, drawn once

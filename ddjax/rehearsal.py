@@ -31,6 +31,7 @@ def rehearse(experiment: Experiment) -> None:
         return jnp.zeros((xt.shape[0], *outputs))
 
     told = {"z"} | ({"coherence"} if c.data.coherence else set())
+    told |= set(experiment.data.conditions)
     told |= {"x1"} if getattr(experiment.coupling, "show", False) else set()
     params = {"process": process.parameters} if named.learns_process else {}
     params |= {} if named.parameters is None else {"objective": named.parameters()}
@@ -45,7 +46,11 @@ def rehearse(experiment: Experiment) -> None:
         return solver.step(random.example_keys(key, 2), first_carry(solver, xt, cond, denoise), xt, t, s, denoise, cond)
 
     batch, key = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.random.key(0)
-    cond = None if experiment.null is None else batch((2,), dtype=jnp.int32)
+    cond = batch((2,), dtype=jnp.int32) if experiment.data.num_classes else None
+    if experiment.data.conditions:
+        kinds = {"valid": jnp.bool_}
+        entries = experiment.data.conditions.items()
+        cond = {**{n: batch((2, *s), dtype=kinds.get(n, jnp.float32)) for n, s in entries}, "cond": cond}
     parts = {
         f"config.objective.name={c.objective.name!r}": (train, key, batch((2, *experiment.data.shape)), cond),
         f"config.sample.solver={c.sample.solver!r}": (

@@ -27,8 +27,8 @@ class KLObjective:
         |x - y| + perceptual LPIPS(x, y), over exp(s), plus s at each value; + kl KL(q || N(0, 1)) - d mean D(y)
 
     s is learned; d is `adversarial` times the ratio of the lengths of the gradients of both parts in the decoder's last
-    kernel, up to 1e4, so that they pull alike. D is trained at once, by (mean relu(1 - D(x)) + mean relu(1 + D(y))) / 2.
-    One loss holds all of it: no part's gradient reaches the parameters of the other.
+    kernel, up to 1e4, so that they pull alike. D is trained at once, by half of the sum of mean relu(1 - D(x)) and mean
+    relu(1 + D(y)). One loss holds all of it: no part's gradient reaches the parameters of the other.
 
     perceptual_loss: None for none. perceptual, kl, adversarial: weights; adversarial 0 leaves the discriminator alone.
     width, layers: of the discriminator.
