@@ -23,7 +23,8 @@ def conditioned(data: Dataset, names: Mapping[str, str]) -> Dataset:
     """The data with some of their arrays in the condition, `cond = {"vector": ..., "cond": the labels or None}`.
 
     names: from entries, "vector" `(n, numbers)`, "sequence" `(n, entries, width)`, "valid" `(n, entries)` and "image"
-        `(n, *sides, channels)`, to the arrays (of an .npz named by `beside=`). A sequence without "valid" is all valid.
+        `(n, *sides, channels)`, to the arrays (of an .npz named by `beside=`). Valid is what is greater than 0; a
+        sequence without "valid" is all valid.
     Raises ValueError for entries that there are not, arrays that the data have not, and shapes that do not fit.
     """
     if wrong := sorted(set(names) - {*OPTIONS, "valid"}):
@@ -48,7 +49,8 @@ def conditioned(data: Dataset, names: Mapping[str, str]) -> Dataset:
 
     def change(items: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
         items = dict(items)
-        told = {entry: np.asarray(items.pop(name), _dtype(entry)) for entry, name in names.items()}
+        told = {entry: np.asarray(items.pop(name), np.float32) for entry, name in names.items()}
+        told |= {"valid": told["valid"] > 0} if "valid" in told else {}
         if "sequence" in told and "valid" not in told:
             told["valid"] = np.ones(told["sequence"].shape[:2], bool)
         return {**items, "cond": {**told, "cond": items.get("cond")}}

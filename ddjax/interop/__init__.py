@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ddjax.interop import images, mapping, md4, orbax, published, tensors, texts, unet, unet_families
+from ddjax.interop import images, mapping, md4, orbax, published, tensors, texts, unet, unet_families, vae
 from ddjax.interop.mapping import Report
 from ddjax.interop.published import Family, Model, Published
 
@@ -23,7 +23,7 @@ FAMILIES = {
     for family in (
         *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.UVIT),
         *(unet_families.ADM, unet_families.EDM_SONG, unet_families.EDM_ADM, unet_families.EDM2_UNET),
-        *(unet_families.ADM_CLASSIFIER, unet_families.DIFFUSERS_UNET),
+        *(unet_families.ADM_CLASSIFIER, unet_families.DIFFUSERS_UNET, vae.DIFFUSERS_VAE),
         *(texts.MDLM, texts.SEDD, texts.UDLM, texts.DUO, texts.RADD, texts.LLADA),
         md4.MD4,
     )
@@ -73,4 +73,5 @@ __all__ = [
     "texts",
     "unet",
     "unet_families",
+    "vae",
 ]

@@ -28,6 +28,7 @@ from ddjax.sampling import Observed, sample
 from ddjax.types import Apply, Denoise, Params, Sample, State
 
 CLASSES = "classes"  # the kind of a classifier's output: logits of labels
+AUTOENCODER = "autoencoder"  # of an image's reconstruction
 FORMAT = "ddjax.interop 1"
 
 
@@ -39,6 +40,7 @@ class Model:
         (`interop.adapters`). shape: of one example. num_classes: its labels; that number is the null label.
     scale, guided: guidance by default, and of how many outputs (None: all).
     steps, solver, grid: of sampling by default: `solver(process)` and `grid(steps)`.
+    autoencoder: the `autoencoders.KLAutoencoder`, of a model that is one.
     """
 
     make: Callable[..., nnx.Module]
@@ -53,6 +55,7 @@ class Model:
     steps: int = 250
     solver: Callable[[Any], Any] = solvers.Ancestral
     grid: Callable[[int], Array] = grids.uniform
+    autoencoder: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,16 @@ class Published:
             raise ValueError(f"{self.family} is no classifier of noisy states")
         return jax.tree_util.Partial(partial(_log_prob, self.apply), self.params)
 
+    @property
+    def autoencoder(self) -> tuple[Any, Params]:
+        """The `autoencoders.KLAutoencoder` that it is, and its parameters: what `autoencoders.save` takes.
+
+        Raises ValueError for other models.
+        """
+        if self.kind != AUTOENCODER:
+            raise ValueError(f"{self.family} is no autoencoder")
+        return self.model.autoencoder, self.params
+
     def guided(self, scale: float | None = None) -> Denoise:
         """The denoiser under classifier-free guidance, by default as strong as the authors'."""
         scale, null = self.model.scale if scale is None else scale, self.model.num_classes
@@ -158,8 +171,10 @@ class Published:
         A continuous chain that ends with noise ends at what the network then says of x_0 (DDPM's last step).
         Raises ValueError as `ddjax.sample` does.
         """
-        if self.kind == CLASSES:
-            raise ValueError(f"{self.family} is a classifier: sample from a denoiser, with classifier=this")
+        if self.kind in (CLASSES, AUTOENCODER):
+            raise ValueError(
+                f"{self.family} is no denoiser to sample from: a classifier guides one, with classifier=this"
+            )
         model = self.model
         shape = model.shape if length is None else (length,)
         if length is not None and len(model.shape) != 1:
