@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from ddjax.denoisers.layers.attention import dot_product_attention
-from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
+from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropout_keys, zeros
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock
 from ddjax.denoisers.layers.embed import TIME_SCALE
 from ddjax.denoisers.layers.noise import NoiseConditioner
@@ -108,7 +108,8 @@ class AttentionPool(nnx.Module):
         normal = jax.random.normal(rngs.params(), (sites + 1, features), jnp.float32)
         self.position = nnx.Param(features**-0.5 * normal)
         self.qkv = Linear(features, 3 * features, dtype=dtype, rngs=rngs)
-        self.out = Linear(features, classes, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        out_dtype = at_least_float32(dtype)
+        self.out = Linear(features, classes, kernel_init=zeros, dtype=dtype, out_dtype=out_dtype, rngs=rngs)
 
     def __call__(self, h: Float[Array, "batch H W features"]) -> Float[Array, "batch classes"]:
         """Of an image."""

@@ -18,6 +18,7 @@ from ddjax.denoisers import (
     TextTransformer,
     UNet,
     UNetDesign,
+    UNetEncoder,
     UViT,
     functional_init,
     stack_blocks,
@@ -32,6 +33,7 @@ FEW = {"groups": 4}
 GRAPH = {"width": 16, "edge_width": 8, "global_width": 8, "depth": 3, "heads": 2, "feed_forward": (16, 16, 16)}
 DEEP = {"width": 16, "depth": 2, "heads": 2}
 LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
+MD4 = {"conditioner": "md4", "activation": "sigmoid", "cond_width": 8, "embed_width": 8, "out_bias": False}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
     "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
@@ -52,6 +54,11 @@ NETWORKS = {
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),
     "ncsn++": (UNet, {**PIXELS, **LEVELS, "design": "ncsn++"}, ("frequencies",)),
     "edm2": (EDM2, {**PIXELS, **LEVELS, "head_width": 8}, ("frequencies", "phases")),
+    "text-md4": (TextTransformer, {"length": 8, **TOKENS, **DEEP, **MD4}, ()),
+    "text-udlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "conditioner": "udlm"}, ()),
+    "text-grouped": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "heads": 4, "kv_heads": 2}, ()),
+    "unet-md4": (UNet, {**PIXELS, **TOKENS, "width": 32, "multipliers": (1,), "blocks": 1, "design": "md4"}, ()),
+    "classifier": (UNetEncoder, {**PIXELS, **LEVELS, "classes": 5, "head_width": 8, "design": UNetDesign(**FEW)}, ()),
 }
 every = pytest.mark.parametrize("name", NETWORKS)
 
@@ -79,7 +86,7 @@ def inputs(name, batch=4):
     shape = (batch, *options.get("shape", (options.get("length", 10),)))  # of rows and graphs 10
     xt = rng.integers(0, 6, shape, np.int32) if "symbols_in" in options else rng.normal(size=shape).astype(np.float32)
     cond = rng.integers(0, 4, batch, np.int32) if classes(name) else {"points": rng.normal(size=(batch, 10, 2))}
-    cond = None if "modulated" in options else cond
+    cond = None if "modulated" in options or "classes" in options else cond
     return xt, rng.uniform(size=batch).astype(np.float32), cond
 
 
