@@ -182,7 +182,7 @@ def test_lpips():
     (x, a), (y, b) = images(), (v[::-1] if isinstance(v, np.ndarray) else v.flip(0) for v in images())
     close(distance(x, np.ascontiguousarray(y)), module(a, b).flatten())
     np.testing.assert_array_equal(distance(x, x), 0)
-    assert np.isfinite(jax.grad(lambda v: distance(v, y).sum())(jnp.zeros_like(x))).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda v: distance(v, y).sum()))(jnp.zeros_like(x))).all()
     grey = distance(x[..., :1], y[..., :1])
     close(grey, module(a[:, :1].expand_as(a), b[:, :1].expand_as(b)).flatten())
     with pytest.raises(ValueError, match=r"missing net\.slice3\.12\.bias"):
@@ -208,7 +208,8 @@ def test_the_loss_and_its_gradients(tmp_path, adversarial):
     params |= {"autoencoder": jax.tree.map(jnp.asarray, own), "log_variance": jnp.float32(0.3)}
     params |= {"discriminator": shaped_as(judges(judge), params["discriminator"])}
     x, theirs = images(3)
-    (loss, metrics), gradients = jax.value_and_grad(objective, argnums=2, has_aux=True)(key, None, params, x)
+    call = jax.jit(jax.value_and_grad(lambda p: objective(key, None, p, x), has_aux=True))
+    (loss, metrics), gradients = call(params)
 
     posterior = autoencoder.posterior(own, x)
     z = posterior.sample(random.example_keys(key, jnp.arange(3)))
@@ -241,8 +242,9 @@ def test_the_loss_and_its_gradients(tmp_path, adversarial):
     close(loss, wanted + d, 1e-4)
     close(gradients["log_variance"], found["s"], 1e-4)
     theirs = interop.mapping.save(interop.load(tmp_path).model.entries, gradients["autoencoder"])
+    largest = max(float(found[name].abs().max()) for name in theirs)
     for name, value in theirs.items():
-        scale = max(float(found[name].abs().max()), 1e-3)
+        scale = max(float(found[name].abs().max()), 1e-4 * largest)  # a bias of keys has no part: only rounding is left
         np.testing.assert_allclose(value, found[name].numpy(), rtol=0, atol=1e-3 * scale, err_msg=name)
 
 
