@@ -123,5 +123,5 @@ def test_what_does_not_go_together_is_said(folder):
     with pytest.raises(ConfigError, match=r"it is no 'image'"):  # of the images' own size, not the latents'
         load_data(config(folder, latents=False), "train")
     data = load_data(config(folder, conditions={"vector": "clip"}, latents=False), "train")
-    with pytest.raises(ConfigError, match="words"):  # in the items, and nobody asks for it
+    with pytest.raises(ConfigError, match="come with 'low'"):  # in the items, and nobody asks for it
         build(config(folder, conditions={"vector": "clip"}, latents=False), data).batches(data)

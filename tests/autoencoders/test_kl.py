@@ -51,7 +51,8 @@ def test_shapes_and_gradients():
         loss = lambda p, o=objective, x=x: o(jax.random.key(2), None, p, x)[0]
         gradients = jax.jit(jax.grad(loss))(whole)
         dead = [jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(gradients) if not v.any()]
-        assert not dead
+        # Where no patch is judged for certain, the hinges of real and reconstructed ones cancel in the last bias.
+        assert set(dead) <= {"['discriminator']['convs']['2']['bias']"}
 
 
 def test_what_does_not_fit():
