@@ -86,6 +86,7 @@ def test_trained_sampled_and_shown(folder, tmp_path):
     assert path.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_dropout_and_guidance_reach_every_entry(folder):
     """What is dropped is the null of each entry, and guidance leads away from all of them."""
     c = config(folder)

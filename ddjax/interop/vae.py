@@ -41,6 +41,7 @@ def _settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, A
     if any(w % width for w in each):
         raise ValueError(f"resolutions have {each} features: expected multiples of the first, {width}")
     return {
+        "size": size,
         "shape": [size, size, channels],
         "channels": tensors.shape_of("decoder.conv_in.weight")[1],
         "width": width,

@@ -17,10 +17,8 @@ X = np.random.default_rng(0).uniform(-1, 1, size=(N, *SHAPE)).astype(np.float32)
 
 
 def random_params(autoencoder, seed=0):
-    params = autoencoder.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
+    shapes, rng = jax.eval_shape(autoencoder.init, jax.random.key(0)), np.random.default_rng(seed)
+    return jax.tree.map(lambda v: (0.3 * rng.normal(size=v.shape)).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +30,7 @@ def made(tmp_path_factory):
     return path, autoencoder, params
 
 
+@pytest.mark.slow
 def test_draws_scaled_and_images_again(made):
     path, autoencoder, params = made
     data = from_arrays(X, np.arange(N) % 4)
@@ -73,6 +72,7 @@ def test_the_scale_makes_the_deviation_one(made):
     assert abs(first.mean()) > 1e-3  # not centred: theirs is not
 
 
+@pytest.mark.slow
 def test_other_autoencoders(tmp_path):
     plain = Autoencoder(SHAPE, width=4, halvings=1, channels=2)
     params = random_params(plain)

@@ -52,7 +52,7 @@ SETTINGS = {
     "diffusers_unet": unet_families.DIFFUSERS_UNET.settings({}, UNET2D, {}),
     "mdlm": TEXT | {"mask": 6, "time_conditioning": False, "num_classes": 0},
     "sedd": TEXT | {"graph": "absorb", "scale_by_sigma": True, "noise": "loglinear", "noise_range": [1e-4, 20.0]},
-    "udlm": TEXT | {"time_conditioning": True, "num_classes": 3},
+    "udlm": TEXT | {"time_conditioning": True, "num_classes": 0},
     "duo": TEXT | {"time_conditioning": True, "num_classes": 0},
     "radd": {n: v for n, v in TEXT.items() if n != "cond_width"} | {"mask": 6},
     "llada": {
@@ -70,7 +70,7 @@ SETTINGS = {
         "new_order": False,
     },
     "diffusers_vae": {
-        "shape": [8, 8, 3], "channels": 2, "width": 32, "multipliers": [1, 2], "blocks": 1, "groups": 32,
+        "size": 8, "shape": [8, 8, 3], "channels": 2, "width": 32, "multipliers": [1, 2], "blocks": 1, "groups": 32,
         "middle_attention": True, "quant": [True, True], "scale": 0.18215,
     },
 }  # fmt: skip

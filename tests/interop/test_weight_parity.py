@@ -244,6 +244,9 @@ def test_labels_of_texts(tmp_path, family):
     wanted = module(x_theirs, SIGMA, torch.from_numpy(LABELS).long())
     equal(out, wanted if family == "udlm" else wanted[..., :-1])
     none = module(x_theirs, SIGMA, torch.full((B,), CLASSES))
+    guided = jax.nn.softmax(model.guided(2.0)(jnp.asarray(x), jnp.asarray(T), jnp.asarray(LABELS)).value)
+    parts = [torch.log_softmax(v if family == "udlm" else v[..., :-1], -1) for v in (wanted, none)]
+    equal(guided, torch.softmax(2 * parts[0] - parts[1], -1))
     equal(model.denoise(jnp.asarray(x), jnp.asarray(T)).value, none if family == "udlm" else none[..., :-1])
     round_trips(model, module, tmp_path)
 
