@@ -1,5 +1,6 @@
 """What every network of `ddjax.denoisers` must do, one row for each. All weights are random."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from ddjax.denoisers import (
     EDM2,
+    UNET_DESIGNS,
     DiCo,
     DiT,
     GraphTransformer,
@@ -33,6 +35,7 @@ FEW = {"groups": 4}
 GRAPH = {"width": 16, "edge_width": 8, "global_width": 8, "depth": 3, "heads": 2, "feed_forward": (16, 16, 16)}
 DEEP = {"width": 16, "depth": 2, "heads": 2}
 LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
+MD4_IMAGE = dataclasses.replace(UNET_DESIGNS["md4"], **FEW)
 MD4 = {"conditioner": "md4", "activation": "sigmoid", "cond_width": 8, "embed_width": 8, "out_bias": False}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
@@ -57,7 +60,7 @@ NETWORKS = {
     "text-md4": (TextTransformer, {"length": 8, **TOKENS, **DEEP, **MD4}, ()),
     "text-udlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "conditioner": "udlm"}, ()),
     "text-grouped": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "heads": 4, "kv_heads": 2}, ()),
-    "unet-md4": (UNet, {**PIXELS, **TOKENS, "width": 32, "multipliers": (1,), "blocks": 1, "design": "md4"}, ()),
+    "unet-md4": (UNet, {**PIXELS, **TOKENS, "width": 16, "multipliers": (1,), "blocks": 1, "design": MD4_IMAGE}, ()),
     "classifier": (UNetEncoder, {**PIXELS, **LEVELS, "classes": 5, "head_width": 8, "design": UNetDesign(**FEW)}, ()),
 }
 every = pytest.mark.parametrize("name", NETWORKS)
