@@ -64,6 +64,9 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         cond = np.full(len(rows), arguments.label)
     elif run.data.num_classes and not arguments.unconditional:
         cond = rows % run.data.num_classes
+    if run.data.conditions and not arguments.unconditional:
+        told = companions.held_out_conditions(load_data(run.config, run.config.data.eval_split), rows)
+        cond = told if arguments.label is None else {**told, "cond": cond}
     seed = run.config.sample.seed if arguments.seed is None else arguments.seed
     init = None
     if companions.starts_from_data(run.experiment):
@@ -381,8 +384,6 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     from ddjax import interop
 
-    if arguments.out.suffix != ".safetensors":
-        raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     settings = dict(_option(text, "--set") for text in arguments.set)
     try:
         back = interop.published.is_ours(arguments.input)
@@ -395,6 +396,8 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print("\n".join(lines))
         raise ValueError(summary) from error
     dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
+    if arguments.out.suffix != ".safetensors" and not (back and model.orbax):
+        raise ValueError(f"--out must end in .safetensors, got {arguments.out}")
     if back:
         model.export(arguments.out, dtype)
     else:

@@ -154,11 +154,17 @@ def held_out_starts(experiment: Experiment, data: Dataset, key: Key[Array, ""], 
     return starts(experiment, key, items), items.get("cond")
 
 
+def held_out_conditions(data: Dataset, rows: np.ndarray) -> Any:
+    """The conditions of items of a data set, by their numbers, again from the first after the last."""
+    return data[np.asarray(rows) % len(data)]["cond"]
+
+
 __all__ = [
     "batches",
     "check_coherence",
     "companions",
     "depart",
+    "held_out_conditions",
     "held_out_starts",
     "marginals",
     "starts",

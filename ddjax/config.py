@@ -49,6 +49,12 @@ class DataConfig:
     # sha256)
     options: dict = dataclasses.field(default_factory=dict)
     eval_split: str = "test"  # the split on which bounds are reported
+    # arrays of the items that the network (dit) is told beside labels: from vector, sequence, valid and image to their
+    # names (of an .npz, in options.beside)
+    conditions: dict = dataclasses.field(default_factory=dict)
+    # latents in the place of images: autoencoder (a file of ddjax.autoencoders.save), scale (left out: 1 over their
+    # standard deviation), rounds (draws from q(z | x) in an epoch); empty for none. workers must be 0
+    latents: dict = dataclasses.field(default_factory=dict)
     # of values: what [-1, 1] is mapped onto, [0, 1] for reflected, of positive numbers for geometric
     interval: list = dataclasses.field(default_factory=lambda: [-1.0, 1.0])
     # sigma, share, seed: a share of the training items is seen through noise of standard deviation sigma, drawn once
@@ -70,7 +76,7 @@ class ProcessConfig:
     # blurring, shortest_path, linear_sde, critically_damped, geometric, reflected, bridge_mixture (GruM),
     # mixture_output and soft_mixture (SMD), adaptive_gaussian (MuLAN with its latent), barycentric (several marginals)
     name: str = "masked"
-    # linear, polynomial, cosine, log_linear; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
+    # linear, polynomial, cosine, log_linear, geometric; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
     # trigonometric, polynomial_path, linear_vp, log_snr_linear, laplace, sigmoid, ddpm_linear, ddpm_cosine, shifted,
     # ou_bridge (bridge_mixture's), and monotone and per_site, which the objective learned_elbo trains
     schedule: str = "linear"

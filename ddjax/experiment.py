@@ -56,8 +56,8 @@ class Experiment:
 
     @property
     def null(self) -> Any:
-        """The condition that means "none"; None for unlabelled data."""
-        return jnp.int32(self.data.num_classes) if self.data.num_classes else None
+        """The condition that means "none"; None for data without labels and conditions."""
+        return datasets.conditions.nulls(self.data)
 
     @property
     def sites(self) -> int:
@@ -328,12 +328,48 @@ def _load(config: Config, split: str) -> Dataset:
         data = _mixture(c, split) if c.mixture else datasets.load(c.name, split, tokens=c.tokens, **c.options)
     except TypeError as error:
         raise ConfigError(f"config.data.options: {error}") from error
+    data = _conditioned(config, _encoded(config, data, split))
     if c.interval == DataConfig().interval:
         return data
     try:
         return datasets.rescaled(data, *c.interval)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.data.interval={c.interval}: {error}") from error
+
+
+def _encoded(config: Config, data: Dataset, split: str) -> Dataset:
+    """The latents that `config.data.latents` asks for, in the place of images."""
+    c, key = config.data.latents, "config.data.latents"
+    if not c:
+        return data
+    options = dict(c)
+    if unknown := sorted(options.keys() - {"autoencoder", "scale", "rounds", "seed"}):
+        raise ConfigError(f"{key} has no {unknown[0]!r}; it takes autoencoder, scale, rounds, seed")
+    if "autoencoder" not in options:
+        raise ConfigError(f"{key} needs autoencoder, the file of one (`ddjax.autoencoders.save`)")
+    if config.train.workers:
+        raise ConfigError(f"config.train.workers={config.train.workers}: latents are made by this process, set it to 0")
+    path, scale = options.pop("autoencoder"), options.pop("scale", None)
+    try:
+        if scale is None:
+            images = dataclasses.replace(config, data=dataclasses.replace(config.data, latents={}, conditions={}))
+            scale = datasets.scale_of(data if split == "train" else _load(images, "train"), path)
+        return datasets.encoded(data, datasets.Latents(str(path), float(scale)), **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _conditioned(config: Config, data: Dataset) -> Dataset:
+    """The data with what `config.data.conditions` names in their condition."""
+    c = config.data
+    if not c.conditions:
+        return data
+    if c.coherence or c.classes:
+        raise ConfigError("config.data.conditions does not go with config.data.coherence or config.data.classes")
+    try:
+        return datasets.conditioned(data, c.conditions)
+    except ValueError as error:
+        raise ConfigError(f"config.data.conditions: {error}") from error
 
 
 def _mixture(c: DataConfig, split: str) -> Dataset:

@@ -46,6 +46,7 @@ SCHEDULES = {
     "polynomial": schedules.Polynomial,
     "cosine": schedules.Cosine,
     "log_linear": schedules.LogLinear,
+    "geometric": schedules.Geometric,
     "vp_linear": schedules.VPLinear,
     "vp_cosine": schedules.VPCosine,
     "ve": schedules.VE,

@@ -11,6 +11,7 @@ import numpy as np
 
 from ddjax import companions, denoisers, names, naming
 from ddjax.config import Config, ConfigError
+from ddjax.data import conditions
 from ddjax.data.dataset import Dataset
 from ddjax.predictions import COUNT_KINDS, STATE_KINDS
 from ddjax.types import Apply
@@ -46,7 +47,7 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
         numbers = 2 if ordinal else numbers + heads
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
-    options |= {"num_classes": data.num_classes * max(levels, 1)}
+    options |= {"num_classes": data.num_classes * max(levels, 1), **conditions.options(data)}
     if hasattr(process, "latents"):
         options |= {"latent": process.latent}
     if config.data.coherence and not levels:

@@ -31,6 +31,7 @@ def rehearse(experiment: Experiment) -> None:
         return jnp.zeros((xt.shape[0], *outputs))
 
     told = {"z"} | ({"coherence"} if c.data.coherence else set())
+    told |= set(experiment.data.conditions)
     told |= {"x1"} if getattr(experiment.coupling, "show", False) else set()
     params = {"process": process.parameters} if named.learns_process else {}
     params |= {} if named.parameters is None else {"objective": named.parameters()}
@@ -47,7 +48,11 @@ def rehearse(experiment: Experiment) -> None:
 
     batch, key = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jax.random.key(0)
     weights = jax.eval_shape(experiment.init, key) if named.listens else {}
-    cond = None if experiment.null is None else batch((2,), dtype=jnp.int32)
+    cond = batch((2,), dtype=jnp.int32) if experiment.data.num_classes else None
+    if experiment.data.conditions:
+        kinds = {"valid": jnp.bool_}
+        entries = experiment.data.conditions.items()
+        cond = {**{n: batch((2, *s), dtype=kinds.get(n, jnp.float32)) for n, s in entries}, "cond": cond}
     parts = {
         f"config.objective.name={c.objective.name!r}": (
             train,

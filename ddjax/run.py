@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ddjax import companions, compensation, editing, likelihood, policies, prompts
 from ddjax.batching import chunks, seeds
 from ddjax.config import Config, ConfigError, typed
+from ddjax.data import conditions
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
@@ -70,7 +71,7 @@ class Run:
         key: Key[Array, ""],
         n: int,
         *,
-        cond: Int[Array, " n"] | int | None = None,
+        cond: Int[Array, " n"] | int | Mapping[str, Any] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         solver: str | Path | Any | None = None,
@@ -99,7 +100,8 @@ class Run:
     ) -> State | Sample:
         """Draw n samples, `(n, *shape)`; in the config's way where nothing else is said.
 
-        cond: labels `(n,)`, or one label for all; None for unconditional samples.
+        cond: labels `(n,)`, or one label for all; of data with conditions also a dict of these, each of n examples or
+            one for all, with the labels as "cond". None for unconditional samples.
         steps: number of solver steps. guidance: classifier-free scale, 1 is off. solver: a name or an object of
             `ddjax.solvers`, or a file that `ddjax search` wrote, which says the number of steps. solver_options: of a
             solver by name, over the config's where it is the config's.
@@ -220,18 +222,9 @@ class Run:
         arms = [self.sampler(**arm, guidance=guidance) if isinstance(arm, Mapping) else arm for arm in policy.arms]
         return [(arms[arm], np.flatnonzero(choice == arm)) for arm in np.unique(choice)]
 
-    def labels(self, cond: Any, n: int) -> Int[np.ndarray, " n"] | None:
-        """Labels of n examples. Raises ValueError for data without, and for labels that there are not."""
-        if cond is None:
-            return None
-        if not self.data.num_classes:
-            raise ValueError(f"{self.data.name!r} has no labels, so cond must be None")
-        cond = np.broadcast_to(np.asarray(cond, np.int32), (n,))
-        if len(wrong := cond[(cond < 0) | (cond > self.data.num_classes)]):
-            raise ValueError(
-                f"labels run from 0 to {self.data.num_classes - 1} ({self.data.num_classes} means none), got {wrong[0]}"
-            )
-        return cond
+    def labels(self, cond: Any, n: int) -> Any:
+        """Labels, or the condition, of n examples (`data.conditions.of`, which raises ValueError)."""
+        return conditions.of(self.data, cond, n)
 
     def guided(self, guidance: float | None, cond: Any) -> Any:
         """The denoiser at a guidance scale, the config's where none is given."""

@@ -147,7 +147,7 @@ def test_a_step_is_finite_and_moves(name):
 
 
 BY_RATES = ("euler", "tweedie", "tau_leaping", "flow_euler", "campbell")
-OTHERS = ("linear", "polynomial", "cosine", "log_linear", "shifted", "per_site")
+OTHERS = ("linear", "polynomial", "cosine", "log_linear", "geometric", "shifted", "per_site")
 SINGLE_STEP = (
     "euler", "heun_in_noise", "bogacki_shampine", "rk4", "dpm_solver", "dpm_solver_pp_singlestep"
 )  # fmt: skip
@@ -162,7 +162,10 @@ STOCHASTIC = {
 }  # fmt: skip
 CORRECTED = ("remasking", "psi", "gibbs", "denoising_chain", "first_hitting", "nested")
 MINIMAL = {  # the least that each name needs beside the defaults
-    **{("process", "schedule", n): config(schedule=n) for n in ("linear", "polynomial", "cosine", "log_linear")},
+    **{
+        ("process", "schedule", n): config(schedule=n)
+        for n in ("linear", "polynomial", "cosine", "log_linear", "geometric")
+    },
     **{("process", "schedule", n): gaussian(schedule=n) for n in names.SCHEDULES if n not in OTHERS},
     ("process", "schedule", "shifted"): config(
         {"name": "gaussian", "schedule": "shifted", "schedule_options": {"schedule": "cond_ot", "factor": 2.0}},

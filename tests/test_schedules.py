@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from ddjax import schedules as sc
 from ddjax.duality import Duality
 
-SURVIVAL = [sc.Linear(), sc.LogLinear(1e-3), sc.Polynomial(), sc.Polynomial(2.0), sc.Polynomial(0.5), sc.Cosine()]
+SURVIVAL = [
+    sc.Linear(),
+    sc.LogLinear(1e-3),
+    sc.Polynomial(),
+    sc.Polynomial(2.0),
+    sc.Polynomial(0.5),
+    sc.Cosine(),
+    sc.Geometric(),
+]
 SURVIVAL += [Duality(sc.VE(0.1, 100.0), 27)]
 GAUSSIAN = [sc.VPLinear(), sc.VPCosine(), sc.VPCosine(0.0), sc.VE(), sc.EDM(), sc.CondOT()]
 GAUSSIAN += [sc.SubVP(), sc.Trigonometric(), sc.PolynomialPath(3.0), sc.LinearVP(), sc.LogSNRLinear()]

@@ -7,7 +7,24 @@ images = autoencoder.from_tokens(params, tokens)         # (batch, 28, 28, 1)
 """
 
 from ddjax.autoencoders.autoencoder import Autoencoder
+from ddjax.autoencoders.kl import KLAutoencoder, Posterior
+from ddjax.autoencoders.losses import KLObjective
+from ddjax.autoencoders.perceptual import Perceptual
+from ddjax.autoencoders.perceptual import load as load_perceptual
 from ddjax.autoencoders.quantisers import LookupFree, Quantised
 from ddjax.autoencoders.training import load, save, tokenise, train
 
-__all__ = ["Autoencoder", "LookupFree", "Quantised", "load", "save", "tokenise", "train"]
+__all__ = [
+    "Autoencoder",
+    "KLAutoencoder",
+    "KLObjective",
+    "LookupFree",
+    "Perceptual",
+    "Posterior",
+    "Quantised",
+    "load",
+    "load_perceptual",
+    "save",
+    "tokenise",
+    "train",
+]

@@ -11,7 +11,9 @@ from ddjax.data.ahead import Ahead
 from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
 from ddjax.data.beside import by_class, in_condition, mislabelled
+from ddjax.data.conditions import conditioned
 from ddjax.data.dataset import Dataset, Source, count_symbols
+from ddjax.data.encoded import Latents, encoded, scale_of
 from ddjax.data.mixing import mixed
 from ddjax.data.noisy import noisy
 from ddjax.data.pipeline import Batches, batches, epoch
@@ -28,6 +30,7 @@ __all__ = [
     "Bytes",
     "Characters",
     "Dataset",
+    "Latents",
     "ShardError",
     "Source",
     "Subwords",
@@ -35,7 +38,9 @@ __all__ = [
     "batches",
     "bigram_entropy",
     "by_class",
+    "conditioned",
     "count_symbols",
+    "encoded",
     "epoch",
     "from_arrays",
     "grid",
@@ -45,6 +50,7 @@ __all__ = [
     "mixed",
     "noisy",
     "rescaled",
+    "scale_of",
     "text8",
     "unigram_entropy",
     "write_png",

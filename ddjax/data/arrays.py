@@ -260,6 +260,8 @@ def _companion(
 ) -> np.ndarray:
     """What comes with the items, checked; images get a channel axis as x0 does."""
     values = np.asarray(values)
+    if values.dtype.kind == "b" and num_symbols != 2:
+        values = values.astype(np.float32)  # whether something is there, and no shade
     coded = values.dtype.kind in "biu"
     if len(values) != len(x0) or values.dtype.kind not in "biuf" or (coded and num_symbols is None):
         kinds = "floats" if num_symbols is None else "numbers"

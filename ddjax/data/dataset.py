@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -58,6 +59,8 @@ class Dataset:
         mixture: for several sources joined (`data.mixed`), how many items each has, in order, and its weight: how often
             its items come in training. None: one source.
         fingerprint: of prepared data, what tells them from others; a run goes on with the same only. "" for others.
+        conditions: what comes in the condition beside labels, and its shapes (`data.conditioned`).
+        latents: of data that are latents of images, what decodes them (`data.encoded`). None: they are no latents.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Dataset:
     counts: np.ndarray | None = dataclasses.field(default=None, repr=False)
     mixture: tuple[tuple[int, float], ...] | None = None
     fingerprint: str = ""
+    conditions: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    latents: Any = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -92,15 +97,16 @@ class Dataset:
 
     @property
     def is_image(self) -> bool:
-        """Whether one x0 is an image `(height, width, 1 or 3)`."""
-        return self.vocabulary is None and len(self.shape) == 3 and self.shape[-1] in (1, 3)
+        """Whether one x0 is an image `(height, width, 1 or 3)`, or the latents of one."""
+        shape = self.shape if self.latents is None else self.latents.image_shape
+        return self.vocabulary is None and len(shape) == 3 and shape[-1] in (1, 3)
 
     def to_images(self, x0) -> np.ndarray:
         """States as images to look at.
 
         Args:
-            x0: `(n, *shape)`, tokens or values in `interval`. What lies outside (a mask token, an overshoot)
-                is clipped to the nearest shade.
+            x0: `(n, *shape)`, tokens or values in `interval`, or latents, which are decoded. What lies outside (a mask
+                token, an overshoot) is clipped to the nearest shade.
 
         Returns:
             uint8 `(n, height, width, channels)`.
@@ -111,6 +117,8 @@ class Dataset:
         if not self.is_image:
             raise ValueError(f"{self.name}: states of shape {self.shape} are not images")
         x0 = self._batch(x0)
+        if self.latents is not None:
+            x0 = self.latents.decode(x0)
         if self.num_symbols is None:
             low, high = self.interval
             shade = (x0.astype(np.float64) - low) * (255 / (high - low))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddjax.data.dataset import Dataset, require
+from ddjax.data.encoded import Latents
 from ddjax.data.vocabulary import Bytes, Characters, Subwords
 
 
@@ -32,6 +34,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "interval": list(dataset.interval),
         "vocabulary": describe_vocabulary(dataset.vocabulary),
         "counts": None if dataset.counts is None else dataset.counts.tolist(),
+        "conditions": {name: list(shape) for name, shape in dataset.conditions.items()},
+        "latents": None if dataset.latents is None else dataclasses.asdict(dataset.latents),
     }
 
 
@@ -72,4 +76,6 @@ def from_description(description: dict[str, Any]) -> Dataset:
         interval=tuple(description.get("interval", (-1.0, 1.0))),  # older runs do not say it
         vocabulary=described_vocabulary(description["vocabulary"]),
         counts=None if description["counts"] is None else np.asarray(description["counts"], np.int64),
+        conditions={name: tuple(shape) for name, shape in description.get("conditions", {}).items()},
+        latents=Latents(**description["latents"]) if description.get("latents") else None,
     )

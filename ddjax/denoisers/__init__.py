@@ -32,6 +32,7 @@ from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
 from ddjax.denoisers.unet import UNet
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNET_SIZES, UNetDesign
+from ddjax.denoisers.unet_encoder import UNetEncoder
 from ddjax.denoisers.uvit import UViT
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "TruncatedLogistic",
     "UNet",
     "UNetDesign",
+    "UNetEncoder",
     "UViT",
     "control",
     "edm2",

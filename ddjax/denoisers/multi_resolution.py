@@ -244,7 +244,7 @@ class BranchBlock(nnx.Module):
         self.dropout = dropout
         self.skip = Linear(2 * width, width, dtype=dtype, rngs=rngs) if skips else None
         self.norm_m = TimeNorm(width, center=False, epsilon=EPSILON)
-        self.mlp = GatedMLP(width, int(mlp_ratio * width), activation=gelu, bias=True, dtype=dtype, rngs=rngs)
+        self.mlp = GatedMLP(width, int(mlp_ratio * width), activation="exact gelu", bias=True, dtype=dtype, rngs=rngs)
 
     def mix(self, h: Array, t: Float[Array, " batch"], named: Below) -> Array:
         """What sites tell each other."""

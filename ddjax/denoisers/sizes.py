@@ -62,14 +62,18 @@ MULTI_RESOLUTION = {
 DIFFUSSM = {"XL": {"width": 1152, "depth": 29, "ratio": 2}}
 
 # Sahoo et al. 2024 (kuleshov-group/mdlm, configs/model): 4 width in the MLP, a narrow vector of conditions. Shi et al.
-# 2024 (md4/configs/md4/openwebtext.py): gated, 64 features a head.
+# 2024 (md4/configs/md4/openwebtext.py): gated, 64 features a head and of the condition.
 _MDLM = {"mlp": "gelu", "cond_width": 128}
+_MD4 = {
+    "mlp": "gated", "activation": "sigmoid", "conditioner": "md4", "cond_width": 64, "epsilon": 1e-5, "out_bias": False,
+    "head_bias": False,
+}  # fmt: skip
 TEXT = {
     "mdlm-tiny": {"depth": 8, "width": 512, "heads": 8, **_MDLM},
     "mdlm-small": {"depth": 12, "width": 768, "heads": 12, **_MDLM},
     "mdlm-medium": {"depth": 24, "width": 1024, "heads": 16, **_MDLM},
-    "md4-small": {"depth": 12, "width": 768, "heads": 12, "mlp": "gated"},
-    "md4-medium": {"depth": 24, "width": 1024, "heads": 16, "mlp": "gated"},
+    "md4-small": {"depth": 12, "width": 768, "heads": 12, **_MD4},
+    "md4-medium": {"depth": 24, "width": 1024, "heads": 16, "mlp_width": 2752, **_MD4},
 }
 
 # By the names of networks in configs.

@@ -12,23 +12,31 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
+from ddjax.denoisers.layers.basic import DType, Linear, activation_of, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
-from ddjax.denoisers.layers.embed import Conditioner, TokenEmbed
+from ddjax.denoisers.layers.embed import TIME_SCALE, Conditioner, TokenEmbed
+from ddjax.denoisers.layers.noise import NoiseConditioner
 from ddjax.denoisers.layers.routing import Route
 from ddjax.denoisers.states import check_state, hard_state
+from ddjax.denoisers.unet_designs import UNET_DESIGNS
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
 from ddjax.taps import tap
 from ddjax.types import SoftTokens
 
+CONDITIONERS = {
+    "dit": Conditioner,
+    "udlm": partial(Conditioner, each=True),
+    "md4": partial(NoiseConditioner, design=UNET_DESIGNS["md4"], latent=0, time_scale=TIME_SCALE),
+}
+
 
 class TextTransformer(nnx.Module):
     """Transformer with rotary positions and adaLN-zero, for discrete sequences.
 
-    The network of Sahoo et al. 2024 (MDLM) and Shi et al. 2024 (MD4); with `mlp="gated"` and `embed_width`
-    close to the latter (silu for its sigmoid gates, half-split for its interleaved RoPE). The output layer
-    starts at zero.
+    The network of Sahoo et al. 2024 (MDLM) and Shi et al. 2024 (MD4). The latter is `mlp="gated"` with
+    `activation="sigmoid"`, `conditioner="md4"` and, of characters, `embed_width` (its RoPE pairs neighbouring features,
+    so that columns of its weights stand in another order: `interop`). The output layer starts at zero.
 
     With `block` it is that of Arriola et al. 2025 (BD3-LM): a site sees its own block and those before it. The same
     parameters are called in two ways. On xt alone, blocks before the one being denoised are clean (sampling:
@@ -56,6 +64,8 @@ class TextTransformer(nnx.Module):
             `PooledExperts` in `experts`.
         mlp_width: hidden width (of each expert), default 4 width for "gelu" and, for as many parameters, 8/3 width (to
             a multiple of 8) for gated ones.
+        activation: of gates: "silu", "gelu" or "sigmoid".
+        kv_heads: of keys and values, each for several heads of queries (`layers.Attention`); default heads.
         embed_width: None embeds straight to `width`; else embeds to this and projects (MD4's outside
             embedding).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
@@ -68,6 +78,9 @@ class TextTransformer(nnx.Module):
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters stay float32, the logits at least float32.
         cond_width: width of the conditioning vector, default `width` (MDLM: 128).
+        conditioner: how time and label become this vector: "dit" (`layers.Conditioner`), "udlm" (the same, silu of
+            each), or "md4" (`layers.NoiseConditioner`: waves of the time as wide as the vector, the label's row beside
+            them, and `activation` behind two layers).
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
         scan, remat, route: see `layers.Stack`.
         rngs: keys of the initial parameters.
@@ -88,6 +101,8 @@ class TextTransformer(nnx.Module):
         mlp: str = "gated",
         mlp_width: int | None = None,
         experts: Mapping[str, Any] | None = None,
+        activation: str = "silu",
+        kv_heads: int | None = None,
         embed_width: int | None = None,
         num_classes: int = 0,
         time: bool = True,
@@ -101,6 +116,7 @@ class TextTransformer(nnx.Module):
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         cond_width: int | None = None,
+        conditioner: str = "dit",
         attention: str | None = None,
         route: Route | Sequence[Route] | None = None,
         scan: bool = False,
@@ -119,11 +135,16 @@ class TextTransformer(nnx.Module):
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
         self.tokens = TokenEmbed(symbols_in, embed_width or width, rngs=rngs)
         self.embed = Linear(embed_width, width, dtype=dtype, rngs=rngs) if embed_width else None
-        self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, rngs=rngs) if modulated else None
+        if conditioner not in CONDITIONERS:
+            expected = ", ".join(map(repr, CONDITIONERS))
+            raise ValueError(f"conditioner={conditioner!r}: expected one of {expected}")
+        make = CONDITIONERS[conditioner]
+        self.condition = make(cond_width, num_classes=num_classes, time=time, rngs=rngs) if modulated else None
+        self.activated = activation_of(activation) if conditioner == "md4" else None
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=mlp_width, cond_width=cond_width, rotary=rotary,
             out_bias=out_bias, norm=norm, epsilon=epsilon, dropout=dropout, dtype=dtype, attention=attention,
-            experts=experts,
+            experts=experts, activation=activation, kv_heads=kv_heads,
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
         self.final = FinalLayer(
@@ -182,7 +203,7 @@ class TextTransformer(nnx.Module):
             if view.cond is not None:
                 raise ValueError("cond was given but the network has no labels: pass cond=None")
         else:
-            c = own = tap("condition", self.condition(batch, t, view.cond, sites=some))
+            c = own = tap("condition", self._condition(batch, t, view.cond, sites=some))
             c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
         if view.clean is not None and c is not None:
             c = self._with_clean(own, view.cond)
@@ -195,10 +216,14 @@ class TextTransformer(nnx.Module):
         h = self.tokens(one_channel)[:, :, 0].astype(self.dtype)
         return tap("embed", h if self.embed is None else self.embed(h))
 
+    def _condition(self, *told: Any, **more: Any) -> Float[Array, "batch *sites cond"]:
+        c = self.condition(*told, **more)
+        return c if self.activated is None else self.activated(c)
+
     def _with_clean(self, c: Array, cond: Array | None) -> Array:
         """The conditioning vectors of the noisy sequence and of the clean one, which is at t = 0."""
         if not self.condition.time:
             return c  # one vector serves both
-        clean = self.condition(c.shape[0], jnp.zeros(()), cond)[:, None]
+        clean = self._condition(c.shape[0], jnp.zeros(()), cond)[:, None]
         c = c[:, None] if c.ndim == 2 else c
         return jnp.concatenate([c, jnp.broadcast_to(clean, c.shape)], axis=1)

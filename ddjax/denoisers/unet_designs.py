@@ -32,7 +32,8 @@ class UNetDesign:
         time_multiple: features of the time over width.
         cond_multiple: width of the conditioning vector over width.
         cond_silu: whether it has passed through silu, once for all blocks.
-        labels: "output": a label's vector is added behind the two layers of the time; "input": before them.
+        labels: "output": a label's vector is added behind the two layers of the time; "input": before them; "beside":
+            it stands beside the waves of the time, before them.
     """
 
     resample: str = "block"
@@ -72,7 +73,7 @@ _VALUES = {
     "resample": ("block", "conv"),
     "up_attention": ("all", "last"),
     "time": ("cos_sin", "sin_cos", "fourier"),
-    "labels": ("output", "input"),
+    "labels": ("output", "input", "beside"),
 }
 
 _ADM = UNetDesign()
@@ -100,7 +101,9 @@ UNET_DESIGNS = {
     # Kingma et al. 2021, appendix B: one resolution.
     "vdm": _VDM,
     # Shi et al. 2024, appendix F: VDM's for tokens, the conditioning vector narrow and without silu.
-    "md4": dataclasses.replace(_VDM, input_waves=(), add_input=False, cond_multiple=1, cond_silu=False),
+    "md4": dataclasses.replace(
+        _VDM, input_waves=(), add_input=False, cond_multiple=1, cond_silu=False, labels="beside"
+    ),
 }
 
 # Arguments of `UNet` for published networks, without the shape, labels and states.

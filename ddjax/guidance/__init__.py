@@ -1,5 +1,16 @@
 """Guidance: from denoisers to a denoiser."""
 
 from ddjax.guidance.classifier_free import ClassifierFree, Contrasted, classifier_free, contrasted
+from ddjax.guidance.networks import ByClassifier, ByWeaker, GuidedMean, by_classifier, by_weaker
 
-__all__ = ["ClassifierFree", "Contrasted", "classifier_free", "contrasted"]
+__all__ = [
+    "ByClassifier",
+    "ByWeaker",
+    "ClassifierFree",
+    "Contrasted",
+    "GuidedMean",
+    "by_classifier",
+    "by_weaker",
+    "classifier_free",
+    "contrasted",
+]

@@ -1,4 +1,4 @@
-"""Published weights: networks of others as ours, and back. Safetensors only.
+"""Published weights: networks of others as ours, and back. Safetensors, and Orbax where the authors have it.
 
 model = ddjax.interop.load("DiT-XL-2-256.safetensors", "dit")
 print(model.report)                                        # which tensor became which parameter, by name
@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ddjax.interop import images, mapping, published, tensors, texts, unet, unet_families
+from ddjax.interop import images, mapping, md4, orbax, published, tensors, texts, unet, unet_families, vae
 from ddjax.interop.mapping import Report
 from ddjax.interop.published import Family, Model, Published
 
@@ -23,8 +23,9 @@ FAMILIES = {
     for family in (
         *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.UVIT),
         *(unet_families.ADM, unet_families.EDM_SONG, unet_families.EDM_ADM, unet_families.EDM2_UNET),
-        unet_families.DIFFUSERS_UNET,
+        *(unet_families.ADM_CLASSIFIER, unet_families.DIFFUSERS_UNET, vae.DIFFUSERS_VAE),
         *(texts.MDLM, texts.SEDD, texts.UDLM, texts.DUO, texts.RADD, texts.LLADA),
+        md4.MD4,
     )
 }
 
@@ -42,7 +43,7 @@ def load(
 
     Args:
         path: a .safetensors file, with config.json beside it where its authors have one; a Hugging Face folder, also of
-            several files; or what `Published.save` wrote.
+            several files; a folder with an Orbax checkpoint; or what `Published.save` wrote.
         family: one of `FAMILIES`; None finds it by the tensors and config.json.
         partial: go on where tensors are unknown, missing or mis-shaped: parameters without a tensor stay as `key` draws
             them. The report names them.
@@ -65,9 +66,12 @@ __all__ = [
     "images",
     "load",
     "mapping",
+    "md4",
+    "orbax",
     "published",
     "tensors",
     "texts",
     "unet",
     "unet_families",
+    "vae",
 ]

@@ -19,7 +19,7 @@ from ddjax.interop.mapping import (
     Change,
     Entry,
     Fixed,
-    by_heads,
+    by_groups,
     constant,
     convolution,
     copied,
@@ -132,9 +132,13 @@ def _dit_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
     return entries
 
 
-def attention_entries(ours: str, theirs: Sequence[str], heads: int, width: int, bias: bool = True) -> list[Entry]:
-    """Queries, keys and values: one layer of theirs, `[qkv]`, or three, `[q, k, v]`."""
-    rows = by_heads(heads) if len(theirs) == 1 else joined([width] * 3).then(by_heads(heads))
+def attention_entries(
+    ours: str, theirs: Sequence[str], heads: int, width: int, bias: bool = True, kv_heads: int | None = None
+) -> list[Entry]:
+    """Queries, keys and values: one layer of theirs, `[qkv]`, or three, `[q, k, v]`, the last two perhaps narrower."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    rows, narrow = by_groups(heads, kv_heads), width * kv_heads // heads
+    rows = rows if len(theirs) == 1 else joined([width, narrow, narrow]).then(rows)
     names = [tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias")]
     entries = [Entry(f"{ours}/kernel", names[0], rows.then(TRANSPOSED))]
     return [*entries, Entry(f"{ours}/bias", names[1], rows)] if bias else entries

@@ -115,6 +115,26 @@ def by_heads(heads: int, parts: int = 3) -> Change:
     return Change(lambda w: order(w, parts, heads), lambda w: order(w, heads, parts))
 
 
+def by_groups(heads: int, groups: int) -> Change:
+    """As `by_heads`, where heads / groups neighbouring queries share their keys and values.
+
+    Rows of all queries, keys and values become (group, its queries and then its key and value, feature).
+    """
+    each = heads // groups
+
+    def load(w: np.ndarray) -> np.ndarray:
+        head = w.shape[0] // (heads + 2 * groups)
+        parts = np.split(w, [heads * head, (heads + groups) * head])
+        parts = [part.reshape(groups, -1, head, *w.shape[1:]) for part in parts]
+        return np.concatenate(parts, axis=1).reshape(w.shape)
+
+    def save(w: np.ndarray) -> np.ndarray:
+        parts = np.split(w.reshape(groups, each + 2, -1, *w.shape[1:]), [each, each + 1], axis=1)
+        return np.concatenate([part.reshape(-1, *w.shape[1:]) for part in parts])
+
+    return Change(load, save)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """Parameters of ours, by path ("stack/blocks/0/mlp/up/kernel"), and the tensors of theirs that they are."""

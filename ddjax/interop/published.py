@@ -16,16 +16,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from ddjax import grids, guidance, solvers
+from ddjax import grids, solvers
+from ddjax import guidance as guides
 from ddjax.denoisers import functional_init
-from ddjax.interop import mapping
+from ddjax.interop import mapping, orbax
 from ddjax.interop.adapters import guided_channels
 from ddjax.interop.mapping import Entry, Fixed, Report
 from ddjax.interop.tensors import Tensors, open_tensors, prefix_of
 from ddjax.predictions import BoundDenoiser, bind
 from ddjax.sampling import Observed, sample
-from ddjax.types import Apply, Denoise, Params, Sample
+from ddjax.types import Apply, Denoise, Params, Sample, State
 
+CLASSES = "classes"  # the kind of a classifier's output: logits of labels
+AUTOENCODER = "autoencoder"  # of an image's reconstruction
 FORMAT = "ddjax.interop 1"
 
 
@@ -37,6 +40,7 @@ class Model:
         (`interop.adapters`). shape: of one example. num_classes: its labels; that number is the null label.
     scale, guided: guidance by default, and of how many outputs (None: all).
     steps, solver, grid: of sampling by default: `solver(process)` and `grid(steps)`.
+    autoencoder: the `autoencoders.KLAutoencoder`, of a model that is one.
     """
 
     make: Callable[..., nnx.Module]
@@ -51,6 +55,7 @@ class Model:
     steps: int = 250
     solver: Callable[[Any], Any] = solvers.Ancestral
     grid: Callable[[int], Array] = grids.uniform
+    autoencoder: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +63,12 @@ class Family:
     """A family of published networks.
 
     name: what `load(family=...)` calls it. source: whose it is, in words.
-    marks: tensors that each of its files has, by which it is recognised; not: those that none has.
+    marks: tensors that each of its files has, by which it is recognised; others: or those of one of these sets;
+        without: those that none has.
     claims: whether a config.json says that it is of this family; None: it says nothing.
     settings: from tensors, config.json and what the caller says, all that is needed to build it: what JSON can hold.
     model: of the settings.
+    orbax: whether its authors' weights are an Orbax checkpoint, not safetensors.
     """
 
     name: str
@@ -71,6 +78,13 @@ class Family:
     model: Callable[[Mapping[str, Any]], Model]
     without: tuple[str, ...] = ()
     claims: Callable[[Mapping[str, Any]], bool | None] = lambda config: None
+    others: tuple[tuple[str, ...], ...] = ()
+    orbax: bool = False
+
+    def prefix(self, names: Sequence[str]) -> tuple[str | None, list[str]]:
+        """See `tensors.prefix_of`, for whichever of its sets of marks is there."""
+        found = [prefix_of(names, marks) for marks in (self.marks, *self.others)]
+        return next((one for one in found if one[0] is not None), found[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +102,7 @@ class Published:
     params: Params
     report: Report
     prefix: str = ""
+    orbax: bool = False
 
     @property
     def process(self) -> Any:
@@ -104,13 +119,30 @@ class Published:
         """The network closed over its parameters."""
         return bind(self.apply, self.params, self.process, self.kind)
 
+    @property
+    def log_prob(self) -> Callable:
+        """Of a classifier: `(xt, t, labels)` to log p(label | x_t), `(batch,)`. Raises ValueError for other models."""
+        if self.kind != CLASSES:
+            raise ValueError(f"{self.family} is no classifier of noisy states")
+        return jax.tree_util.Partial(partial(_log_prob, self.apply), self.params)
+
+    @property
+    def autoencoder(self) -> tuple[Any, Params]:
+        """The `autoencoders.KLAutoencoder` that it is, and its parameters: what `autoencoders.save` takes.
+
+        Raises ValueError for other models.
+        """
+        if self.kind != AUTOENCODER:
+            raise ValueError(f"{self.family} is no autoencoder")
+        return self.model.autoencoder, self.params
+
     def guided(self, scale: float | None = None) -> Denoise:
         """The denoiser under classifier-free guidance, by default as strong as the authors'."""
         scale, null = self.model.scale if scale is None else scale, self.model.num_classes
         if not null and scale != 1.0:
             raise ValueError(f"guidance={scale} leads towards labels, and {self.family} has none here")
         if self.model.guided is None:
-            return guidance.classifier_free(self.denoise, null=null, scale=scale)
+            return guides.classifier_free(self.denoise, null=null, scale=scale)
         return guided_channels(self.denoise, null=null, scale=scale, channels=self.model.guided)
 
     def sample(
@@ -124,25 +156,51 @@ class Published:
         solver: Any = None,
         length: int | None = None,
         observed: Observed | None = None,
+        init: State | None = None,
+        classifier: Published | None = None,
+        weaker: Published | None = None,
     ) -> Sample:
         """Draw `num` examples with the authors' sampler.
 
         cond: labels; None draws without, and without guidance. guidance: 1 is off. steps: of the solver. solver:
             another one, for this process. length: of texts, up to the model's own. observed: sites that are known.
+            init: states at the first time of the grid, for those of the prior.
+        classifier: one of noisy images (family "adm_classifier"), whose gradient, times `guidance` (default 1), leads
+            towards the labels: `guidance.GuidedMean`, or with another solver `guidance.by_classifier`.
+        weaker: another model of the same process, from which `guidance` leads away (EDM2; `guidance.by_weaker`).
         A continuous chain that ends with noise ends at what the network then says of x_0 (DDPM's last step).
         Raises ValueError as `ddjax.sample` does.
         """
+        if self.kind in (CLASSES, AUTOENCODER):
+            raise ValueError(
+                f"{self.family} is no denoiser to sample from: a classifier guides one, with classifier=this"
+            )
         model = self.model
         shape = model.shape if length is None else (length,)
         if length is not None and len(model.shape) != 1:
             raise ValueError(f"length={length}: examples of {self.family} have the shape {model.shape}")
-        denoise = self.denoise if cond is None else self.guided(guidance)
-        if cond is None and guidance not in (None, 1.0):
+        own, labelled = model.solver, model.num_classes > 0
+        if classifier is not None and weaker is not None:
+            raise ValueError("give a classifier or a weaker model to guide by, not both")
+        if classifier is not None:
+            if cond is None:
+                raise ValueError("a classifier leads towards labels, and there are none: give cond")
+            scale = 1.0 if guidance is None else guidance
+            denoise = guides.by_classifier(self.denoise, classifier.log_prob, self.process, scale=scale, told=labelled)
+            own = guides.GuidedMean
+        elif weaker is not None:
+            if guidance is None:
+                raise ValueError("guidance away from a weaker model needs its scale: give guidance")
+            told = weaker.model.num_classes > 0
+            denoise = guides.by_weaker(self.denoise, weaker.denoise, scale=guidance, told=told)
+        else:
+            denoise = self.denoise if cond is None else self.guided(guidance)
+        if cond is None and weaker is None and guidance not in (None, 1.0):
             raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond")
         cond = cond if cond is None else jnp.asarray(cond)
         drawn = sample(
-            key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed,
-            solver=model.solver(self.process) if solver is None else solver,
+            key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed, init=init,
+            solver=own(self.process) if solver is None else solver,
             times=model.grid(model.steps if steps is None else steps),
         )  # fmt: skip
         if self.process.state != "gaussian" or not np.isfinite(float(self.process.schedule.log_snr(jnp.zeros(())))):
@@ -157,7 +215,8 @@ class Published:
         export_safetensors(path, self.params, about)
 
     def export(self, path: str | os.PathLike, dtype: Any = None) -> None:
-        """Write it under the authors' names and in their shapes, as one safetensors file. Atomic.
+        """Write it under the authors' names and in their shapes: one safetensors file, or where they have Orbax a new
+        directory. Atomic.
 
         dtype: of the tensors, default the parameters'.
         """
@@ -167,7 +226,9 @@ class Published:
 
         tensors = mapping.save(self.model.entries, self.params, dtype)
         tensors = {f"{self.prefix}{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
-        write_atomically(Path(path), save(tensors, metadata={"format": "pt"}))
+        if self.orbax:
+            return orbax.save(path, tensors)
+        return write_atomically(Path(path), save(tensors, metadata={"format": "pt"}))
 
 
 def is_ours(path: str | os.PathLike) -> bool:
@@ -190,7 +251,7 @@ def load(
     if header.get("format") == FORMAT:
         return _load_ours(path, header, families, dtype)
     chosen = _family(family, families, list(found), config, path)
-    prefix, aside = prefix_of(list(found), chosen.marks)
+    prefix, aside = chosen.prefix(list(found))
     if prefix is None:
         raise ValueError(f"{path} is no {chosen.name} ({chosen.source}): it has no {', no '.join(chosen.marks)}")
     own = found.under(prefix)
@@ -207,7 +268,7 @@ def load(
         initial=(lambda: init(key)) if partial else None, aside=aside,
     )  # fmt: skip
     return Published(
-        chosen.name, all_settings | settings, model, init, model.wrap(apply), params, report, prefix=prefix
+        chosen.name, all_settings | settings, model, init, model.wrap(apply), params, report, prefix, chosen.orbax
     )
 
 
@@ -218,7 +279,8 @@ def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Fami
     settings, name = json.loads(header["settings"]), header["family"]
     if name not in families:
         raise ValueError(f"{path} is of the family {name!r}; this ddjax knows {', '.join(families)}")
-    model = families[name].model(settings)
+    family = families[name]
+    model = family.model(settings)
     init, apply = functional_init(_making(model))
     leaves, shapes = mapping.flat(load_safetensors(path)[0]), mapping.shapes_of(init)
     wrong = sorted(leaves.keys() ^ shapes.keys()) or [n for n in shapes if leaves[n].shape != shapes[n]]
@@ -226,7 +288,14 @@ def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Fami
         raise ValueError(f"{path} does not hold the parameters that its header describes: {', '.join(wrong[:6])}")
     params = mapping.nested({n: np.asarray(leaves[n], dtype) for n in shapes})
     report = Report(matched=tuple(((n,), (n,)) for n in shapes))
-    return Published(name, settings, model, init, model.wrap(apply), params, report, prefix=header.get("prefix", ""))
+    return Published(
+        name, settings, model, init, model.wrap(apply), params, report, header.get("prefix", ""), family.orbax
+    )
+
+
+def _log_prob(apply: Apply, params: Params, xt: Array, t: Array, labels: Array) -> Array:
+    logits = jax.nn.log_softmax(apply(params, xt, t))
+    return jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
 
 
 def _making(model: Model) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -243,7 +312,7 @@ def _family(
         return families[name]
     likely = []
     for family in families.values():
-        prefix = prefix_of(names, family.marks)[0]
+        prefix = family.prefix(names)[0]
         if prefix is not None and not any(prefix + n in names for n in family.without):
             likely.append(family)
     claimed = [family for family in likely if family.claims(config)]

@@ -1,4 +1,4 @@
-"""Files of published weights: one safetensors file or a folder of several; never a pickle."""
+"""Files of published weights: safetensors, one or a folder of several, or an Orbax checkpoint; never a pickle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ddjax.interop import orbax
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 DTYPES = ("F32", "F16", "BF16", "F64")
@@ -59,7 +61,8 @@ def open_tensors(path: str | os.PathLike) -> tuple[Tensors, dict[str, Any], dict
     """The tensors of a published model, its config.json ({} where there is none), and what one file's header says.
 
     path: a .safetensors file, or a Hugging Face folder: `model.safetensors`, or several and
-        `model.safetensors.index.json`. A config.json beside a file counts too.
+        `model.safetensors.index.json`. A config.json beside a file counts too. Or a folder with an Orbax checkpoint:
+        itself, a step of it, or all steps, of which the newest is taken.
     Raises ValueError for a pickle (with the two lines that turn one into safetensors), and for what is no such file;
         FileNotFoundError.
     """
@@ -107,10 +110,13 @@ def _folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
         if (path / name).exists():
             file = _open(path / name)
             return Tensors(dict.fromkeys(file.keys(), file)), _json(path / "config.json")
+    if (found := orbax.find(path)) is not None:
+        checkpoint = orbax.Checkpoint(found)
+        return Tensors(dict.fromkeys(checkpoint.keys(), checkpoint)), _json(path / "config.json")
     pickles = sorted(p for p in path.iterdir() if p.suffix.lower() in PICKLES)
     if pickles:
         raise ValueError(UNPICKLE.format(path=pickles[0], out=path / SINGLE[0]))
-    raise ValueError(f"{path} has neither {INDEX} nor {' nor '.join(SINGLE)}")
+    raise ValueError(f"{path} has neither {INDEX} nor {' nor '.join(SINGLE)}, and is no Orbax checkpoint")
 
 
 def _open(path: Path) -> Any:

@@ -15,7 +15,7 @@ from ddjax.interop.mapping import Entry, Fixed, linear, norm
 from ddjax.interop.published import Family, Model
 from ddjax.interop.tensors import Tensors
 from ddjax.processes import Masked, Uniform
-from ddjax.schedules import Linear, LogLinear
+from ddjax.schedules import Geometric, Linear, LogLinear, Survival
 from ddjax.types import Apply
 
 # A masked diffusion language model's mask, where nothing says another: LLaDA's.
@@ -51,19 +51,22 @@ def _ddit_settings(
     if name != "radd":
         settings["cond_width"] = tensors.shape_of("sigma_map.mlp.2.weight")[0]
     if name in ("mdlm", "udlm", "duo"):
+        table = "cond_map.embedding_table.weight"  # the last row is the null label
+        settings["num_classes"] = tensors.shape_of(table)[0] - 1 if table in tensors else 0
         algorithm = config.get("algo") if isinstance(config.get("algo"), Mapping) else {}
         timed = flat.get("time_conditioning", algorithm.get("time_conditioning", name != "mdlm"))
         settings["time_conditioning"] = bool(timed)
     if name == "sedd":
-        graph = config.get("graph", {}).get("type", "absorb")
-        if graph != "absorb":
-            raise ValueError(f"config.json says graph.type={graph!r}: ddjax has SEDD under absorbing noise only")
-        settings["scale_by_sigma"] = bool(flat.get("scale_by_sigma", True))
+        noise = config.get("noise") if isinstance(config.get("noise"), Mapping) else {}
+        settings["graph"] = given.get("graph", config.get("graph", {}).get("type", "absorb"))
+        settings["scale_by_sigma"] = bool(flat.get("scale_by_sigma", settings["graph"] == "absorb"))
+        settings["noise"] = noise.get("type", "loglinear")
+        settings["noise_range"] = [noise.get("sigma_min", 1e-4), noise.get("sigma_max", 20.0)]
     return settings
 
 
 def _ddit_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
-    timed, head = "cond_width" in s, s["width"] // s["heads"]
+    timed, head, labels = "cond_width" in s, s["width"] // s["heads"], s.get("num_classes", 0)
     frequencies = 1e4 ** (-np.arange(0, head, 2, dtype=np.float32) / head)
     entries: list[Entry | Fixed] = [
         Entry("tokens/table", "vocab_embed.embedding"),
@@ -76,6 +79,7 @@ def _ddit_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
             *linear("condition/time_in", "sigma_map.mlp.0"),
             *linear("condition/time_out", "sigma_map.mlp.2"),
             *linear("final/modulation", "output_layer.adaLN_modulation"),
+            *([Entry("condition/labels", "cond_map.embedding_table.weight")] if labels else []),
         ]
     for i in range(s["depth"]):
         ours, theirs = f"stack/blocks/{i}", f"blocks.{i}"
@@ -93,7 +97,7 @@ def _ddit_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
 
 
 def _ddit_model(s: Mapping[str, Any], name: str = "mdlm") -> Model:
-    timed, schedule = "cond_width" in s, LogLinear(s["eps"])
+    timed, schedule, labels = "cond_width" in s, _noise(s), s.get("num_classes", 0)
     vocabulary = s["vocabulary"]
     make = partial(
         denoisers.TextTransformer,
@@ -105,6 +109,8 @@ def _ddit_model(s: Mapping[str, Any], name: str = "mdlm") -> Model:
         heads=s["heads"],
         mlp="gelu",
         mlp_width=s["mlp_width"],
+        num_classes=labels,
+        conditioner="udlm" if labels else "dit",
         time=timed,
         modulated=timed,
         norm="scaled" if timed else "affine",
@@ -117,7 +123,8 @@ def _ddit_model(s: Mapping[str, Any], name: str = "mdlm") -> Model:
         told = partial(ToldNoise, schedule=schedule, timed=s["time_conditioning"]) if timed else _itself
         wrap: Callable[[Apply], Apply] = lambda apply: WithMask(told(apply), s["mask"], process.num_symbols)  # noqa: E731
     elif name == "sedd":
-        process, kind = Masked(vocabulary - 1, schedule), "ratio"
+        absorbs = s["graph"] == "absorb"
+        process, kind = (Masked(vocabulary - 1, schedule) if absorbs else Uniform(vocabulary, schedule)), "ratio"
         wrap = lambda apply: LogScores(ToldNoise(apply, schedule), schedule, s["scale_by_sigma"])  # noqa: E731
     else:
         process, kind = Uniform(vocabulary, schedule), "cavity"
@@ -129,10 +136,22 @@ def _ddit_model(s: Mapping[str, Any], name: str = "mdlm") -> Model:
         kind=kind,
         shape=(s["length"],),
         wrap=wrap,
+        num_classes=labels,
         steps=1000,
         solver=solvers.Tweedie if name == "sedd" else solvers.Ancestral,
         grid=grids.uniform,
     )
+
+
+def _noise(s: Mapping[str, Any]) -> Survival:
+    """The schedule; SEDD's config.json may say another, and its graph."""
+    if s.get("graph", "absorb") not in ("absorb", "uniform"):
+        raise ValueError(f"graph={s['graph']!r}: SEDD has 'absorb' and 'uniform'")
+    if s.get("graph") == "uniform" and s["scale_by_sigma"]:
+        raise ValueError("scale_by_sigma is SEDD's for graph='absorb'; of a uniform graph it is off")
+    if s.get("noise", "loglinear") not in ("loglinear", "geometric"):
+        raise ValueError(f"noise={s['noise']!r}: SEDD has 'loglinear' and 'geometric'")
+    return Geometric(*s["noise_range"]) if s.get("noise") == "geometric" else LogLinear(s["eps"])
 
 
 def _itself(apply: Apply) -> Apply:
@@ -191,7 +210,6 @@ def _llada_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[
     if heads is None:
         raise ValueError("nothing in the tensors says how many heads there are: put config.json beside them, or heads=")
     told = {
-        "n_kv_heads": (heads, None),
         "block_type": ("llama",),
         "layer_norm_type": ("rms",),
         "activation_type": ("silu", "swiglu"),
@@ -214,6 +232,7 @@ def _llada_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[
         "width": width,
         "depth": count(tensors, "blocks."),
         "heads": int(heads),
+        "kv_heads": int(config.get("n_kv_heads") or tensors.shape_of("blocks.0.k_proj.weight")[0] * heads // width),
         "mlp_width": tensors.shape_of("blocks.0.ff_proj.weight")[0],
         "rope_theta": float(config.get("rope_theta", 5e5)),
         "epsilon": float(config.get("rms_norm_eps", 1e-5)),
@@ -232,7 +251,9 @@ def _llada_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
         qkv = [f"{theirs}.{part}_proj" for part in "qkv"]
         entries += [
             *norm(f"{ours}/norm_a", f"{theirs}.attn_norm", bias=False),
-            *attention_entries(f"{ours}/attention/qkv", qkv, s["heads"], s["width"], bias=False),
+            *attention_entries(
+                f"{ours}/attention/qkv", qkv, s["heads"], s["width"], bias=False, kv_heads=s["kv_heads"]
+            ),
             *linear(f"{ours}/attention/out", f"{theirs}.attn_out", bias=False),
             *norm(f"{ours}/norm_m", f"{theirs}.ff_norm", bias=False),
             *linear(f"{ours}/mlp/gate", f"{theirs}.ff_proj", bias=False),
@@ -253,6 +274,7 @@ def _llada_model(s: Mapping[str, Any]) -> Model:
             width=s["width"],
             depth=s["depth"],
             heads=s["heads"],
+            kv_heads=s["kv_heads"],
             mlp="gated",
             mlp_width=s["mlp_width"],
             time=False,

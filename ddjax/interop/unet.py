@@ -10,6 +10,7 @@ import numpy as np
 from ddjax.denoisers.edm2 import EDM2
 from ddjax.denoisers.unet import UNet
 from ddjax.denoisers.unet_designs import UNetDesign
+from ddjax.denoisers.unet_encoder import UNetEncoder
 from ddjax.interop.mapping import (
     CONVOLUTION,
     SAME,
@@ -32,39 +33,60 @@ def adm(net: UNet, *, new_order: bool = False) -> Entries:
 
     new_order: their `use_new_attention_order`: queries, keys and values of all heads stand together.
     """
+    entries = [*_adm_way_down(net, new_order), *norm("final/norm", "out.0"), *convolution("final/out", "out.2")]
+    if net.num_classes:
+        entries.append(Entry("condition/labels", "label_emb.weight"))
+    n = -1
+    for i, module in enumerate(net.decoder):
+        n += net.joined[i]  # a block that resamples is the last layer of the one before it
+        layer = 0 if net.joined[i] else 1 + (net.decoder[i - 1].attention is not None)
+        entries += _adm_block(f"decoder/{i}", module, f"output_blocks.{n}", layer, new_order)
+    return entries
+
+
+def _adm_way_down(net: UNet | UNetEncoder, new_order: bool) -> Entries:
+    entries = [
+        *linear("condition/time_in", "time_embed.0"),
+        *linear("condition/time_out", "time_embed.2"),
+        *convolution("embed", "input_blocks.0.0"),
+    ]
+    for i, module in enumerate(net.encoder):
+        entries += _adm_block(f"encoder/{i}", module, f"input_blocks.{i + 1}", 0, new_order)
+    for i, module in enumerate(net.middle):
+        entries += _adm_block(f"middle/{i}", module, "middle_block", 2 * i, new_order)
+    return entries
+
+
+def _adm_block(ours: str, module: Any, theirs: str, layer: int, new_order: bool) -> Entries:
+    """A block, or a convolution that resamples, which is a layer of theirs; its attention is the second layer."""
     names = {
         "norm_in": "in_layers.0", "conv_in": "in_layers.2", "modulation": "emb_layers.1", "norm_out": "out_layers.0",
         "conv_out": "out_layers.3", "shortcut": "skip_connection",
     }  # fmt: skip
 
-    def block(ours: str, module: Any, theirs: str, attention: str) -> Entries:
-        if not hasattr(module, "conv_in"):
-            return convolution(f"{ours}/conv", f"{theirs}.{'op' if module.resample == 'down' else 'conv'}")
-        entries = _res_block(ours, module, theirs, names)
-        if module.attention is not None:
-            order = by_heads(module.attention.heads) if new_order else SAME
-            entries += _attention(f"{ours}/attention", attention, ("norm", "qkv", "proj_out"), order, axes=1)
-        return entries
-
-    entries = [
-        *linear("condition/time_in", "time_embed.0"),
-        *linear("condition/time_out", "time_embed.2"),
-        *convolution("embed", "input_blocks.0.0"),
-        *norm("final/norm", "out.0"),
-        *convolution("final/out", "out.2"),
-    ]
-    if net.num_classes:
-        entries.append(Entry("condition/labels", "label_emb.weight"))
-    for i, module in enumerate(net.encoder):
-        entries += block(f"encoder/{i}", module, f"input_blocks.{i + 1}.0", f"input_blocks.{i + 1}.1")
-    for i, module in enumerate(net.middle):
-        entries += block(f"middle/{i}", module, f"middle_block.{2 * i}", "middle_block.1")
-    n = -1
-    for i, module in enumerate(net.decoder):
-        n += net.joined[i]  # a block that resamples is the last layer of the one before it
-        layer = 0 if net.joined[i] else 1 + (net.decoder[i - 1].attention is not None)
-        entries += block(f"decoder/{i}", module, f"output_blocks.{n}.{layer}", f"output_blocks.{n}.1")
+    at = f"{theirs}.{layer}"
+    if not hasattr(module, "conv_in"):
+        return convolution(f"{ours}/conv", f"{at}.{'op' if module.resample == 'down' else 'conv'}")
+    entries = _res_block(ours, module, at, names)
+    if module.attention is not None:
+        order = by_heads(module.attention.heads) if new_order else SAME
+        entries += _attention(f"{ours}/attention", f"{theirs}.1", ("norm", "qkv", "proj_out"), order, axes=1)
     return entries
+
+
+def adm_classifier(net: UNetEncoder, *, new_order: bool = False) -> Entries:
+    """openai/guided-diffusion's `EncoderUNetModel` with attention pooling; `new_order` as in `adm`."""
+    pool, point = "out.2", Change(lambda w: w[:, :, 0].T, lambda w: w.T[:, :, None])
+    order = by_heads(net.pool.heads)  # pooling has the new order in any case
+    return [
+        *_adm_way_down(net, new_order),
+        *norm("norm", "out.0"),
+        Entry("pool/position", f"{pool}.positional_embedding", TRANSPOSED),
+        Entry("pool/qkv/kernel", f"{pool}.qkv_proj.weight", order.then(point)),
+        Entry("pool/qkv/bias", f"{pool}.qkv_proj.bias", order),
+        Entry("pool/out/kernel", f"{pool}.c_proj.weight", point),
+        Entry("pool/out/bias", f"{pool}.c_proj.bias"),
+    ]
 
 
 def edm(net: UNet) -> Entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,11 +12,11 @@ from typing import Any
 from flax import nnx
 
 from ddjax import grids, solvers
-from ddjax.denoisers import EDM2, UNet, UNetDesign
+from ddjax.denoisers import EDM2, UNet, UNetDesign, UNetEncoder
 from ddjax.interop import unet
 from ddjax.interop.images import STEPS, chain_steps
 from ddjax.interop.mapping import Entry, Fixed
-from ddjax.interop.published import Family, Model
+from ddjax.interop.published import CLASSES, Family, Model
 from ddjax.interop.tensors import Tensors
 from ddjax.processes import Gaussian, LearnedVariance
 from ddjax.schedules import EDM, Table
@@ -96,6 +97,53 @@ ADM = Family(
     settings=_adm_settings,
     model=_adm_model,
 )  # fmt: skip
+
+
+def _classifier_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    known = {**config, **given}
+    size = known.get("size", known.get("image_size"))
+    if size is None:
+        raise ValueError("nothing in the tensors says how large an image is: give size=...")
+    width, channels = (tensors.shape_of(n)[1] for n in ("time_embed.0.weight", "input_blocks.0.0.weight"))
+    number = 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("input_blocks."))
+    sides = math.isqrt(tensors.shape_of("out.2.positional_embedding")[1] - 1)
+    levels = 1 + (size // sides).bit_length() - 1
+    blocks = number // levels - 1  # the first convolution stands where the last resolution has no way down
+    firsts = range(1, number, blocks + 1)
+    widths = [tensors.shape_of(f"input_blocks.{n}.0.out_layers.3.weight")[0] for n in firsts]
+    modulation = tensors.shape_of("input_blocks.1.0.emb_layers.1.weight")[0]
+    convs = any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", n) for n in tensors)
+    return {
+        "size": size,
+        "shape": [size, size, channels],
+        "classes": tensors.shape_of("out.2.c_proj.weight")[0],
+        "design": {"resample": "conv" if convs else "block", "scale_shift": modulation == 2 * widths[0]},
+        "width": width,
+        "multipliers": [w / width for w in widths],
+        "blocks": blocks,
+        "attend_at": [size >> i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.qkv.weight" in tensors],
+        "head_width": known.get("head_width", 64),
+        "time_scale": STEPS - 1.0,
+        "new_order": known.get("new_order", known.get("use_new_attention_order", False)),
+    }
+
+
+def _classifier_model(s: Mapping[str, Any]) -> Model:
+    names = ("shape", "classes", "width", "multipliers", "blocks", "attend_at", "head_width", "time_scale")
+    make = partial(UNetEncoder, design=UNetDesign(**s["design"]), **{name: s[name] for name in names})
+    net = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    entries = unet.adm_classifier(net, new_order=s["new_order"])
+    process = Gaussian(Table.ddpm_linear())
+    return Model(make=make, entries=entries, process=process, kind=CLASSES, shape=tuple(s["shape"]), grid=chain_steps)
+
+
+ADM_CLASSIFIER = Family(
+    "adm_classifier",
+    "openai/guided-diffusion's classifiers of noisy images, Dhariwal & Nichol 2021",
+    marks=("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.positional_embedding", "middle_block.1.qkv.weight"),
+    settings=_classifier_settings,
+    model=_classifier_model,
+)
 
 # -- NVlabs/edm, edm2 ----------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from ddjax.schedules.kinetic import KineticOptimal
 from ddjax.schedules.learned import Monotone, PerSite
 from ddjax.schedules.log_snr import Laplace, LogSNRLinear, Shifted, Sigmoid, Table
 from ddjax.schedules.spectral import Heat, ShortestPath, squared_frequencies
-from ddjax.schedules.survival import Cosine, Linear, LogLinear, Polynomial
+from ddjax.schedules.survival import Cosine, Geometric, Linear, LogLinear, Polynomial
 
 __all__ = [
     "EDM",
@@ -35,6 +35,7 @@ __all__ = [
     "CondOT",
     "Cosine",
     "Gaussian",
+    "Geometric",
     "Heat",
     "KineticOptimal",
     "Laplace",

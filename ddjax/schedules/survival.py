@@ -71,6 +71,39 @@ class LogLinear(Survival):
 
 
 @dataclasses.dataclass(frozen=True)
+class Geometric(Survival):
+    """-log alpha geometric from `first` to `last` (SEDD, Lou et al. 2024, section 5: "geometric" noise).
+
+    A symbol is lost with probability 1 - exp(-first) at t = 0, and survives to t = 1 with probability exp(-last).
+    """
+
+    first: float = 1e-4
+    last: float = 20.0
+
+    def __post_init__(self):
+        require(0 < self.first < self.last, self, "needs 0 < first < last")
+
+    def _total(self, t):
+        return self.first * jnp.exp(math.log(self.last / self.first) * t)
+
+    def alpha(self, t):
+        """exp(-first (last / first)**t)."""
+        return jnp.exp(-self._total(t))
+
+    def sigma(self, t):
+        """1 - alpha, without cancellation."""
+        return -jnp.expm1(-self._total(t))
+
+    def sigma_prime(self, t):
+        """log(last / first) n exp(-n), n the total noise."""
+        return math.log(self.last / self.first) * self._total(t) * self.alpha(t)
+
+    def time_of_sigma(self, sigma):
+        """log(-log(1 - sigma) / first) / log(last / first)."""
+        return jnp.log(-jnp.log1p(-sigma) / self.first) / math.log(self.last / self.first)
+
+
+@dataclasses.dataclass(frozen=True)
 class Linear(LogLinear):
     """alpha = 1 - t. The default: a fraction t of the symbols is lost at time t."""
 

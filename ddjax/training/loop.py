@@ -366,7 +366,8 @@ def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
     items = real[np.arange(min(len(real), JUDGED_BY))]
     labels = np.arange(num) % run.data.num_classes
     x0 = run.sample(jax.random.key(config.sample.seed), num, cond=labels, guidance=guidance)
-    return label_accuracy(levels(run.data, items["x0"]), items["cond"], levels(run.data, np.asarray(x0)), labels)
+    own = datasets.conditions.labels(items["cond"])
+    return label_accuracy(levels(run.data, items["x0"]), own, levels(run.data, np.asarray(x0)), labels)
 
 
 def levels(data: Dataset, x0: np.ndarray) -> np.ndarray:
@@ -382,13 +383,16 @@ def levels(data: Dataset, x0: np.ndarray) -> np.ndarray:
 def draw(run: Run, folder: Path, name: str, *, num: int | None = None, cond: Any = None) -> Path:
     """Draw samples into `folder`: a PNG grid of images, or a text file. Labels go round unless `cond` is given.
 
-    Where sampling starts from data, these are the first held-out items, and the labels theirs.
+    Where sampling starts from data, or goes by conditions beside labels, these are those of the first held-out items,
+    and the labels theirs.
     """
     num, key, init = num or run.config.sample.num, jax.random.key(run.config.sample.seed), None
     if companions.starts_from_data(run.experiment):
         held_out = load_data(run.config, run.config.data.eval_split)
         init, labels = companions.held_out_starts(run.experiment, held_out, key, num)
         cond = labels if cond is None else cond
+    elif cond is None and run.data.conditions:
+        cond = companions.held_out_conditions(load_data(run.config, run.config.data.eval_split), np.arange(num))
     elif cond is None and run.data.num_classes:
         cond = np.arange(num) % run.data.num_classes
     x0 = np.asarray(run.sample(key, num, cond=cond, init=init))

@@ -1,5 +1,6 @@
 """What every network of `ddjax.denoisers` must do, one row for each. All weights are random."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from ddjax.denoisers import (
     EDM2,
+    UNET_DESIGNS,
     DiCo,
     DiffiT,
     DiffuSSM,
@@ -22,6 +24,7 @@ from ddjax.denoisers import (
     TextTransformer,
     UNet,
     UNetDesign,
+    UNetEncoder,
     UViT,
     functional_init,
     stack_blocks,
@@ -39,6 +42,8 @@ BRANCHES = {"widths": (16, 8), "depths": (3, 3), "heads": 2}
 TOLD = {"conditioning": "attention", "relative": True, "qkv_bias": True}
 BLOCKS = {"scale": 2, "patch": 2, "low_patch": 1, "block": 2}
 LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
+MD4_IMAGE = dataclasses.replace(UNET_DESIGNS["md4"], **FEW)
+MD4 = {"conditioner": "md4", "activation": "sigmoid", "cond_width": 8, "embed_width": 8, "out_bias": False}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
     "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
@@ -69,6 +74,11 @@ NETWORKS = {
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),
     "ncsn++": (UNet, {**PIXELS, **LEVELS, "design": "ncsn++"}, ("frequencies",)),
     "edm2": (EDM2, {**PIXELS, **LEVELS, "head_width": 8}, ("frequencies", "phases")),
+    "text-md4": (TextTransformer, {"length": 8, **TOKENS, **DEEP, **MD4}, ()),
+    "text-udlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "conditioner": "udlm"}, ()),
+    "text-grouped": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "heads": 4, "kv_heads": 2}, ()),
+    "unet-md4": (UNet, {**PIXELS, **TOKENS, "width": 16, "multipliers": (1,), "blocks": 1, "design": MD4_IMAGE}, ()),
+    "classifier": (UNetEncoder, {**PIXELS, **LEVELS, "classes": 5, "head_width": 8, "design": UNetDesign(**FEW)}, ()),
 }
 every = pytest.mark.parametrize("name", NETWORKS)
 
@@ -96,7 +106,7 @@ def inputs(name, batch=4):
     shape = (batch, *options.get("shape", (options.get("length", 10),)))  # of rows and graphs 10
     xt = rng.integers(0, 6, shape, np.int32) if "symbols_in" in options else rng.normal(size=shape).astype(np.float32)
     cond = rng.integers(0, 4, batch, np.int32) if classes(name) else {"points": rng.normal(size=(batch, 10, 2))}
-    cond = None if "modulated" in options else cond
+    cond = None if "modulated" in options or "classes" in options else cond
     return xt, rng.uniform(size=batch).astype(np.float32), cond
 
 

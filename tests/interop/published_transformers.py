@@ -72,6 +72,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
+    """classes and the null label."""
+
     def __init__(self, classes, width):
         super().__init__()
         self.embedding_table = nn.Embedding(classes + 1, width)
@@ -183,17 +185,19 @@ class DDiTFinal(nn.Module):
 
 
 class DDiT(nn.Module):
-    """Tokens (batch, length), sigma the total noise of each. cond = 0: RADD, which is told no noise."""
+    """Tokens (batch, length), sigma the total noise of each. cond = 0: RADD, told no noise. classes: UDLM's."""
 
-    def __init__(self, vocabulary, width, depth, heads, cond):
+    def __init__(self, vocabulary, width, depth, heads, cond, classes=0):
         super().__init__()
+        self.cond_map = LabelEmbedder(classes, cond) if classes else None
         self.vocab_embed, self.rotary_emb = VocabEmbed(vocabulary, width), Rotary(width // heads)
         self.sigma_map = TimestepEmbedder(cond) if cond else None
         self.blocks = nn.ModuleList(DDiTBlock(width, heads, cond) for _ in range(depth))
         self.output_layer = DDiTFinal(width, vocabulary, cond)
 
-    def forward(self, x, sigma=None):
+    def forward(self, x, sigma=None, labels=None):
         h, c = self.vocab_embed(x), None if self.sigma_map is None else F.silu(self.sigma_map(sigma))
+        c = c if labels is None else c + F.silu(self.cond_map(labels))
         for block in self.blocks:
             h = block(h, c)
         return self.output_layer(h, c)
@@ -218,27 +222,30 @@ class RMS(nn.Module):
 
 
 class LLaDABlock(nn.Module):
-    def __init__(self, width, heads, hidden, theta):
+    def __init__(self, width, heads, hidden, theta, groups):
         super().__init__()
-        self.heads, self.theta = heads, theta
+        self.heads, self.theta, self.each = heads, theta, heads // groups
         self.attn_norm, self.ff_norm = RMS(width), RMS(width)
         layer = lambda a, b: nn.Linear(a, b, bias=False)
-        self.q_proj, self.k_proj, self.v_proj = (layer(width, width) for _ in range(3))
+        self.q_proj = layer(width, width)
+        self.k_proj, self.v_proj = (layer(width, width // self.each) for _ in range(2))
         self.attn_out = layer(width, width)
         self.ff_proj, self.up_proj, self.ff_out = layer(width, hidden), layer(width, hidden), layer(hidden, width)
 
     def forward(self, x):
         y = self.attn_norm(x)
-        qkv = torch.cat([self.q_proj(y), self.k_proj(y), self.v_proj(y)], -1)
+        head = y.shape[-1] // self.heads
+        shared = lambda v: v.unflatten(-1, (-1, head)).repeat_interleave(self.each, dim=-2).flatten(-2)
+        qkv = torch.cat([self.q_proj(y), shared(self.k_proj(y)), shared(self.v_proj(y))], -1)
         x = x + self.attn_out(attend(qkv, self.heads, lambda v: rotate(v, self.theta)))
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
 
 
 class LLaDA(nn.Module):
-    def __init__(self, vocabulary, width, depth, heads, hidden, theta):
+    def __init__(self, vocabulary, width, depth, heads, hidden, theta, groups=None):
         super().__init__()
-        blocks = nn.ModuleList(LLaDABlock(width, heads, hidden, theta) for _ in range(depth))
+        blocks = nn.ModuleList(LLaDABlock(width, heads, hidden, theta, groups or heads) for _ in range(depth))
         parts = {"wte": nn.Embedding(vocabulary, width), "blocks": blocks, "ln_f": RMS(width)}
         parts["ff_out"] = nn.Linear(width, vocabulary, bias=False)
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})

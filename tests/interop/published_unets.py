@@ -100,6 +100,44 @@ class ADMResBlock(nn.Module):
         return self.skip_connection(x) + conv(act(h))
 
 
+class ADMClassifier(nn.Module):
+    """openai/guided-diffusion's EncoderUNetModel with pool="attention": ADM without its way up."""
+
+    def __init__(self, *, side, classes, **sizes):
+        super().__init__()
+        whole = ADM(out=3, **sizes)
+        self.width, self.time_embed = whole.width, whole.time_embed
+        self.input_blocks, self.middle_block = whole.input_blocks, whole.middle_block
+        c = whole.middle_block[0].out_layers[3].weight.shape[0]
+        pool = AttentionPool2d(side >> (len(sizes["multipliers"]) - 1), c, sizes["head_width"], classes)
+        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), pool)
+
+    def forward(self, x, steps):
+        half = self.width // 2
+        angles = torch.outer(steps, 10000.0 ** (-torch.arange(half) / half))
+        c = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        for block in (*self.input_blocks, self.middle_block):
+            for layer in block:
+                x = layer(x, c) if isinstance(layer, ADMResBlock) else layer(x)
+        return self.out(x)
+
+
+class AttentionPool2d(nn.Module):
+    def __init__(self, side, c, head_width, out):
+        super().__init__()
+        self.heads = c // head_width
+        self.positional_embedding = nn.Parameter(torch.empty(c, side**2 + 1))
+        self.qkv_proj, self.c_proj = nn.Conv1d(c, 3 * c, 1), nn.Conv1d(c, out, 1)
+
+    def forward(self, x):
+        flat = x.flatten(2)
+        flat = torch.cat([flat.mean(-1, keepdim=True), flat], -1) + self.positional_embedding
+        n, c, _ = flat.shape
+        q, k, v = self.qkv_proj(flat).reshape(n, 3, self.heads, c // self.heads, -1).unbind(1)
+        weights = torch.softmax(torch.einsum("nhci,nhcj->nhij", q, k) / (c // self.heads) ** 0.5, dim=-1)
+        return self.c_proj(torch.einsum("nhij,nhcj->nhci", weights, v).reshape(flat.shape))[..., 0]
+
+
 class ADMAttention(nn.Module):
     def __init__(self, c, heads, new_order, groups):
         super().__init__()

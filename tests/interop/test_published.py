@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ddjax import grids, interop, predictions, sample, solvers
 from ddjax.cli import main
 from ddjax.denoisers import functional_init
-from ddjax.interop import adapters, images, mapping, unet_families
+from ddjax.interop import adapters, images, mapping, published, unet_families
 from ddjax.schedules import LogLinear
 from ddjax.types import SoftTokens
 
@@ -50,14 +50,28 @@ SETTINGS = {
     "edm_adm": U_NET | {"design": "adm_edm", "latent": 0, "head_width": 16},
     "edm2": U_NET | {"head_width": 16},
     "diffusers_unet": unet_families.DIFFUSERS_UNET.settings({}, UNET2D, {}),
-    "mdlm": TEXT | {"mask": 6, "time_conditioning": False},
-    "sedd": TEXT | {"scale_by_sigma": True},
-    "udlm": TEXT | {"time_conditioning": True},
-    "duo": TEXT | {"time_conditioning": True},
+    "mdlm": TEXT | {"mask": 6, "time_conditioning": False, "num_classes": 0},
+    "sedd": TEXT | {"graph": "absorb", "scale_by_sigma": True, "noise": "loglinear", "noise_range": [1e-4, 20.0]},
+    "udlm": TEXT | {"time_conditioning": True, "num_classes": 0},
+    "duo": TEXT | {"time_conditioning": True, "num_classes": 0},
     "radd": {n: v for n, v in TEXT.items() if n != "cond_width"} | {"mask": 6},
     "llada": {
-        "length": 6, "vocabulary": 7, "mask": 4, "width": 8, "depth": 1, "heads": 2, "mlp_width": 12,
+        "length": 6, "vocabulary": 7, "mask": 4, "width": 8, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 12,
         "rope_theta": 5e5, "epsilon": 1e-5, "dtype": "float32",
+    },
+    "md4": {
+        "length": 6, "vocabulary": 6, "num_classes": 0, "noise_schedule": "linear", "sampling_grid": "cosine",
+        "steps": 1000, "width": 8, "depth": 1, "heads": 2, "mlp_width": 32, "mlp_type": "glu", "embed_width": None,
+        "cond_width": 4,
+    },
+    "adm_classifier": {
+        "size": 8, "shape": [8, 8, 3], "classes": 3, "design": {"resample": "block", "scale_shift": True}, "width": 32,
+        "multipliers": [1.0, 2.0], "blocks": 1, "attend_at": [4], "head_width": 16, "time_scale": 999.0,
+        "new_order": False,
+    },
+    "diffusers_vae": {
+        "size": 8, "shape": [8, 8, 3], "channels": 2, "width": 32, "multipliers": [1, 2], "blocks": 1, "groups": 32,
+        "middle_attention": True, "quant": [True, True], "scale": 0.18215,
     },
 }  # fmt: skip
 GIVEN = {  # what nothing in the file says
@@ -70,6 +84,8 @@ GIVEN = {  # what nothing in the file says
     "edm_adm": {"head_width": 16},
     "edm2": {"head_width": 16},
     "diffusers_unet": {},
+    "adm_classifier": {"size": 8, "head_width": 16},
+    "diffusers_vae": {"size": 8},
     "llada": {"heads": 2, "mask": 4, "length": 6},
 }
 
@@ -103,6 +119,8 @@ def test_the_settings_of_the_tests_are_all_families():
 def test_one_call_samples(tmp_path, name):
     model = loaded(name, tmp_path / "m.safetensors")
     assert model.settings == SETTINGS[name]
+    if model.kind in (published.CLASSES, published.AUTOENCODER):
+        return  # `sample` refuses: tests/interop/test_sampling_parity.py, test_vae.py
     labelled = model.model.num_classes > 0
     cond = LABELS if labelled else None
     drawn = model.sample(jax.random.key(1), 2, cond, steps=4)

@@ -289,3 +289,27 @@ def test_sizes_are_those_of_the_published_modules():
         ours = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(functional(net)[1]))
         buffers = sum(b.numel() for key, b in module.named_buffers() if "freqs" in key)
         assert ours == sum(p.numel() for p in module.parameters()) + buffers, name
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_the_classifier_of_noisy_images(tmp_path, new_order):
+    sizes = {"channels": CHANNELS, "width": 32, "multipliers": (1, 2, 2), "blocks": 2, "attend_at": (2, 4)}
+    module = published.ADMClassifier(side=SIDE, classes=CLASSES, head_width=16, new_order=new_order, **sizes)
+    module, tensors = randomised(module)
+    save_file(tensors, tmp_path / "m.safetensors")
+    given = {"size": SIDE, "head_width": 16, "new_order": new_order}
+    model = interop.load(tmp_path / "m.safetensors", **given)
+    assert (model.family, model.settings["attend_at"], model.report.whole) == ("adm_classifier", [8, 4], True)
+    xt, t, _ = inputs(999.0)
+    wanted = module(torch.from_numpy(xt.transpose(0, 3, 1, 2)), torch.from_numpy(999.0 * t)).detach().numpy()
+    found = jax.jit(model.apply)(model.params, xt, t)
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    again = mapping.save(model.model.entries, model.params)
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor, err_msg=key)
+    del tensors["out.2.c_proj.bias"]
+    save_file({**tensors, "out.3.weight": tensors["out.0.bias"]}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)unknown: out\.3\.weight.*missing: out\.2\.c_proj\.bias"):
+        interop.load(tmp_path / "m.safetensors", **given)

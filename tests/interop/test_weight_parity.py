@@ -199,9 +199,28 @@ def test_sedd(tmp_path):
     wanted = theirs.sedd_scores(module(x_theirs, SIGMA), x_theirs, SIGMA)
     equal(model.denoise(jnp.asarray(x), jnp.asarray(T)).value, wanted)
     round_trips(model, module, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"graph": {"type": "uniform"}}))
-    with pytest.raises(ValueError, match="absorbing noise only"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "graph": {"type": "tridiagonal"}}))
+    with pytest.raises(ValueError, match="graph='tridiagonal'"):
         interop.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "graph": {"type": "uniform"}}))
+    with pytest.raises(ValueError, match="it is off"):
+        interop.load(tmp_path)
+
+
+@pytest.mark.parametrize("noise", ["loglinear", "geometric"])
+def test_sedd_with_a_uniform_graph(tmp_path, noise):
+    module = ddit()
+    config = {"graph": {"type": "uniform"}, "model": {"length": LENGTH, "n_heads": HEADS, "scale_by_sigma": False}}
+    config["noise"] = {"type": noise, "sigma_min": 1e-3, "sigma_max": 15.0}
+    model = interop.load(saved(module, tmp_path, config))
+    x, x_theirs = tokens(VOCABULARY)
+    sigma = SIGMA if noise == "loglinear" else torch.from_numpy(1e-3 ** (1 - T) * 15.0**T).float()
+    wanted = module(x_theirs, sigma).scatter(-1, x_theirs[..., None], 0.0)
+    out = model.denoise(jnp.asarray(x), jnp.asarray(T))
+    assert (out.kind, model.process.num_symbols) == ("ratio", VOCABULARY)
+    equal(out.value, wanted)
+    np.testing.assert_allclose(model.process.schedule.alpha(jnp.asarray(T)), torch.exp(-sigma), rtol=1e-5)
+    round_trips(model, module, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["udlm", "duo"])
@@ -215,6 +234,23 @@ def test_uniform_noise(tmp_path, family):
     round_trips(model, module, tmp_path)
 
 
+@pytest.mark.parametrize("family", ["udlm", "mdlm"])
+def test_labels_of_texts(tmp_path, family):
+    module = randomised(theirs.DDiT(VOCABULARY, WIDTH, 2, HEADS, COND, CLASSES))
+    model = interop.load(saved(module, tmp_path, {"time_conditioning": True}), family, length=LENGTH)
+    assert model.model.num_classes == CLASSES
+    x, x_theirs = tokens(VOCABULARY)
+    out = model.denoise(jnp.asarray(x), jnp.asarray(T), jnp.asarray(LABELS)).value
+    wanted = module(x_theirs, SIGMA, torch.from_numpy(LABELS).long())
+    equal(out, wanted if family == "udlm" else wanted[..., :-1])
+    none = module(x_theirs, SIGMA, torch.full((B,), CLASSES))
+    guided = jax.nn.softmax(model.guided(2.0)(jnp.asarray(x), jnp.asarray(T), jnp.asarray(LABELS)).value)
+    parts = [torch.log_softmax(v if family == "udlm" else v[..., :-1], -1) for v in (wanted, none)]
+    equal(guided, torch.softmax(2 * parts[0] - parts[1], -1))
+    equal(model.denoise(jnp.asarray(x), jnp.asarray(T)).value, none if family == "udlm" else none[..., :-1])
+    round_trips(model, module, tmp_path)
+
+
 def test_radd(tmp_path):
     module = ddit(cond=0)
     model = interop.load(saved(module, tmp_path), length=LENGTH)
@@ -224,10 +260,11 @@ def test_radd(tmp_path):
     round_trips(model, module, tmp_path)
 
 
-def test_llada_from_shards(tmp_path):
-    module = randomised(theirs.LLaDA(VOCABULARY, WIDTH, 2, HEADS, 40, 5e5))
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_llada_from_shards(tmp_path, groups):
+    module = randomised(theirs.LLaDA(VOCABULARY, WIDTH, 2, 4, 40, 5e5, groups))
     config = {
-        "model_type": "llada", "n_heads": HEADS, "n_kv_heads": HEADS, "max_sequence_length": LENGTH, "rope_theta": 5e5,
+        "model_type": "llada", "n_heads": 4, "n_kv_heads": groups, "max_sequence_length": LENGTH, "rope_theta": 5e5,
         "mask_token_id": MASK, "rms_norm_eps": 1e-5, "activation_type": "silu", "block_type": "llama",
     }  # fmt: skip
     state = {k: v.clone().contiguous() for k, v in module.state_dict().items()}
@@ -245,8 +282,8 @@ def test_llada_from_shards(tmp_path):
     equal(model.denoise(jnp.asarray(ours), jnp.asarray(T)).value[..., others], wanted[..., others])
     round_trips(model, module, tmp_path)
 
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_kv_heads": 1}))
-    with pytest.raises(ValueError, match="n_kv_heads=1"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_kv_heads": 3 - groups % 2}))
+    with pytest.raises(ValueError, match=r"mis-shaped|does not divide"):
         interop.load(tmp_path)
 
 

@@ -148,8 +148,8 @@ def rope(
 
 def dot_product_attention(
     q: Float[Array, "batch sites heads head"],
-    k: Float[Array, "batch keys heads head"],
-    v: Float[Array, "batch keys heads head"],
+    k: Float[Array, "batch keys groups head"],
+    v: Float[Array, "batch keys groups head"],
     implementation: str | None = None,
     mask: Bool[Array, "*batch sites keys"] | None = None,
     weights: Callable[[Array], Array] | None = None,
@@ -157,6 +157,7 @@ def dot_product_attention(
 ) -> Float[Array, "batch sites heads head"]:
     """`softmax(q k' / sqrt(head) + bias) v`, scores and softmax in float32 (on a CPU, of float64 in float64).
 
+    k, v: of as many heads, or of fewer, each then for as many neighbouring heads of q (grouped, Ainslie et al. 2023).
     mask: `(queries, keys)`, one for each example, or `(1, heads, queries, keys)`, true where a query attends; every
         query needs a key. None: everywhere, at no cost.
     weights: what is done to the weights of the sum, `(batch, heads, sites, keys)`, which are then written down whatever
@@ -180,6 +181,7 @@ def dot_product_attention(
     if not by_hand and weights is None:
         return jax.nn.dot_product_attention(q, k, v, bias, mask, implementation=implementation or "xla")
     # Heads first by hand: XLA's CPU backend then runs plain batched products, faster than one einsum.
+    k, v = (_for_each_head(x, q.shape[2]) for x in (k, v))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     sums, scale = at_least_float32(q.dtype), q.shape[-1] ** -0.5
     scores = jnp.einsum("bhqd,bhkd->bhqk", q * scale if by_hand else q, k, preferred_element_type=sums)
@@ -193,8 +195,8 @@ def dot_product_attention(
 
 def attention_to_neighbours(
     q: Float[Array, "batch sites heads head"],
-    k: Float[Array, "batch sites heads head"],
-    v: Float[Array, "batch sites heads head"],
+    k: Float[Array, "batch sites groups head"],
+    v: Float[Array, "batch sites groups head"],
     neighbours: Int[np.ndarray, "sites few"],
     mask: Bool[Array, "sites few"],
     weights: Callable[[Array], Array] | None = None,
@@ -203,12 +205,16 @@ def attention_to_neighbours(
 
     weights: as there, of the few, `(batch, heads, sites, few)`.
     """
-    k, v = k[:, neighbours], v[:, neighbours]
+    k, v = (_for_each_head(x, q.shape[2])[:, neighbours] for x in (k, v))
     sums = at_least_float32(q.dtype)
     scores = jnp.einsum("bqhd,bqfhd->bhqf", q * q.shape[-1] ** -0.5, k, preferred_element_type=sums)
     shares = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
     shares = (shares if weights is None else weights(shares)).astype(v.dtype)
     return jnp.einsum("bhqf,bqfhd->bqhd", shares, v)
+
+
+def _for_each_head(x: Float[Array, "batch keys groups head"], heads: int) -> Float[Array, "batch keys heads head"]:
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def check_implementation(implementation: str | None, dtype: DType, head: int) -> None:
@@ -232,8 +238,11 @@ class Attention(nnx.Module):
         (Hatamizadeh et al. 2023, "DiffiT", equations 3 to 5: time-dependent self-attention). 0: none.
     relative: None, or the grid of the sites: each head then adds to its scores a learned bias for every difference
         between two places (Liu et al. 2021, "Swin", equation 4).
+    kv_heads: of keys and values, each for heads / kv_heads neighbouring queries (grouped, Ainslie et al. 2023); default
+        heads. The taps `keys` and `values` have so many.
 
-    The columns of `qkv` are ordered (head, q/k/v, feature), so that sharding the columns shards the heads.
+    The columns of `qkv` are ordered (head, q/k/v, feature), so that sharding the columns shards the heads; grouped ones
+    (head of keys, its queries and then k and v, feature).
     """
 
     def __init__(
@@ -246,22 +255,26 @@ class Attention(nnx.Module):
         out_bias: bool = True,
         told: int = 0,
         relative: tuple[int, ...] | None = None,
+        kv_heads: int | None = None,
         dtype: DType = jnp.float32,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         if heads < 1 or width % heads:
             raise ValueError(f"heads={heads} does not divide width={width}")
+        kv_heads = heads if kv_heads is None else kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
         head = width // heads
         if rotary and head % 2:
             raise ValueError(f"rotary positions pair features: width / heads = {head} must be even")
         check_implementation(implementation, dtype, head)
-        self.heads = heads
+        self.heads, self.kv_heads = heads, kv_heads
         self.rotary = rotary
         self.implementation = implementation
-        self.qkv = Linear(width, 3 * width, bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, width + 2 * kv_heads * head, bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, bias=out_bias, dtype=dtype, rngs=rngs)
-        self.told = Linear(told, 3 * width, bias=False, dtype=dtype, rngs=rngs) if told else None
+        self.told = Linear(told, width + 2 * kv_heads * head, bias=False, dtype=dtype, rngs=rngs) if told else None
         self.grid = relative
         rows = (math.prod(2 * side - 1 for side in relative or ()), heads)
         self.relative = (
@@ -285,8 +298,9 @@ class Attention(nnx.Module):
         qkv = self.qkv(x)
         if self.told is not None:
             qkv = qkv + per_site(self.told(c), sites)
-        qkv = qkv.reshape(batch, sites, self.heads, 3, width // self.heads)
-        q, k, v = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
+        qkv = qkv.reshape(batch, sites, self.kv_heads, -1, width // self.heads)
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = q.reshape(batch, sites, self.heads, -1)
         q = constrain(q, "batch", "sites", "heads", None)
         if self.rotary:
             base = 1e4 if self.rotary is True else self.rotary

@@ -54,6 +54,21 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.out_dtype)
 
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,  # by a tanh
+    "exact gelu": partial(jax.nn.gelu, approximate=False),
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activation_of(name: str) -> Callable[[Array], Array]:
+    """An activation by its name in `ACTIVATIONS`. Raises ValueError for another."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
 class MLP(nnx.Module):
     """Two layers with a GELU between, by default approximated by a tanh."""
 
@@ -70,19 +85,22 @@ class MLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), by default SwiGLU: silu, without biases."""
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), by default SwiGLU, without biases.
+
+    activation: of `ACTIVATIONS`; "silu" is SwiGLU, "gelu" GEGLU, "sigmoid" the GLU.
+    """
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: str = "silu",
         bias: bool = False,
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.activation = activation
+        self.activation = activation_of(activation)
         self.gate = Linear(width, hidden, bias=bias, dtype=dtype, rngs=rngs)
         self.up = Linear(width, hidden, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, bias=bias, dtype=dtype, rngs=rngs)

@@ -64,7 +64,8 @@ class Block(nnx.Module):
     conditioning: by what the block is told of it, one or several joined by "+": "modulation" (adaLN-zero); "attention"
         (`Attention(told=)`); "weights": those of the last layer of attention, which come from outside (`projection`),
         and of a convolution within the MLP (`layers.generated`; needs the grid of patches).
-    rotary, qkv_bias, out_bias, relative: of `layers.Attention`.
+    rotary, qkv_bias, out_bias, relative, kv_heads: of `layers.Attention`.
+    activation: of a "gated" MLP.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
     attention: `Attention`'s implementation, or "linear" (`LinearAttention`), which needs the grid of patches.
@@ -85,6 +86,8 @@ class Block(nnx.Module):
         qkv_bias: bool = False,
         out_bias: bool = True,
         relative: tuple[int, ...] | None = None,
+        kv_heads: int | None = None,
+        activation: str = "silu",
         norm: str = "plain",
         epsilon: float = 1e-6,
         dropout: float = 0.0,
@@ -104,7 +107,7 @@ class Block(nnx.Module):
         self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
         by = check_conditioning(conditioning)
         self.generated = "weights" in by
-        if attention == "linear" and (grid is None or rotary or qkv_bias or not out_bias):
+        if attention == "linear" and (grid is None or rotary or qkv_bias or kv_heads or not out_bias):
             raise ValueError("attention='linear' is for the patches of images, with biases behind it alone")
         if attention == "linear" and (relative is not None or by != {"modulation"}):
             raise ValueError("attention='linear' has no scores to add to, and is told nothing: 'modulation'")
@@ -116,14 +119,15 @@ class Block(nnx.Module):
             LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
             if attention == "linear"
             else Attention(
-                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, relative=relative,
+                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, relative=relative, kv_heads=kv_heads,
                 told=cond_width if "attention" in by else 0, dtype=dtype, implementation=attention, rngs=rngs,
             )
         )  # fmt: skip
+        options = {"activation": activation} if mlp == "gated" else experts or {}
         self.mlp = (
             GeneratedMLP(width, mlp_width, grid, cond_width, dtype=dtype, rngs=rngs)
             if self.generated
-            else MLPS[mlp](width, mlp_width, dtype=dtype, **experts or {}, rngs=rngs)
+            else MLPS[mlp](width, mlp_width, dtype=dtype, **options, rngs=rngs)
         )
         self.norm_a, self.norm_m = (make_norm(norm, width, epsilon) for _ in range(2))
         modulated = cond_width and "modulation" in by

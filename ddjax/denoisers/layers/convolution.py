@@ -196,7 +196,7 @@ class ResBlock(nnx.Module):
 
     Args:
         features_in, features_out: where they differ the shortcut has a convolution of one pixel.
-        cond_width: of the conditioning vector.
+        cond_width: of the conditioning vector; 0: there is none.
         heads: 0 for no attention.
         resample: None, "down" or "up": of what the first convolution sees, and of the shortcut.
         weights: of the resampling filter.
@@ -236,7 +236,9 @@ class ResBlock(nnx.Module):
         self.norm_in = norm(features_in)
         self.conv_in = Conv(features_in, features_out, dtype=dtype, rngs=rngs)
         numbers = (1 + scale_shift) * features_out
-        self.modulation = Linear(cond_width, numbers, bias=modulation_bias, dtype=dtype, rngs=rngs)
+        self.modulation = (
+            Linear(cond_width, numbers, bias=modulation_bias, dtype=dtype, rngs=rngs) if cond_width else None
+        )
         self.norm_out = norm(features_out)
         self.conv_out = Conv(features_out, features_out, kernel_init=zeros, dtype=dtype, rngs=rngs)
         projects = features_in != features_out or (project and resample is not None)
@@ -250,7 +252,7 @@ class ResBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch H W in"],
-        c: Float[Array, "batch cond"],
+        c: Float[Array, "batch cond"] | None,
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str = "block",
@@ -261,8 +263,9 @@ class ResBlock(nnx.Module):
         if self.resample is not None:
             change = downsample if self.resample == "down" else upsample
             h, x = change(h, self.weights), change(x, self.weights)
-        h, m = self.conv_in(h), self.modulation(c)[:, None, None]
-        if self.scale_shift:
+        h = self.conv_in(h)
+        m = 0.0 if self.modulation is None else self.modulation(c)[:, None, None]
+        if self.scale_shift and self.modulation is not None:
             scale, shift = jnp.split(m, 2, axis=-1)
             h = self.norm_out(h) * (1 + scale) + shift
         else:

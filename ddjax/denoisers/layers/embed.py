@@ -122,6 +122,7 @@ class Conditioner(nnx.Module):
     closed: of the time's frequencies (`time_embedding`).
     vector: numbers of a vector that is a condition, `cond = {"vector": (batch, vector), "cond": label}`, zeros: none.
     silu: whether the sum has passed through silu.
+    each: silu(time_mlp(t)) + silu(label_table[label]) in its place (UDLM, Schiff et al. 2024).
     label_noise: in training the label's row gets N(0, label_noise^2 / width) (condition embedding perturbation, Chen et
         al. 2024, "Slight corruption in pre-training data makes better diffusion models").
     """
@@ -137,6 +138,7 @@ class Conditioner(nnx.Module):
         label_noise: float = 0.0,
         closed: bool = False,
         silu: bool = True,
+        each: bool = False,
         rngs: nnx.Rngs,
     ):
         if not label_noise >= 0 or (label_noise and not num_classes):
@@ -151,7 +153,7 @@ class Conditioner(nnx.Module):
         self.labels = nnx.Param(_normal(rngs.params(), (num_classes + 1, width), jnp.float32)) if labelled else None
         self.latent = Linear(latent, width, kernel_init=_normal, rngs=rngs) if latent else None
         self.vector = Linear(vector, width, kernel_init=_normal, rngs=rngs) if vector else None
-        self.label_noise, self.closed, self.silu = label_noise, closed, silu
+        self.label_noise, self.closed, self.silu, self.each = label_noise, closed, silu, each
 
     def __call__(
         self,
@@ -168,10 +170,10 @@ class Conditioner(nnx.Module):
         """
         given = Given.of(cond)
         given.check_taken(*("z",) * (self.latent is not None), *("vector",) * (self.vector is not None))
-        total = jnp.zeros((), jnp.float32)
+        total, part = jnp.zeros((), jnp.float32), jax.nn.silu if self.each else lambda v: v
         if self.time:
             features = time_embedding(check_time(t, batch, sites), closed=self.closed)
-            total = self.time_out(jax.nn.silu(self.time_in(features)))
+            total = part(self.time_out(jax.nn.silu(self.time_in(features))))
         labels = check_labels(given.cond, self.num_classes, batch)
         told = []
         if self.labels is not None:
@@ -184,8 +186,8 @@ class Conditioner(nnx.Module):
         if self.vector is not None:
             told.append(self.vector(_check_vector(given.vector, batch, self.vector.kernel.shape[0])))
         for v in told:
-            total = total + (v[:, None] if total.ndim == 3 else v)
-        return jax.nn.silu(total) if self.silu else total
+            total = total + part(v[:, None] if total.ndim == 3 else v)
+        return jax.nn.silu(total) if self.silu and not self.each else total
 
 
 def _normal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
