@@ -62,7 +62,8 @@ class Experiment:
     @property
     def sites(self) -> int:
         """Sites of one example: what bits per dimension divide by."""
-        return int(functools.reduce(lambda a, b: a * b, self.data.shape, 1))
+        shapes = self.data.shape.values() if self.data.parts else [self.data.shape]
+        return sum(map(math.prod, shapes))
 
     @property
     def block(self) -> int | None:
@@ -107,6 +108,12 @@ class Experiment:
     def output_shape(self) -> tuple[int, ...]:
         """The shape of what the network says of one continuous example."""
         return output_shape(self.process, self.data.shape, self.kind)
+
+    def batch_shape(self, n: int) -> Any:
+        """The shape of n states, `(n, *sites)`, or that of each part."""
+        if isinstance(self.state_shape, Mapping):
+            return {name: (n, *shape) for name, shape in self.state_shape.items()}
+        return (n, *self.state_shape)
 
     def clean(self, xt: Array) -> Array:
         """The data in a state."""
@@ -394,6 +401,12 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     schedule = naming.make(names.SCHEDULES, c.schedule, "config.process.schedule", **own, **c.schedule_options)
     make_process = naming.pick(names.PROCESSES, c.name, "config.process.name")
     takes = inspect.signature(make_process).parameters
+    if ("parts" in takes) != data.parts:
+        wants, has = ("several parts", "of one") if "parts" in takes else ("one part", "of several")
+        raise ConfigError(
+            f"config.process.name={c.name!r} is for states of {wants}, but the data {data.name!r} are {has}; "
+            f"config.process.name='product' has a process for each part"
+        )
     categorical = "num_symbols" in takes
     if categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
@@ -405,7 +418,7 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")
     if "counts" in takes:
         data = datasets.count_symbols(data)
-    given |= {"num_symbols": data.num_symbols, "counts": data.counts, "schedule": schedule}
+    given |= {"num_symbols": data.num_symbols, "counts": data.counts, "schedule": schedule, "parts": True}
     options = naming.taken(make_process, given)
     if clash := options.keys() & c.options.keys():
         raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
@@ -416,8 +429,10 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
 
 def _check_values(config: Config, data: Dataset, process: Any) -> None:
     """Raise ConfigError where the process is not for such values as the data's levels, or their first items."""
+    if not hasattr(process, "check_data"):
+        return
     values = data[:64]["x0"] if data.levels is None and len(data) else data.levels
-    if values is not None and hasattr(process, "check_data"):
+    if values is not None:
         try:
             process.check_data(values)
         except ValueError as error:

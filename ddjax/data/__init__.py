@@ -11,6 +11,7 @@ from ddjax.data.ahead import Ahead
 from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
 from ddjax.data.beside import by_class, in_condition, mislabelled
+from ddjax.data.columns import Columns, read_csv, write_csv
 from ddjax.data.dataset import Dataset, Source, count_symbols
 from ddjax.data.mixing import mixed
 from ddjax.data.noisy import noisy
@@ -27,6 +28,7 @@ __all__ = [
     "Batches",
     "Bytes",
     "Characters",
+    "Columns",
     "Dataset",
     "ShardError",
     "Source",
@@ -44,8 +46,10 @@ __all__ = [
     "mislabelled",
     "mixed",
     "noisy",
+    "read_csv",
     "rescaled",
     "text8",
     "unigram_entropy",
+    "write_csv",
     "write_png",
 ]

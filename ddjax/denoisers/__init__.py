@@ -21,7 +21,7 @@ from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logit
 from ddjax.denoisers.low_rank import LowRankGaussian
 from ddjax.denoisers.neural_process import NeuralProcess
 from ddjax.denoisers.state_space import StateSpace
-from ddjax.denoisers.tabular import TabularMLP
+from ddjax.denoisers.tabular import MixedTable, TabularMLP
 from ddjax.denoisers.taught import Taught
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
@@ -41,6 +41,7 @@ __all__ = [
     "Functional",
     "GraphTransformer",
     "LowRankGaussian",
+    "MixedTable",
     "NeuralProcess",
     "OverDraws",
     "Pointed",

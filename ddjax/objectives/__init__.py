@@ -10,6 +10,7 @@ from ddjax.objectives import degradations, densities, weightings
 from ddjax.objectives.adaptive_noise import adaptive_noise
 from ddjax.objectives.ambient import ambient, with_noise_level
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
+from ddjax.objectives.by_parts import by_parts, digress, tabddpm
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
 from ddjax.objectives.conditioning import with_condition_dropout, with_condition_noise
 from ddjax.objectives.contrastive import contrastive_flow_matching
@@ -45,6 +46,7 @@ __all__ = [
     "ambient",
     "any_order",
     "block_elbo",
+    "by_parts",
     "clipped",
     "coherent_labels",
     "contrastive_flow_matching",
@@ -56,6 +58,7 @@ __all__ = [
     "degradations",
     "densities",
     "diffusion_forcing",
+    "digress",
     "duo",
     "dynamic",
     "elbo",
@@ -83,6 +86,7 @@ __all__ = [
     "score_entropy",
     "search_clip",
     "soft_mixture",
+    "tabddpm",
     "teacher_forced",
     "together",
     "uncertainty_parameters",

@@ -10,6 +10,7 @@ from ddjax.solvers.correction import SelfCorrection
 from ddjax.solvers.counts import BinomialBridge, PoissonBridge
 from ddjax.solvers.discrete_flow import Campbell, FlowEuler
 from ddjax.solvers.events import FirstHitting, Gillespie, PlannedSteps
+from ddjax.solvers.first_order import FirstOrder
 from ddjax.solvers.flow_turbo import FlowTurbo, refined
 from ddjax.solvers.gaussian import DDIM, Heun
 from ddjax.solvers.given import FreshLatent, GivenLatent
@@ -39,6 +40,7 @@ from ddjax.solvers.multistep import (
 from ddjax.solvers.nested import Nested
 from ddjax.solvers.noise import Brownian, Fresh, Given, Noise
 from ddjax.solvers.orders import Confidence, LeftToRight, Local, Planner, RandomOrder
+from ddjax.solvers.parts import Parts
 from ddjax.solvers.preconditioning import ExactHessian, FixedHessian, LevenbergMarquardt, Preconditioned
 from ddjax.solvers.rates import RateEuler, TauLeaping, Tweedie
 from ddjax.solvers.reflected import FoldedHeun
@@ -82,6 +84,7 @@ __all__ = [
     "EulerMaruyama",
     "ExactHessian",
     "FirstHitting",
+    "FirstOrder",
     "FixedHessian",
     "FlowEuler",
     "FlowTurbo",
@@ -108,6 +111,7 @@ __all__ = [
     "Multistep",
     "Nested",
     "Noise",
+    "Parts",
     "PathPlanning",
     "PlannedSteps",
     "Planner",

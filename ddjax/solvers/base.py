@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddjax.types import Denoise, Keys, State, Time
+from ddjax.types import Denoise, Keys, State, Time, batch_size
 
 
 class Info(NamedTuple):
@@ -22,7 +22,7 @@ class Info(NamedTuple):
 
 def batched(t: Float[Array, ""] | Time, xt: State) -> Time:
     """The time as `denoise` takes it, `(batch,)`; `sample` hands solvers one number for the whole batch."""
-    return jnp.full(xt.shape[:1], t) if jnp.ndim(t) == 0 else t
+    return jnp.full((batch_size(xt),), t) if jnp.ndim(t) == 0 else t
 
 
 def everywhere(flag: Array, xt: State) -> Bool[Array, " batch"]:
