@@ -194,7 +194,7 @@ class SampleConfig:
     # inside, and its options, teleport (at, law: a file, left out for that of the training data), redi (base: a file,
     # neighbours), levenberg_marquardt (damping, memory, form), momentum (beta, form, nesterov, predictor, rescaled);
     # preconditioned_langevin (law, size, steps, damping); folded_heun (reflected); given_latent (adaptive_gaussian),
-    # with the option solver; fresh_latent (soft_mixture)
+    # with the option solver; fresh_latent (soft_mixture); resampled (RePaint, of known sites): solver, rounds
     # of a product parts, with the option solvers_of, a dict of solvers by the part's name (default ancestral)
     # of any states nested (a whole sample at every step): solver and its options, inner_steps (a number, or one for
     # each step), inner_grid, outer; denoising_chain: back (times) and rounds

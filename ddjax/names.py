@@ -465,6 +465,11 @@ def _parts(process: processes.Product, solvers_of: Mapping[str, str] | None = No
     return solvers.Parts(process, {name: solver(process[name]) for name, solver in made.items()})
 
 
+def _resampled(process: Any, solver: str = "ancestral", rounds: int = 5) -> solvers.Resampled:
+    """`Resampled` around another of `SOLVERS`, with its defaults."""
+    return solvers.Resampled(pick(SOLVERS, solver, "config.sample.solver_options.solver")(process), rounds)
+
+
 # Of the arguments, the process comes first and law (the Gaussian law of the training data, or of a file that the option
 # names) is given where it is taken; the others are config.sample.solver_options.
 SOLVERS = {
@@ -480,6 +485,7 @@ SOLVERS = {
     "given_latent": _given_latent,
     "fresh_latent": solvers.FreshLatent,
     "parts": _parts,
+    "resampled": _resampled,
     "remasking": solvers.Remasking,
     "psi": solvers.Psi,
     "self_correction": solvers.SelfCorrection,

@@ -60,7 +60,7 @@ def sample(
         `lower_order_final`, is that of all.)
     cond: a pytree with a leading batch axis. init: start from this state, at `times[0]`, instead of the prior.
     observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
-        copy, as in RePaint, Lugmayr et al. 2022, without its resampling).
+        copy, as in RePaint, Lugmayr et al. 2022; with its resampling by `solvers.Resampled`).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
     taps: also return what the network had at these points (`denoisers.taps`) in every step, `{name: (steps, batch,
         ...)}`: of a step that evaluates the network more than once its last time, and of guidance, which evaluates
@@ -191,6 +191,7 @@ class Loop(NamedTuple):
         if observed is not None and not hasattr(process, "observe"):
             raise ValueError(f"{type(process).__name__} cannot show sites that are known: leave out observed")
         batch, own = rows.shape[0], times.ndim == 2  # a grid of its own for each example
+        solver = solver.told(observed) if hasattr(solver, "told") else solver
         prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
 
         def at(i):

@@ -54,6 +54,7 @@ from ddjax.solvers.renoised import (
     edm_restart,
     edm_stochastic,
 )
+from ddjax.solvers.resampled import Resampled
 from ddjax.solvers.reuse import Reuse
 from ddjax.solvers.singlestep import (
     SingleStep,
@@ -122,6 +123,7 @@ __all__ = [
     "RandomOrder",
     "RateEuler",
     "Remasking",
+    "Resampled",
     "Restart",
     "Reuse",
     "SelfCorrection",

@@ -43,7 +43,8 @@ class Solver(Protocol):
     One that holds predictions, must know which sites are observed (`known`, None for none), or is made around another
     solver also has `begin(xt, cond, denoise, known)`, which is then called in the place of `init` (`base.first_carry`).
     One that has a whole sample before the last step has `shown(carry)`, which gives it (`sampling.stream`). One that
-    says what each step is has `grid_steps`, their number.
+    says what each step is has `grid_steps`, their number. One that puts known sites in itself has `told(observed)`,
+    which gives the solver that knows them.
     """
 
     def init(self, xt: State, cond: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ddjax.processes.categorical import Categorical
@@ -18,8 +19,8 @@ from ddjax.types import batch_size
 class FirstOrder:
     """x_s ~ p(x_s | x_t) exp(<slope at x_t, x_s>), normalised, with denoisers of `guidance.regressed`.
 
-    log p(y | x_s) is taken at its tangent in x_t. For symbols, in their one-hot vectors, the slope adds to the logits of
-    the reverse step (Vignac et al. 2023, "DiGress", section 5); for numbers the mean moves by the variance times the
+    log p(y | x_s) is taken at its tangent in x_t. For symbols, in their one-hot vectors, the slope adds to the logits
+    of the reverse step (Vignac et al. 2023, "DiGress", section 5); for numbers the mean moves by the variance times the
     slope (Dhariwal & Nichol 2021, algorithm 1). Of a product each part moves so.
 
     Raises ValueError, when a sampler is compiled, for a denoiser without slopes, and a step that is neither.
@@ -35,8 +36,8 @@ class FirstOrder:
         """The guided reverse step."""
         law = self.process.reverse(prediction, xt, s, t)
         if isinstance(law, Joint):
-            return Joint({name: _tilted(own, slopes[name]) for name, own in law.laws.items()})
-        return _tilted(law, slopes)
+            return Joint({name: _tilted(self.process[name], own, slopes[name]) for name, own in law.laws.items()})
+        return _tilted(self.process, law, slopes)
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """One draw."""
@@ -47,9 +48,13 @@ class FirstOrder:
         return law.sample(keys), carry, Info(jnp.ones(batch_size(xt), jnp.int32))
 
 
-def _tilted(law: Any, slope: Any) -> Any:
-    if isinstance(law, Categorical):
-        return Categorical(law.logits + slope.astype(law.logits.dtype))
+def _tilted(process: Any, law: Any, slope: Any) -> Any:
+    if process.state == "categorical":
+        if isinstance(law, Categorical):
+            return Categorical(law.logits + slope.astype(law.logits.dtype))
+        states = jnp.arange(slope.shape[-1])  # of laws that are not made of logits, each state's probability
+        logits = jax.vmap(lambda k: law.log_prob(jnp.full(slope.shape[:-1], k)), out_axes=-1)(states)
+        return Categorical(logits + slope.astype(logits.dtype))
     if isinstance(law, Normal):
         return Normal(law.mean + law.std**2 * slope, law.std)
     raise ValueError(f"a step that draws from {type(law).__name__} has no first-order guidance")
