@@ -50,7 +50,7 @@ def step_nats(name, clean, seen, logits, s, t):
 
 
 def test_tabddpm_is_the_published_loss(x64):
-    """Squared errors of the noise, mean over numbers, and nats of a random step times their number, mean over columns."""
+    """Squared errors of the noise, mean over numbers, and nats of a random step times their number, over columns."""
     x0, steps = law.draw(0, N), 10
     times = np.asarray(grids.uniform(steps))
     loss, xt, t, said, _ = captured(objectives.tabddpm(PROCESS, "noise+posterior", times=times), x0)
@@ -83,7 +83,7 @@ def test_digress_is_the_published_loss(x64):
         shown.update(xt)
         return jax.tree.map(jnp.asarray, said)
 
-    loss, metrics = objectives.digress(process, edges=3.0)(jax.random.key(0), apply, {}, x0, weights=weights)
+    loss, _metrics = objectives.digress(process, edges=3.0)(jax.random.key(0), apply, {}, x0, weights=weights)
     want = 0.0
     for name, share in (("nodes", 1.0), ("edges", 3.0)):
         log_p = said[name] - np.log(np.exp(said[name]).sum(-1, keepdims=True))

@@ -1,6 +1,7 @@
 """Functions given some of their values: under a Gaussian process's own denoiser every law is known."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def law_of_samples(times, rounds):
         return move(law, free, alpha * VALUES * KNOWN, sigma**2 * np.diag(KNOWN.astype(float)))
 
     law = show((mean, cov), *coefficients(times[0]))
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         (a_t, s_t), (a_s, s_s) = coefficients(t), coefficients(s)
         back = a_t * KERNEL @ np.linalg.inv(a_t**2 * KERNEL + s_t**2 * eye)
         # q(x_s | x_t, x_0) of x_s = a_s x_0 + s_s noise, x_t = (a_t / a_s) x_s + sqrt(v) noise, by Bayes' rule.
