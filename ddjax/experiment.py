@@ -35,6 +35,8 @@ from ddjax.networks import network, output_shape, state_shape
 from ddjax.objectives.base import Objective
 from ddjax.predictions import TwoHeads, bind, planned
 from ddjax.rehearsal import rehearse
+from ddjax.sampling import Observed
+from ddjax.symmetric import pairs
 from ddjax.training import Ema, optimizer
 from ddjax.types import Apply, Denoise, Params
 
@@ -94,10 +96,27 @@ class Experiment:
             cond = objectives.AtCoherence(self.config.sample.coherence[0])(cond)
         if getattr(self.coupling, "show", False):
             cond = {"x1": x1, "cond": cond}
+        if self.data.sizes is not None:
+            cond = {"size": self.sizes(key, rows), "cond": cond}
         if not hasattr(self.process, "latents"):
             return cond
         keys = random.example_keys(jax.random.fold_in(key, 2**31 - 1), rows)  # a number that no row has
         return {"z": self.process.latents(len(rows)).sample(keys), "cond": cond}
+
+    def sizes(self, key: Array, rows: Array) -> Array:
+        """How many nodes these samples of graphs have, drawn as often as they occur in the training data."""
+        keys = random.example_keys(jax.random.fold_in(key, 2**31 - 4), rows)  # a number that no row has
+        ends = jnp.cumsum(jnp.asarray(self.data.sizes / self.data.sizes.sum(), jnp.float32))
+        drawn = jnp.searchsorted(ends, random.uniform(keys), side="right")
+        return jnp.minimum(drawn, int(np.flatnonzero(self.data.sizes)[-1])).astype(jnp.int32)
+
+    def absent(self, size: Array) -> Any:
+        """Sites of nodes that graphs of these sizes do not have, as known to be 0."""
+        absent = jnp.arange(len(self.data.sizes) - 1) >= size[:, None]
+        i, j = pairs(absent.shape[1])
+        masks = {"nodes": absent, "edges": absent[:, i] | absent[:, j]}
+        mask = {name: masks[name] for name in self.data.shape}
+        return Observed(mask, jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.int32), mask))
 
     @property
     def state_shape(self) -> tuple[int, ...]:

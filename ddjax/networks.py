@@ -124,7 +124,16 @@ def _parts(config: Config, data: Dataset, process: Any, copies: int) -> dict[str
 
 
 def _graphs(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
-    return {"nodes": _nodes(data, bool(config.denoiser.options.get("typed", False)))}
+    if not data.parts:
+        return {"nodes": _nodes(data, bool(config.denoiser.options.get("typed", False)))}
+    if data.sizes is None:
+        raise _unfit(config, data, "graphs")
+    numbers, kind = {"symbols_in": {}, "symbols_out": {}}, config.denoiser.kind
+    for name in data.shape:
+        part, states = process[name], process.kind_of(kind, name) in STATE_KINDS
+        numbers["symbols_in"][name] = part.num_states
+        numbers["symbols_out"][name] = part.num_states if states else part.num_symbols
+    return {**numbers, "nodes": len(data.sizes) - 1, "sizes": True}
 
 
 # What a network is for, its class's `takes` (images, where it does not say), and the options that follow from the data:

@@ -173,6 +173,8 @@ class Run:
                 step = Stopping(step, stop)
             labels, known, x1 = jax.tree.map(lambda a, which=which: jnp.asarray(a[which]), (cond, observed, init))
             rows = jnp.asarray(own_rows[which])
+            if self.data.sizes is not None:  # what a smaller graph does not have is known
+                known = _beside(experiment.absent(experiment.sizes(key, rows)), known)
             settings = {
                 "shape": experiment.batch_shape(len(which)),
                 "solver": step,
@@ -326,6 +328,7 @@ class Run:
         *,
         cond: Int[Array, " n"] | None = None,
         segments: Int[Array, "n length"] | None = None,
+        size: Int[Array, " n"] | None = None,
         known: Bool[Array, batch * sites] | None = None,
         num_times: int | None = None,
         batch_size: int | None = None,
@@ -336,6 +339,7 @@ class Run:
 
         x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound. segments: of packed documents, each
         of which is scored by itself (`data.packing`). known: sites that are given and cost nothing, such as padding.
+        size: numbers of nodes, of graphs of several sizes; `known` are then the sites of nodes that there are not.
         `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
         """
         check_bound(self.process)
@@ -343,8 +347,9 @@ class Run:
         bound = self.experiment.named.bound
 
         def score(x0: State, given: Any, rows: Rows) -> Bound:
-            cond, segments, known = given
+            cond, segments, size, known = given
             cond = cond if segments is None else {"segments": segments, "cond": cond}
+            cond = cond if size is None else {"size": size, "cond": cond}
             if bound is not None:
                 steps = {"steps": self.config.sample.steps, "num_draws": number, "known": known, "rows": rows}
                 return bound(key, self.denoise, self.process, x0, cond, **steps)
@@ -361,7 +366,7 @@ class Run:
                 rows=rows,
             )
 
-        return self._scored(score, x0, (cond, segments, known), batch_size)
+        return self._scored(score, x0, (cond, segments, size, known), batch_size)
 
     def ode(
         self,
@@ -476,6 +481,14 @@ class Run:
         if found != self.data.shape:
             raise ValueError(f"expected n states of shape {self.data.shape}, got shape {found}")
         return x0
+
+
+def _beside(one: Observed, other: Observed | None) -> Observed:
+    """What either knows; where both do, the first."""
+    if other is None:
+        return one
+    mask = jax.tree.map(jnp.logical_or, one.mask, other.mask)
+    return Observed(mask, jax.tree.map(jnp.where, one.mask, one.value, other.value))
 
 
 def _swapped(path: Any) -> Any:

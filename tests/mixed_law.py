@@ -15,7 +15,7 @@ P = np.array([[0.3, 0.05], [0.1, 0.25], [0.05, 0.25]])  # of a, b
 MEAN = np.array([[-1.0, 0.2], [0.5, -0.3], [1.2, 0.8]])
 STD = 0.4
 # Numbers by cosines, one alphabet by uniform noise and another by masks, each at its own pace.
-PROCESS = Product({"x": Gaussian(VPCosine()), "a": Uniform(3, Cosine()), "b": Masked(2, Linear())})
+PROCESS = Product({"x": Gaussian(VPCosine(s=0.0)), "a": Uniform(3, Cosine()), "b": Masked(2, Linear())})
 KIND = "x0+posterior"
 
 
@@ -36,11 +36,12 @@ def transition(name, s, t):
 
 def posterior(xp, xt, alpha, sigma, q_a, q_b):
     """p(a), p(b), E[x] given all noised parts, `(batch, .)`; q: `(batch, symbols)`, likelihoods of what was seen."""
+    p, mean = (xp.asarray(v, xt.dtype) for v in (P, MEAN))
     var = (alpha**2 * STD**2 + sigma**2)[:, None, None]
-    off = xt[:, None, None] - alpha[:, None, None] * MEAN
-    w = P * xp.exp(-0.5 * off**2 / var) * q_a[:, :, None] * q_b[:, None, :]
+    off = xt[:, None, None] - alpha[:, None, None] * mean
+    w = p * xp.exp(-0.5 * off**2 / var) * q_a[:, :, None] * q_b[:, None, :]
     w = w / w.sum((1, 2), keepdims=True)
-    x0 = (w * (MEAN + alpha[:, None, None] * STD**2 / var * off)).sum((1, 2))
+    x0 = (w * (mean + alpha[:, None, None] * STD**2 / var * off)).sum((1, 2))
     return w.sum(2), w.sum(1), x0
 
 
@@ -48,9 +49,9 @@ def denoise(xt, t, cond=None):
     """The exact denoiser of the library's contract."""
     x, a, b = (xt[name][:, 0] for name in ("x", "a", "b"))
     schedule = PROCESS["x"].schedule
-    keep = {name: PROCESS[name].schedule.alpha(t)[:, None] for name in ("a", "b")}
-    q_a = keep["a"] * (a[:, None] == jnp.arange(3)) + (1 - keep["a"]) / 3
-    q_b = jnp.where((b == 2)[:, None], 1 - keep["b"], keep["b"] * (b[:, None] == jnp.arange(2)))
+    keep = PROCESS["a"].schedule.alpha(t)[:, None]
+    q_a = keep * (a[:, None] == jnp.arange(3)) + (1 - keep) / 3
+    q_b = jnp.where((b == 2)[:, None], 1.0, b[:, None] == jnp.arange(2))  # factors of all symbols left out
     p_a, p_b, x0 = posterior(jnp, x, schedule.alpha(t), schedule.sigma(t), q_a, q_b)
     logs = {"a": jnp.log(jnp.maximum(p_a, 1e-30)), "b": jnp.log(jnp.maximum(p_b, 1e-30))}
     return Prediction({"x": x0[:, None], **{name: v[:, None] for name, v in logs.items()}}, KIND)

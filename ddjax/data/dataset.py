@@ -60,6 +60,8 @@ class Dataset:
             its items come in training. None: one source.
         fingerprint: of prepared data, what tells them from others; a run goes on with the same only. "" for others.
         columns: of the rows of a table, what their entries stand for (`data.columns.Columns`). None otherwise.
+        sizes: of graphs of several sizes, how many of each number of nodes there are in the training split; items have
+            a "size". None otherwise.
 
     Data of several parts, for `processes.Product`, have dicts for "x0", shape, num_symbols (None for a part of numbers)
     and counts, with an entry for each part.
@@ -78,6 +80,7 @@ class Dataset:
     mixture: tuple[tuple[int, float], ...] | None = None
     fingerprint: str = ""
     columns: Any = dataclasses.field(default=None, repr=False)
+    sizes: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)

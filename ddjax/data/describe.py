@@ -35,6 +35,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "vocabulary": describe_vocabulary(dataset.vocabulary),
         "counts": _each(lambda counts: counts.tolist(), dataset.counts),
         **({} if dataset.columns is None else {"columns": dataset.columns.describe()}),
+        **({} if dataset.sizes is None else {"sizes": dataset.sizes.tolist()}),
     }
 
 
@@ -83,4 +84,5 @@ def from_description(description: dict[str, Any]) -> Dataset:
         vocabulary=described_vocabulary(description["vocabulary"]),
         counts=_each(lambda counts: np.asarray(counts, np.int64), description["counts"]),
         columns=Columns(**description["columns"]) if "columns" in description else None,
+        sizes=np.asarray(description["sizes"], np.int64) if "sizes" in description else None,
     )

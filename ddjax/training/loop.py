@@ -40,7 +40,7 @@ from ddjax.training.report import Report, Work, require_writers
 from ddjax.training.setup import prepare, step_flops
 from ddjax.training.spread import Spread
 from ddjax.training.state import TrainState
-from ddjax.types import batch_size
+from ddjax.types import batch_size, per_example
 
 BAD_STEP_POLICIES = ("stop", "skip", "roll_back")
 IN_FLIGHT = 2  # steps dispatched ahead of the device: enough to keep it busy, few enough to bound memory
@@ -333,6 +333,9 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likeliho
         if "segments" in items:  # packed documents, and padding, which costs nothing and is not counted
             sites = items["weights"].sum(axis=1, dtype=np.float64)
             asked |= {"segments": items["segments"], "known": items["weights"] == 0}
+        if "size" in items:  # graphs: sites of nodes that there are not
+            sites = np.asarray(per_example(items["weights"]), np.float64)
+            asked |= {"size": items["size"], "known": jax.tree.map(lambda w: w == 0, items["weights"])}
         if likelihood == "bound":
             found = run.nelbo(key, items["x0"], num_times=config.eval.num_times, **asked)
             terms = {name: getattr(found, name) for name in ("prior", "diffusion", "reconstruction")}

@@ -15,7 +15,7 @@ from ddjax.likelihood import nelbo
 from ddjax.predictions import Prediction, bind
 from ddjax.processes import Gaussian, Masked, Product, Uniform
 from ddjax.sampling import Observed, stream
-from ddjax.solvers import DDIM, Ancestral, Heun, Parts, StepsDown, dpm_solver_pp
+from ddjax.solvers import DDIM, Ancestral, Churned, Heun, Parts, dpm_solver_pp
 
 PROCESS = law.PROCESS
 
@@ -37,7 +37,7 @@ def every(order):
 @pytest.mark.slow
 def test_the_bound_of_the_exact_denoiser_is_the_entropy(x64):
     """Every expectation by quadrature, in float64: what is left is the ends' distance from noise and from data."""
-    (x0, seen), noise, weights = every(18)
+    (x0, seen), noise, weights = every(14)
     low, high = PROCESS.t_range
     assert low > 0.0
     assert high < 1.0
@@ -57,15 +57,16 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy(x64):
         kl = PROCESS.path_kl(x0, law.denoise(xt, t), xt, t)
         return slope * (w * sum(v[:, 0] for v in kl.values())).sum()
 
-    u, w = np.polynomial.legendre.leggauss(64)
+    u, w = np.polynomial.legendre.leggauss(32)
     parts = [sum(w / 2 * np.array([diffusion((v + 1) / 2) for v in u]))]
     xt, t, w = states(low)
     ends = PROCESS.reconstruction(x0, law.denoise(xt, t), xt, t), PROCESS.prior_kl(x0, jnp.full(len(noise), high))
     parts += [(w * sum(v[:, 0] for v in ends[0].values())).sum()]
     parts += [(weights / 9 * sum(v[:, 0] for v in ends[1].values())).sum()]  # the prior's is of no noised state
-    np.testing.assert_allclose(sum(map(float, parts)), law.entropy(), atol=2e-4)
+    np.testing.assert_allclose(sum(map(float, parts)), law.entropy(), atol=6e-5)
 
 
+@pytest.mark.slow
 def test_nelbo_adds_up_its_parts(x64):
     """The evaluator, on a chain and in continuous time, by Monte Carlo; known parts cost nothing."""
     n = 4000
@@ -73,7 +74,7 @@ def test_nelbo_adds_up_its_parts(x64):
     bound = nelbo(jax.random.key(0), law.denoise, PROCESS, x0, num_times=16)
     assert bound.dims == 3
     error = 4 * float(np.std(bound.total)) / math.sqrt(n)
-    assert abs(float(bound.total.mean()) - law.entropy()) < error < 0.15
+    assert abs(float(bound.total.mean()) - law.entropy()) < error < 0.25
     known = jax.tree.map(lambda v: jnp.ones(v.shape, bool), x0)
     log_w = (
         np.log(law.P[:, np.asarray(x0["b"])[:, 0]].T)
@@ -83,7 +84,7 @@ def test_nelbo_adds_up_its_parts(x64):
     # Shown clean at every time, b is no mask and x has no noise; the denoiser is told so.
     told = lambda xt, t, cond: law_of_a(xt, t)
     free = nelbo(
-        jax.random.key(1), told, PROCESS, x0, num_times=16, known={**known, "a": ~known["a"]}, t_range=(1e-6, 1.0)
+        jax.random.key(1), told, PROCESS, x0, num_times=16, known={**known, "a": ~known["a"]}, t_range=(1e-3, 0.999)
     )
     assert abs(float(free.total.mean()) - exact.mean()) < 4 * float(np.std(free.total - exact)) / math.sqrt(n) + 1e-3
 
@@ -102,47 +103,42 @@ def chain_of_symbols(times):
     """The law of (a, b) after ancestral steps along times, by enumeration and quadrature over the number."""
     z, w = normals(60)
     schedule = PROCESS["x"].schedule
-    alpha, sigma = (np.asarray(f(jnp.asarray(times))) for f in (schedule.alpha, schedule.sigma))
-    states = [(z_, a, 2, p / 3) for z_, p in zip(z, w, strict=True) for a in range(3)]  # x, a, b, probability
-    found = np.zeros((3, 3))
+    alpha, sigma = (np.asarray(f(jnp.asarray(times)), np.float64) for f in (schedule.alpha, schedule.sigma))
+    x, a, b, p = np.repeat(z, 3), np.tile(np.arange(3), 60), np.full(180, 2), np.repeat(w, 3) / 3
     for k, (t, s) in enumerate(itertools.pairwise(times)):
-        after = []
-        q_t = {name: transition_rows(name, t) for name in ("a", "b")}
-        for x, a, b, p in states:
-            one = lambda v: np.array([v])
-            p_a, p_b, x0 = law.posterior(
-                np, one(x), one(alpha[k]), one(sigma[k]), q_t["a"][:, a][None], q_t["b"][:, b][None]
-            )
-            step_a, step_b = step(p_a[0], "a", a, s, t), step(p_b[0], "b", b, s, t)
-            if k == len(times) - 2:
-                found += p * step_a[:, None] * step_b
-                continue
-            ratio = (alpha[k] / sigma[k]) / (alpha[k + 1] / sigma[k + 1])
-            mean = sigma[k + 1] * ratio / sigma[k] * x + alpha[k + 1] * (1 - ratio**2) * x0[0]
-            std = sigma[k + 1] * math.sqrt(1 - ratio**2)
-            zs, ws = normals(20)
-            after += [
-                (mean + std * z_, i, j, p * w_ * step_a[i] * step_b[j])
-                for z_, w_ in zip(zs, ws, strict=True)
-                for i in range(3)
-                for j in range(3)
-                if step_a[i] * step_b[j] > 0
-            ]
-        states = after
-    return found[:, :2]
+        q_a, q_b = (clean(name, t)[:, seen].T for name, seen in (("a", a), ("b", b)))
+        full = lambda v, x=x: np.full(len(x), v)
+        p_a, p_b, x0 = law.posterior(np, x, full(alpha[k]), full(sigma[k]), q_a, q_b)
+        joint = p[:, None, None] * step(p_a, "a", a, s, t)[:, :, None] * step(p_b, "b", b, s, t)[:, None]
+        if k == len(times) - 2:
+            return joint.sum(0)[:, :2]
+        ratio = alpha[k] / sigma[k] / (alpha[k + 1] / sigma[k + 1])
+        mean = sigma[k + 1] * ratio / sigma[k] * x + alpha[k + 1] * (1 - ratio**2) * x0
+        zs, ws = normals(20)
+        x = mean[:, None] + sigma[k + 1] * math.sqrt(1 - ratio**2) * zs
+        i, x, a, b = (v.ravel() for v in np.broadcast_arrays(*index(len(mean), 20), x[:, :, None, None], *alphabets()))
+        p = joint[i, a, b] * np.tile(np.repeat(ws, 9), len(mean))
+    return None
 
 
-def transition_rows(name, t):
+def index(states, noises):
+    return (np.arange(states).reshape(states, 1, 1, 1) * np.ones((1, noises, 3, 3), int),)
+
+
+def alphabets():
+    return np.arange(3)[:, None], np.arange(3)
+
+
+def clean(name, t):
     """q(x_t | x_0), a row for each clean symbol."""
     return law.transition(name, 0.0, t)[: 3 if name == "a" else 2]
 
 
 def step(p, name, seen, s, t):
-    """The law of a symbol at s: the bridge q(x_s | x_t, x_0), averaged over the predicted x_0."""
-    q_s, q_ts = transition_rows(name, s), law.transition(name, s, t)[:, seen]
-    joint = q_s * q_ts
-    total = joint.sum(1, keepdims=True)
-    return p @ np.where(total > 0, joint / np.maximum(total, 1e-300), 0.0)
+    """The law of a symbol at s, a row for each state: the bridge q(x_s | x_t, x_0), averaged over the predicted x_0."""
+    joint = clean(name, s)[None] * law.transition(name, s, t)[:, seen].T[:, None]
+    total = joint.sum(2, keepdims=True)
+    return (p[:, :, None] * np.where(total > 0, joint / np.maximum(total, 1e-300), 0.0)).sum(1)
 
 
 @pytest.mark.parametrize("times", [(1.0, 0.0), (1.0, 0.55, 0.0)], ids=["one", "two"])
@@ -165,7 +161,7 @@ def test_a_few_ancestral_steps_draw_the_enumerated_law(make, times):
 
 @pytest.mark.slow
 def test_many_steps_draw_the_joint_law():
-    n, steps = 20_000, 128
+    n, steps = 5_000, 96
     solver = Parts(PROCESS, {"x": dpm_solver_pp(PROCESS["x"])})
     for chosen in (Ancestral(PROCESS), solver):
         x0 = ddjax.sample(
@@ -173,14 +169,15 @@ def test_many_steps_draw_the_joint_law():
         ).x0
         x, a, b = (np.asarray(x0[name])[:, 0] for name in ("x", "a", "b"))
         found = np.bincount(2 * a + b, minlength=6).reshape(3, 2) / n
-        np.testing.assert_allclose(found, law.P, atol=0.02)
+        np.testing.assert_allclose(found, law.P, atol=0.03)
         for i in range(3):
             for j in range(2):
                 own = x[(a == i) & (b == j)]
-                assert abs(own.mean() - law.MEAN[i, j]) < 0.06
-                assert abs(own.std() - law.STD) < 0.06
+                assert abs(own.mean() - law.MEAN[i, j]) < 0.03 + 4 * law.STD / len(own) ** 0.5
+                assert abs(own.std() - law.STD) < 0.03 + 3 * law.STD / len(own) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_in_any_batch_and_by_any_loop():
     run = functools.partial(
         ddjax.sample, jax.random.key(3), law.denoise, PROCESS, solver=Parts(PROCESS), times=ddjax.grids.uniform(3)
@@ -205,8 +202,9 @@ def test_a_sample_is_the_same_in_any_batch_and_by_any_loop():
         np.testing.assert_allclose(own.x0[name], whole.x0[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_known_parts_are_shown():
-    n = 3000
+    n = 2000
     x0 = law.draw(1, n)
     mask = {name: jnp.full((n, 1), name == "b") for name in PROCESS.processes}
     observed = Observed(mask, jax.tree.map(lambda v: jnp.zeros_like(v), x0))
@@ -224,7 +222,7 @@ def test_solvers_that_ask_again_are_refused():
     run = functools.partial(
         ddjax.sample, jax.random.key(0), law.denoise, PROCESS, shape=law.shape(2), times=ddjax.grids.uniform(4)
     )
-    for solver in (Heun(PROCESS["x"]), StepsDown(DDIM(PROCESS["x"]), PROCESS["x"])):
+    for solver in (Heun(PROCESS["x"]), Churned(DDIM(PROCESS["x"]), 0.5)):
         with pytest.raises(ValueError, match="part 'x' asks the network again"):
             run(solver=Parts(PROCESS, {"x": solver}))
     with pytest.raises(ValueError, match="'y' is none of the parts x, a, b"):
@@ -238,10 +236,9 @@ def test_predictions_are_converted_part_by_part():
     alpha, sigma = (float(f(jnp.float32(0.4))) for f in (PROCESS["x"].schedule.alpha, PROCESS["x"].schedule.sigma))
     np.testing.assert_allclose(other.value["x"], (xt["x"] - alpha * said.value["x"]) / sigma, rtol=1e-5)
     back = PROCESS.convert(other, law.KIND, xt, t)
-    for name in PROCESS.processes:
-        np.testing.assert_allclose(
-            back.value[name], jax.nn.log_softmax(said.value[name]) if name != "x" else said.value[name], atol=1e-4
-        )
+    np.testing.assert_allclose(back.value["x"], said.value["x"], atol=1e-4)
+    for name in ("a", "b"):
+        np.testing.assert_allclose(np.exp(back.value[name]), np.exp(said.value[name]), atol=1e-5)
     assert PROCESS.kind_of("noise+posterior", "b") == "posterior"
     with pytest.raises(ValueError, match="does not understand a prediction of kind 'noise'"):
         bind(lambda *_: None, {}, PROCESS, "noise")
