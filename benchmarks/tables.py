@@ -38,10 +38,8 @@ def main():
     # Alone in its column, each value as often as it is, without a word on the others.
     rng = np.random.default_rng(0)
     apart = {name: rng.permutation(np.asarray(values, object)).tolist() for name, values in real.items()}
-    found, shuffled = (utility(columns, rows, real, test, args.target) for rows in (synthetic, apart))
-    print(
-        f"{found.score}: synthetic {found.synthetic:.3f}, real {found.real:.3f}, columns shuffled {shuffled.synthetic:.3f}"
-    )
+    found, mixed = (utility(columns, rows, real, test, args.target) for rows in (synthetic, apart))
+    print(f"{found.score}: synthetic {found.synthetic:.3f}, real {found.real:.3f}, shuffled {mixed.synthetic:.3f}")
     distances = [np.median(nearest_record_distance(columns, rows, real)) for rows in (synthetic, test, apart)]
     print(
         "median distance to the nearest real row: synthetic {:.3f}, held out {:.3f}, shuffled {:.3f}".format(*distances)

@@ -116,10 +116,9 @@ class GraphTransformer(nnx.Module):
             raise ValueError(
                 f"symbols_in={symbols_in}, symbols_out={symbols_out}: expected those of edges, and of nodes"
             )
-        self.symbols_in, self.symbols_out = (
-            dict(symbols) if self.split else {"nodes": symbols, "edges": symbols}
-            for symbols in (symbols_in, symbols_out)
-        )
+        both = {"nodes": symbols_in, "edges": symbols_in}, {"nodes": symbols_out, "edges": symbols_out}
+        both = (symbols_in, symbols_out) if self.split else both
+        self.symbols = tuple(tuple(symbols.items()) for symbols in both)  # in and out, hashable
         self.nodes, self.typed, self.sizes, self.num_classes = nodes, typed, sizes, num_classes
         self.features, self.eigenvectors, self.skip, self.time = features, eigenvectors, skip, time
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
@@ -201,6 +200,16 @@ class GraphTransformer(nnx.Module):
         found, said = _among(logits.get("nodes"), logits["edges"], there)
         parts = ({} if found is None else {"nodes": found}) | {"edges": pack(said)}
         return parts if self.split else jnp.concatenate(list(parts.values()), axis=1)
+
+    @property
+    def symbols_in(self) -> dict[str, int]:
+        """Of nodes and edges."""
+        return dict(self.symbols[0])
+
+    @property
+    def symbols_out(self) -> dict[str, int]:
+        """Of nodes and edges."""
+        return dict(self.symbols[1])
 
     def _onehot(self, xt: Any) -> tuple[Array | None, Array]:
         """Of nodes, if they have types, and of pairs. Raises ValueError for other shapes."""

@@ -100,6 +100,7 @@ def test_counts_are_of_each_part(path):
     assert set(train.counts) == {"colour", "size", "code"}
 
 
+@pytest.mark.slow
 def test_real_rows_are_useful_and_no_strangers_to_themselves():
     columns = Columns.fit(rows(), np.arange(400), numbers=["weight", "count", "code"])
     train, test, noise = rows(), rows(200, 1), rows(300, 2)
