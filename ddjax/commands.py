@@ -48,7 +48,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from ddjax import cluster, companions
     from ddjax.animation import SUFFIXES, animate, check_animation
     from ddjax.experiment import load_data
-    from ddjax.training.loop import samples_path, write_samples
+    from ddjax.training.loop import labels_in_turn, samples_path, write_samples
 
     run = _load_over_all(arguments)
     num = run.config.sample.num if arguments.num is None else arguments.num
@@ -63,7 +63,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.label is not None:
         cond = np.full(len(rows), arguments.label)
     elif run.data.num_classes and not arguments.unconditional:
-        cond = rows % run.data.num_classes
+        cond = labels_in_turn(run.data, rows)
     if run.data.conditions and not arguments.unconditional:
         told = companions.held_out_conditions(load_data(run.config, run.config.data.eval_split), rows)
         cond = told if arguments.label is None else {**told, "cond": cond}
@@ -107,7 +107,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if moving:
         animate(run.data, np.asarray(drawn.trajectory), path)
     else:
-        write_samples(run.data, np.asarray(drawn), path, arguments.stop)
+        write_samples(run.data, jax.tree.map(np.asarray, drawn), path, arguments.stop, cond)
     x0 = drawn.x0 if moving else drawn
     print(f"{len(rows)} samples -> {path}")
     if run.data.vocabulary is not None:

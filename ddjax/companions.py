@@ -67,6 +67,8 @@ def batches(experiment: Experiment, data: Dataset, process_index: int, process_c
     if "segments" in data[:1]:
         _check_segments(c)
         data = _in_condition(data, "segments")
+    if data.sizes is not None:
+        data = _in_condition(data, "size")
     if c.data.coherence == "corrupted":
         made = {"corrupted": datasets.mislabelled}
         data = naming.make(made, "corrupted", "config.data.coherence", data)

@@ -37,8 +37,8 @@ class ConfigError(ValueError):
 class DataConfig:
     """What to train on."""
 
-    # "digits", "stdlib", or the path of a file or folder, perhaps prepared by `ddjax data prepare`; Parquet and
-    # prepared folders also by an fsspec URL (ddjax.data.load)
+    # "digits", "stdlib", or the path of a file (.csv: a table of numbers and symbols) or folder, perhaps prepared by
+    # `ddjax data prepare`; Parquet and prepared folders also by an fsspec URL (ddjax.data.load)
     name: str = "digits"
     # in its place several, each a dict of name, weight and perhaps options (over those below): training takes items of
     # each by its weight, evaluation too
@@ -74,7 +74,8 @@ class ProcessConfig:
     # of tokens: masked, uniform, marginal, hybrid, kernel, spindle, symbol_polynomial, discretized_gaussian, thinning,
     # glauber; of values: gaussian, learned_variance, learned_gaussian (DiffEnc, NDM, NFDM), pfgm, interpolant,
     # blurring, shortest_path, linear_sde, critically_damped, geometric, reflected, bridge_mixture (GruM),
-    # mixture_output and soft_mixture (SMD), adaptive_gaussian (MuLAN with its latent), barycentric (several marginals)
+    # mixture_output and soft_mixture (SMD), adaptive_gaussian (MuLAN with its latent), barycentric (several marginals);
+    # of several parts (tables of numbers and symbols): product
     name: str = "masked"
     # linear, polynomial, cosine, log_linear, geometric; for values vp_linear, vp_cosine, sub_vp, ve, edm, cond_ot,
     # trigonometric, polynomial_path, linear_vp, log_snr_linear, laplace, sigmoid, ddpm_linear, ddpm_cosine, shifted,
@@ -87,7 +88,8 @@ class ProcessConfig:
     # correlation (markov, deterministic, accumulating), source_std (None where x1 comes with the data); barycentric:
     # marginals, first, last; learned_gaussian: gate (elapsed, noise_share), outputs (1 or 2), width, seed; blurring:
     # blur, floor; shortest_path: power, offset; linear_sde: noise, rotation, data, scale, start; critically_damped:
-    # mass, start; geometric: growth; mixture_output: components; soft_mixture: latent, draws; adaptive_gaussian: bits,
+    # mass, start; product: symbols (a process of tokens, and its options), symbols_schedule; geometric: growth;
+    # mixture_output: components; soft_mixture: latent, draws; adaptive_gaussian: bits,
     # ones, width, seed, log_snr_max, log_snr_min
     options: dict = dataclasses.field(default_factory=dict)
 
@@ -99,7 +101,8 @@ class DenoiserConfig:
     name: str = "dit"  # of names.DENOISERS: dit, text, unet, edm2, uvit, dico, state_space, ...
     # what it predicts: posterior, cavity, ratio, deaths; x0, noise, score, velocity, v, edm; encoded
     # (learned_gaussian); hyvarinen (geometric); of an interpolant x0, x1, noise, score, velocity, residual, and where
-    # it has noise pairs such as velocity+noise; ends (barycentric)
+    # it has noise pairs such as velocity+noise; ends (barycentric); of a product one for its numbers and one for its
+    # symbols, noise+posterior
     kind: str = "posterior"
     # constructor arguments: width, depth, heads, dropout, label_noise (dit: CEP), time, block (text), dtype, scan,
     # remat, ...; and shared_times, a dict of until and parts: one time for each part of the first times (E-TSDM);
@@ -116,9 +119,11 @@ class ObjectiveConfig:
     # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
     # block_elbo, grouped, diffusion_forcing, marginals; of values elbo, gaussian, learned_uncertainty, adaptive,
     # fokker_planck, contrastive_flow_matching, ddpm_hybrid, ambient, interpolant, multimarginal, mixture_steps,
-    # soft_mixture; with the process's parameters learned_elbo, learned_process, adaptive_noise (adaptive_gaussian's)
+    # soft_mixture; of a product elbo, tabddpm, digress, by_parts; with the process's parameters learned_elbo,
+    # learned_process, adaptive_noise (adaptive_gaussian's)
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
+    # tabddpm: t_range, or steps and end; digress: edges; by_parts: losses, weights, and as tabddpm;
     # elbo: t_range, or steps and end (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
     # genmd4: every; marginals: weight; d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top;
     # grouped: numbers (of steps); diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty: error,
@@ -202,7 +207,8 @@ class SampleConfig:
     # inside, and its options, teleport (at, law: a file, left out for that of the training data), redi (base: a file,
     # neighbours), levenberg_marquardt (damping, memory, form), momentum (beta, form, nesterov, predictor, rescaled);
     # preconditioned_langevin (law, size, steps, damping); folded_heun (reflected); given_latent (adaptive_gaussian),
-    # with the option solver; fresh_latent (soft_mixture)
+    # with the option solver; fresh_latent (soft_mixture); resampled (RePaint, of known sites): solver, rounds
+    # of a product parts, with the option solvers_of, a dict of solvers by the part's name (default ancestral)
     # of any states nested (a whole sample at every step): solver and its options, inner_steps (a number, or one for
     # each step), inner_grid, outer; denoising_chain: back (times) and rounds
     # of tokens euler, tweedie, tau_leaping, flow_euler, campbell, gibbs, psi; masks: unmask, with the options order

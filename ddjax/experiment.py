@@ -35,6 +35,8 @@ from ddjax.networks import network, output_shape, state_shape
 from ddjax.objectives.base import Objective
 from ddjax.predictions import TwoHeads, bind, planned
 from ddjax.rehearsal import rehearse
+from ddjax.sampling import Observed
+from ddjax.symmetric import pairs
 from ddjax.training import Ema, optimizer
 from ddjax.types import Apply, Denoise, Params
 
@@ -62,7 +64,8 @@ class Experiment:
     @property
     def sites(self) -> int:
         """Sites of one example: what bits per dimension divide by."""
-        return int(functools.reduce(lambda a, b: a * b, self.data.shape, 1))
+        shapes = self.data.shape.values() if self.data.parts else [self.data.shape]
+        return sum(map(math.prod, shapes))
 
     @property
     def block(self) -> int | None:
@@ -93,10 +96,27 @@ class Experiment:
             cond = objectives.AtCoherence(self.config.sample.coherence[0])(cond)
         if getattr(self.coupling, "show", False):
             cond = {"x1": x1, "cond": cond}
+        if self.data.sizes is not None:
+            cond = {"size": self.sizes(key, rows), "cond": cond}
         if not hasattr(self.process, "latents"):
             return cond
         keys = random.example_keys(jax.random.fold_in(key, 2**31 - 1), rows)  # a number that no row has
         return {"z": self.process.latents(len(rows)).sample(keys), "cond": cond}
+
+    def sizes(self, key: Array, rows: Array) -> Array:
+        """How many nodes these samples of graphs have, drawn as often as they occur in the training data."""
+        keys = random.example_keys(jax.random.fold_in(key, 2**31 - 4), rows)  # a number that no row has
+        ends = jnp.cumsum(jnp.asarray(self.data.sizes / self.data.sizes.sum(), jnp.float32))
+        drawn = jnp.searchsorted(ends, random.uniform(keys), side="right")
+        return jnp.minimum(drawn, int(np.flatnonzero(self.data.sizes)[-1])).astype(jnp.int32)
+
+    def absent(self, size: Array) -> Any:
+        """Sites of nodes that graphs of these sizes do not have, as known to be 0."""
+        absent = jnp.arange(len(self.data.sizes) - 1) >= size[:, None]
+        i, j = pairs(absent.shape[1])
+        masks = {"nodes": absent, "edges": absent[:, i] | absent[:, j]}
+        mask = {name: masks[name] for name in self.data.shape}
+        return Observed(mask, jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.int32), mask))
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -107,6 +127,12 @@ class Experiment:
     def output_shape(self) -> tuple[int, ...]:
         """The shape of what the network says of one continuous example."""
         return output_shape(self.process, self.data.shape, self.kind)
+
+    def batch_shape(self, n: int) -> Any:
+        """The shape of n states, `(n, *sites)`, or that of each part."""
+        if isinstance(self.state_shape, Mapping):
+            return {name: (n, *shape) for name, shape in self.state_shape.items()}
+        return (n, *self.state_shape)
 
     def clean(self, xt: Array) -> Array:
         """The data in a state."""
@@ -440,6 +466,12 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
     schedule = naming.make(names.SCHEDULES, c.schedule, "config.process.schedule", **own, **c.schedule_options)
     make_process = naming.pick(names.PROCESSES, c.name, "config.process.name")
     takes = inspect.signature(make_process).parameters
+    if ("parts" in takes) != data.parts:
+        wants, has = ("several parts", "of one") if "parts" in takes else ("one part", "of several")
+        raise ConfigError(
+            f"config.process.name={c.name!r} is for states of {wants}, but the data {data.name!r} are {has}; "
+            f"config.process.name='product' has a process for each part"
+        )
     categorical = "num_symbols" in takes
     if categorical != (data.num_symbols is not None):
         wants, has = ("tokens", "continuous values") if categorical else ("continuous values", "tokens")
@@ -451,7 +483,7 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
         raise ConfigError(f"config.process.schedule={c.schedule!r}: the process {c.name!r} has a schedule of its own")
     if "counts" in takes:
         data = datasets.count_symbols(data)
-    given |= {"num_symbols": data.num_symbols, "counts": data.counts, "schedule": schedule}
+    given |= {"num_symbols": data.num_symbols, "counts": data.counts, "schedule": schedule, "parts": True}
     options = naming.taken(make_process, given)
     if clash := options.keys() & c.options.keys():
         raise ConfigError(f"config.process.options: {min(clash)!r} is not an option: it comes from the data")
@@ -462,8 +494,10 @@ def _process(config: Config, data: Dataset) -> tuple[Any, Dataset]:
 
 def _check_values(config: Config, data: Dataset, process: Any) -> None:
     """Raise ConfigError where the process is not for such values as the data's levels, or their first items."""
+    if not hasattr(process, "check_data"):
+        return
     values = data[:64]["x0"] if data.levels is None and len(data) else data.levels
-    if values is not None and hasattr(process, "check_data"):
+    if values is not None:
         try:
             process.check_data(values)
         except ValueError as error:

@@ -28,7 +28,7 @@ from ddjax import (
     symbol_schedules,
     transforms,
 )
-from ddjax.naming import make, pick
+from ddjax.naming import make, pick, taken
 from ddjax.objectives.base import Objective
 from ddjax.objectives.interpolant import Coupling
 from ddjax.processes import interpolant
@@ -182,8 +182,38 @@ def _barycentric(marginals: int = 2, first: int = 0, last: int = 1) -> processes
     return processes.Barycentric(simplex.Edge(marginals, first, last))
 
 
+def _product(
+    schedule: schedules.Gaussian,
+    data_std: float,
+    num_symbols: Mapping[str, int | None],
+    counts: Mapping[str, np.ndarray],
+    parts: bool,
+    symbols: str = "uniform",
+    symbols_schedule: str = "cosine",
+    **options: Any,
+) -> processes.Product:
+    """`Product`: `Gaussian` for numbers, and for each alphabet one of `PROCESSES`, whose own are the other options.
+
+    symbols_schedule: of the alphabets, one of the survival schedules.
+    """
+    key = "config.process.options"
+    named, survival = (
+        pick(PROCESSES, symbols, f"{key}.symbols"),
+        make(SCHEDULES, symbols_schedule, f"{key}.symbols_schedule"),
+    )
+    found = {}
+    for name, number in num_symbols.items():
+        if number is None:
+            found[name] = processes.Gaussian(schedule, data_std)
+        else:
+            given = {"num_symbols": number, "schedule": survival, "counts": counts.get(name)}
+            found[name] = make(PROCESSES, symbols, f"{key}.symbols", **taken(named, given), **options)
+    return processes.Product(found)
+
+
 # Of the arguments, num_symbols, schedule, data_std, shape and counts (of the symbols of the training data) are given
-# where they are taken; the others are config.process.options. What takes num_symbols corrupts tokens.
+# where they are taken; the others are config.process.options. What takes num_symbols corrupts tokens, what takes parts
+# too states of several parts (their num_symbols and counts are dicts).
 PROCESSES = {
     "masked": processes.Masked,
     "uniform": processes.Uniform,
@@ -211,6 +241,7 @@ PROCESSES = {
     "mixture_output": processes.MixtureOutput,
     "soft_mixture": processes.SoftMixture,
     "adaptive_gaussian": processes.AdaptiveGaussian.initial,
+    "product": _product,
 }
 DENOISERS = {
     "dit": denoisers.DiT,
@@ -224,6 +255,7 @@ DENOISERS = {
     "diffit": denoisers.DiffiT,
     "diffussm": denoisers.DiffuSSM,
     "tabular": denoisers.TabularMLP,
+    "mixed_table": denoisers.MixedTable,
     "graph": denoisers.GraphTransformer,
     "inf_dit": denoisers.InfDiT,
 }
@@ -410,6 +442,9 @@ OBJECTIVES = {
     "mixture_steps": Named(objectives.mixture_steps),
     "soft_mixture": Named(objectives.soft_mixture),
     "adaptive_noise": Named(objectives.adaptive_noise, learns_process=True),
+    "by_parts": Named(objectives.by_parts),
+    "tabddpm": Named(objectives.tabddpm),
+    "digress": Named(objectives.digress),
 }
 
 
@@ -421,6 +456,22 @@ def _euler(process: Any, **options: Any) -> Any:
 def _given_latent(process: processes.AdaptiveGaussian, solver: str = "ancestral") -> solvers.GivenLatent:
     """`GivenLatent` with another of `SOLVERS`, with its defaults."""
     return solvers.GivenLatent(process, pick(SOLVERS, solver, "config.sample.solver_options.solver"))
+
+
+def _parts(process: processes.Product, solvers_of: Mapping[str, str] | None = None) -> solvers.Parts:
+    """`Parts`, each part named in `solvers_of` by another of `SOLVERS`, with its defaults."""
+    if not isinstance(process, processes.Product):
+        raise ValueError(f"parts is for config.process.name='product', not for {type(process).__name__}")
+    key = "config.sample.solver_options.solvers_of"
+    made = {name: pick(SOLVERS, solver, key) for name, solver in (solvers_of or {}).items()}
+    if unknown := set(made) - set(process.processes):
+        raise ValueError(f"{min(unknown)!r} is none of the parts {', '.join(process.processes)}")
+    return solvers.Parts(process, {name: solver(process[name]) for name, solver in made.items()})
+
+
+def _resampled(process: Any, solver: str = "ancestral", rounds: int = 5) -> solvers.Resampled:
+    """`Resampled` around another of `SOLVERS`, with its defaults."""
+    return solvers.Resampled(pick(SOLVERS, solver, "config.sample.solver_options.solver")(process), rounds)
 
 
 # Of the arguments, the process comes first and law (the Gaussian law of the training data, or of a file that the option
@@ -437,6 +488,8 @@ SOLVERS = {
     "folded_heun": solvers.FoldedHeun,
     "given_latent": _given_latent,
     "fresh_latent": solvers.FreshLatent,
+    "parts": _parts,
+    "resampled": _resampled,
     "remasking": solvers.Remasking,
     "psi": solvers.Psi,
     "self_correction": solvers.SelfCorrection,

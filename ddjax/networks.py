@@ -42,7 +42,7 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
         )
     if "dtype" in options:
         options["dtype"] = naming.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
-    if data.num_symbols is not None:
+    if data.num_symbols is not None and not data.parts:
         numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
         numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
         numbers = 2 if ordinal else numbers + heads
@@ -54,32 +54,8 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
         options |= {"latent": 1}
     if hasattr(process, "points"):
         options |= {"latent": process.points, "time": False}
-    if c.name == "text":
-        if len(data.shape) != 1 or data.num_symbols is None:
-            raise ConfigError(
-                f"config.denoiser.name='text' is for token sequences, not for {data.name!r} of shape {data.shape}"
-            )
-        options["length"] = data.shape[0]
-    elif c.name == "tabular":
-        if len(data.shape) != 1:
-            raise ConfigError(
-                f"config.denoiser.name='tabular' is for rows of columns, not for {data.name!r} of shape {data.shape}"
-            )
-        options["columns"] = (1 + shows) * state_shape(process, data.shape)[0]
-        if data.num_symbols is None:
-            options["out_columns"] = output_shape(process, data.shape, c.kind)[-1]
-    elif c.name == "graph":
-        options["nodes"] = _nodes(data, bool(options.get("typed", False)))
-    else:
-        if len(data.shape) != 3:
-            raise ConfigError(
-                f"config.denoiser.name={c.name!r} is for images, not for {data.name!r} of shape {data.shape}"
-            )
-        *sides, channels = state_shape(process, data.shape)
-        options["shape"] = (*sides, (1 + shows) * channels)
-        if data.num_symbols is None:
-            options["out_channels"] = output_shape(process, data.shape, c.kind)[-1]
     make_network = naming.pick(names.DENOISERS, c.name, "config.denoiser.name")
+    options |= TAKES[getattr(make_network, "takes", "images")](config, data, process, 1 + shows)
     naming.check_options(make_network, options, "config.denoiser.options")
 
     def make(rngs):
@@ -102,6 +78,68 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if shared is not None:
         apply = _sharing_times(apply, process, data, config, shared)
     return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _unfit(config: Config, data: Dataset, what: str) -> ConfigError:
+    return ConfigError(
+        f"config.denoiser.name={config.denoiser.name!r} is for {what}, not for {data.name!r} of shape {data.shape}"
+    )
+
+
+def _images(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    if data.parts or len(data.shape) != 3:
+        raise _unfit(config, data, "images")
+    *sides, channels = state_shape(process, data.shape)
+    options = {"shape": (*sides, copies * channels)}
+    if data.num_symbols is None:
+        options["out_channels"] = output_shape(process, data.shape, config.denoiser.kind)[-1]
+    return options
+
+
+def _texts(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    if data.parts or len(data.shape) != 1 or data.num_symbols is None:
+        raise _unfit(config, data, "token sequences")
+    return {"length": data.shape[0]}
+
+
+def _rows(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    if data.parts or len(data.shape) != 1:
+        raise _unfit(config, data, "rows of columns")
+    options = {"columns": copies * state_shape(process, data.shape)[0]}
+    if data.num_symbols is None:
+        options["out_columns"] = output_shape(process, data.shape, config.denoiser.kind)[-1]
+    return options
+
+
+def _parts(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    if not data.parts or any(len(shape) != 1 for shape in data.shape.values()):
+        raise _unfit(config, data, "tables of several parts")
+    found = {}
+    for name, (columns,) in data.shape.items():
+        part, kind = process[name], process.kind_of(config.denoiser.kind, name)
+        if data.num_symbols[name] is None:
+            found[name] = (columns, None, output_shape(part, (columns,), kind)[-1])
+        else:
+            found[name] = (columns, part.num_states, part.num_states if kind in STATE_KINDS else part.num_symbols)
+    return {"parts": found}
+
+
+def _graphs(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    if not data.parts:
+        return {"nodes": _nodes(data, bool(config.denoiser.options.get("typed", False)))}
+    if data.sizes is None:
+        raise _unfit(config, data, "graphs")
+    numbers, kind = {"symbols_in": {}, "symbols_out": {}}, config.denoiser.kind
+    for name in data.shape:
+        part, states = process[name], process.kind_of(kind, name) in STATE_KINDS
+        numbers["symbols_in"][name] = part.num_states
+        numbers["symbols_out"][name] = part.num_states if states else part.num_symbols
+    return {**numbers, "nodes": len(data.sizes) - 1, "sizes": True}
+
+
+# What a network is for, its class's `takes` (images, where it does not say), and the options that follow from the data:
+# (config, data, process, how many states the network is shown) -> options. All raise ConfigError for other data.
+TAKES = {"images": _images, "texts": _texts, "rows": _rows, "parts": _parts, "graphs": _graphs}
 
 
 def _nodes(data: Dataset, typed: bool) -> int:

@@ -73,7 +73,7 @@ class BoundDenoiser:
         output = self.apply(self.params, x_in, t_in, cond, **options)
         value = self.process.network_outputs(output, xt, t, self.kind)
         # Whatever the network computes in: softmax, losses and steps of the sampler have float32 at least.
-        return Prediction(value.astype(jnp.promote_types(value.dtype, jnp.float32)), self.kind)
+        return Prediction(jax.tree.map(lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32)), value), self.kind)
 
 
 def bind(

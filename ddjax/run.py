@@ -32,6 +32,7 @@ from ddjax.solvers import Stopping, learned
 from ddjax.training.mesh import state_shardings
 from ddjax.training.spread import Spread
 from ddjax.types import Bound, Params, Rows, Sample, State
+from ddjax.types import batch_size as number_of
 
 DESCRIPTION = "run.json"  # config and data description, written once at the start of a training
 CHECKPOINTS = "checkpoints"
@@ -174,8 +175,10 @@ class Run:
                 step = Stopping(step, stop)
             labels, known, x1 = jax.tree.map(lambda a, which=which: jnp.asarray(a[which]), (cond, observed, init))
             rows = jnp.asarray(own_rows[which])
+            if self.data.sizes is not None:  # what a smaller graph does not have is known
+                known = _beside(experiment.absent(experiment.sizes(key, rows)), known)
             settings = {
-                "shape": (len(which), *experiment.state_shape),
+                "shape": experiment.batch_shape(len(which)),
                 "solver": step,
                 "times": times,
                 "cond": experiment.to_sample(key, rows, labels, x1),
@@ -200,15 +203,16 @@ class Run:
                     part = part._replace(**spread.whole({"x": part.x, "nfe": part.nfe, "x0": part.x0}))
                     drawn = Sample(part.x, part.nfe)
                     x0 = None if part.x0 is None else part.x0[:new]
-                    callback(Partial(part.step, experiment.clean(part.x)[:new], part.nfe[:new], x0))
-            path = jax.vmap(experiment.clean)(drawn.trajectory)[:, :new] if trajectory else None
+                    shown = jax.tree.map(lambda v, new=new: v[:new], experiment.clean(part.x))
+                    callback(Partial(part.step, shown, part.nfe[:new], x0))
+            path = jax.vmap(experiment.clean)(drawn.trajectory) if trajectory else None
             # The last chunk repeats its last row to keep one compiled shape.
-            parts.append(Sample(experiment.clean(drawn.x0)[:new], drawn.nfe[:new], path))
-        x0 = jnp.concatenate([part.x0 for part in parts])
+            x0, path = jax.tree.map(lambda v, new=new: v[:new], (experiment.clean(drawn.x0), _swapped(path)))
+            parts.append(Sample(x0, drawn.nfe[:new], path))
+        joined = jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
         if not trajectory:
-            return x0 if policy is None else x0[np.argsort(order)]
-        nfe = jnp.concatenate([part.nfe for part in parts])
-        return Sample(x0, nfe, jnp.concatenate([part.trajectory for part in parts], axis=1))
+            return joined.x0 if policy is None else jax.tree.map(lambda v: v[np.argsort(order)], joined.x0)
+        return joined._replace(trajectory=_swapped(joined.trajectory))
 
     def _chosen(
         self, policy: str | Path | Policy, cond: Any, guidance: float | None
@@ -317,6 +321,7 @@ class Run:
         *,
         cond: Int[Array, " n"] | None = None,
         segments: Int[Array, "n length"] | None = None,
+        size: Int[Array, " n"] | None = None,
         known: Bool[Array, batch * sites] | None = None,
         num_times: int | None = None,
         batch_size: int | None = None,
@@ -327,6 +332,7 @@ class Run:
 
         x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound. segments: of packed documents, each
         of which is scored by itself (`data.packing`). known: sites that are given and cost nothing, such as padding.
+        size: numbers of nodes, of graphs of several sizes; `known` are then the sites of nodes that there are not.
         `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
         """
         check_bound(self.process)
@@ -334,8 +340,9 @@ class Run:
         bound = self.experiment.named.bound
 
         def score(x0: State, given: Any, rows: Rows) -> Bound:
-            cond, segments, known = given
+            cond, segments, size, known = given
             cond = cond if segments is None else {"segments": segments, "cond": cond}
+            cond = cond if size is None else {"size": size, "cond": cond}
             if bound is not None:
                 steps = {"steps": self.config.sample.steps, "num_draws": number, "known": known, "rows": rows}
                 return bound(key, self.denoise, self.process, x0, cond, **steps)
@@ -352,7 +359,7 @@ class Run:
                 rows=rows,
             )
 
-        return self._scored(score, x0, (cond, segments, known), batch_size)
+        return self._scored(score, x0, (cond, segments, size, known), batch_size)
 
     def ode(
         self,
@@ -433,12 +440,13 @@ class Run:
         """What `score(x0, cond, rows)` says of all examples: chunk by chunk, its arrays joined."""
         x0, parts, spread = self.checked(x0), [], Spread(self.mesh)
         batch_size = self.config.eval.batch_size if batch_size is None else batch_size
-        for rows in chunks(len(x0), batch_size, spread.ways):
-            labels = jax.tree.map(lambda v, rows=rows: np.asarray(v)[rows], cond)
-            own, labels, index = spread.rows((x0[rows], labels, rows))
+        count = number_of(x0)
+        for rows in chunks(count, batch_size, spread.ways):
+            own, labels = jax.tree.map(lambda v, rows=rows: np.asarray(v)[rows], (x0, cond))
+            own, labels, index = spread.rows((own, labels, rows))
             found = score(own, labels, Rows(index, len(rows)))
             parts.append(spread.whole({n: v for n, v in found._asdict().items() if isinstance(v, jax.Array)}))
-        return found._replace(**{n: jnp.concatenate([part[n] for part in parts])[: len(x0)] for n in parts[0]})
+        return found._replace(**{n: jnp.concatenate([part[n] for part in parts])[:count] for n in parts[0]})
 
     @property
     def alone(self) -> Run:
@@ -461,10 +469,24 @@ class Run:
 
     def checked(self, x0: State) -> np.ndarray:
         """States of the data's shape, any number of them. Raises ValueError for others."""
-        x0 = np.asarray(x0)
-        if x0.shape[1:] != self.data.shape:
-            raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {x0.shape}")
+        x0 = jax.tree.map(np.asarray, x0)
+        found = jax.tree.map(lambda part: part.shape[1:], x0)
+        if found != self.data.shape:
+            raise ValueError(f"expected n states of shape {self.data.shape}, got shape {found}")
         return x0
+
+
+def _beside(one: Observed, other: Observed | None) -> Observed:
+    """What either knows; where both do, the first."""
+    if other is None:
+        return one
+    mask = jax.tree.map(jnp.logical_or, one.mask, other.mask)
+    return Observed(mask, jax.tree.map(jnp.where, one.mask, one.value, other.value))
+
+
+def _swapped(path: Any) -> Any:
+    """The first two axes of a trajectory exchanged, examples first; None stays."""
+    return jax.tree.map(lambda v: v.swapaxes(0, 1), path)
 
 
 def load(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> Run:

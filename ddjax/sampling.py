@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from ddjax.types import Denoise, Sample, State, left_broadcast
 
 
 class Observed(NamedTuple):
-    """Sites that are known: in-painting, prompts, padding."""
+    """Sites that are known: in-painting, prompts, padding. Of a product's states both are dicts, as these are."""
 
     mask: Bool[Array, batch * sites]  # true where known
     value: State  # (batch, *sites), clean
@@ -39,7 +39,7 @@ def sample(
     denoise: Denoise,
     process: Any,
     *,
-    shape: Sequence[int],
+    shape: Sequence[int] | Mapping[str, Sequence[int]],
     solver: Solver,
     times: Array,
     cond: Any = None,
@@ -52,14 +52,15 @@ def sample(
 ) -> Sample:
     """Draw samples: from the prior at `times[0]`, one solver step between neighbouring times.
 
-    shape: `(batch, *sites)`. times: a grid of n + 1 decreasing times (`ddjax.grids`); the sample is the state at the
+    shape: `(batch, *sites)`; of a `processes.Product` that of each part, by name.
+    times: a grid of n + 1 decreasing times (`ddjax.grids`); the sample is the state at the
         last. Or a grid for each example, `(batch, n + 1)`, whose times may also stay equal: an example rests between
         two equal times; its state and what its solver carries stay as they are, at no evaluation. Fewer steps for some
         examples are grids that end in their last time again and again. (What solvers are told of a number of steps,
         `lower_order_final`, is that of all.)
     cond: a pytree with a leading batch axis. init: start from this state, at `times[0]`, instead of the prior.
     observed: sites held at known values (exact for `Masked`; for other processes each step shows a freshly noised
-        copy, as in RePaint, Lugmayr et al. 2022, without its resampling).
+        copy, as in RePaint, Lugmayr et al. 2022; with its resampling by `solvers.Resampled`).
     trajectory: also return every state, `(steps + 1, batch, *sites)`.
     taps: also return what the network had at these points (`ddjax.taps`) in every step, `{name: (steps, batch,
         ...)}`: of a step that evaluates the network more than once its last time, and of guidance, which evaluates
@@ -89,7 +90,8 @@ def sample(
             state = _advance(states[-1], i, i + 1, *arguments, **static)
             states = [*states, state] if trajectory else [state]
         x0, _, nfe = states[-1]
-        return Sample(x0, nfe, jnp.stack([state[0] for state in states]) if trajectory else None)
+        path = jax.tree.map(lambda *x: jnp.stack(x), *(state[0] for state in states)) if trajectory else None
+        return Sample(x0, nfe, path)
     return _sample(*arguments, process, shape, solver, trajectory, taps)
 
 
@@ -134,7 +136,7 @@ def stream(
             state = _advance(state, i, done, *arguments, **static)
             shown = solver.shown(state[1]) if hasattr(solver, "shown") else None
             if shown is not None and observed is not None:
-                shown = jnp.where(observed.mask, observed.value, shown).astype(shown.dtype)
+                shown = jax.tree.map(_put, observed.mask, observed.value, shown)
             yield Partial(done, state[0], state[2], shown)
 
     return parts()
@@ -142,25 +144,39 @@ def stream(
 
 def checked(solver, shape, times, cond, init, observed, rows):
     """Grid, rows and shape. Raises ValueError for shapes that do not fit, and for a grid that the solver is not for."""
-    shape = tuple(int(n) for n in shape)
-    times = check_grids(times, shape[0])
+    shape, parts = _hashable(shape)
+    batches = {one[:1] for one in parts.values()}
+    if len(batches) != 1:
+        raise ValueError(f"shape={dict(parts)} has batches of several sizes: the first axis of all parts is the batch")
+    (batch,) = batches.pop()
+    times = check_grids(times, batch)
     check_own_times(solver, times)
     for name, value in (
         ("init", init),
         ("observed.mask", observed and observed.mask),
         ("observed.value", observed and observed.value),
     ):
-        if value is not None and jnp.shape(value) != shape:
-            raise ValueError(f"{name} has shape {jnp.shape(value)}, but shape={shape} was asked for")
+        found = None if value is None else jax.tree.map(jnp.shape, value)
+        if found is not None and _hashable(found)[0] != shape:
+            raise ValueError(f"{name} has shape {found}, but shape={shape} was asked for")
     for leaf in jax.tree.leaves(cond):
-        if jnp.shape(leaf)[:1] != shape[:1]:
-            raise ValueError(
-                f"cond has a leaf of shape {jnp.shape(leaf)}; its first axis must be the batch, {shape[0]}"
-            )
-    rows = np.arange(shape[0]) if rows is None else jnp.asarray(rows)  # of NumPy: no program for a constant
-    if rows.shape != shape[:1]:
-        raise ValueError(f"rows has shape {rows.shape}; give one row number for each of the {shape[0]} examples")
+        if jnp.shape(leaf)[:1] != (batch,):
+            raise ValueError(f"cond has a leaf of shape {jnp.shape(leaf)}; its first axis must be the batch, {batch}")
+    rows = np.arange(batch) if rows is None else jnp.asarray(rows)  # of NumPy: no program for a constant
+    if rows.shape != (batch,):
+        raise ValueError(f"rows has shape {rows.shape}; give one row number for each of the {batch} examples")
     return times, rows, shape
+
+
+def _hashable(shape: Any) -> tuple[tuple, dict[str, tuple[int, ...]]]:
+    """A shape as `jax.jit` can hold it, pairs of a name and a shape for one of parts, and the shapes of all parts."""
+    parts = {name: tuple(map(int, one)) for name, one in (shape if isinstance(shape, Mapping) else {"": shape}).items()}
+    return tuple(sorted(parts.items())) if isinstance(shape, Mapping) else parts[""], parts
+
+
+def _put(mask: Array, value: Array, x: Array) -> Array:
+    """The value where it is known."""
+    return jnp.where(mask, value, x).astype(x.dtype)
 
 
 class Loop(NamedTuple):
@@ -174,7 +190,8 @@ class Loop(NamedTuple):
         """Arguments as in `sample`."""
         if observed is not None and not hasattr(process, "observe"):
             raise ValueError(f"{type(process).__name__} cannot show sites that are known: leave out observed")
-        batch, own = shape[0], times.ndim == 2  # a grid of its own for each example
+        batch, own = rows.shape[0], times.ndim == 2  # a grid of its own for each example
+        solver = solver.told(observed) if hasattr(solver, "told") else solver
         prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
 
         def at(i):
@@ -189,17 +206,23 @@ class Loop(NamedTuple):
                 return x
             t = at(i)
             known = process.observe(random.fold_in(observed_keys, i), observed.value, batched(t, x))
-            # The sample shows the values themselves.
-            known = jnp.where(left_broadcast(t == at(times.shape[-1] - 1), x), observed.value, known)
-            return jnp.where(observed.mask, known, x).astype(x.dtype)
+            last = t == at(times.shape[-1] - 1)
+
+            def put(mask, value, known, x):
+                # The sample shows the values themselves.
+                return _put(mask, jnp.where(left_broadcast(last, x), value, known), x)
+
+            return jax.tree.map(put, observed.mask, observed.value, known, x)
 
         def begin():
+            nested = isinstance(shape[0], tuple)  # a shape for each part
             if init is not None:
-                xt = jnp.asarray(init)
+                xt = jax.tree.map(jnp.asarray, init)
             elif own:
 
                 def one(key, t):
-                    return process.prior((1, *shape[1:]), t).sample(key[None])[0]
+                    alone = [(name, (1, *part[1:])) for name, part in shape] if nested else (1, *shape[1:])
+                    return jax.tree.map(lambda x: x[0], process.prior(alone, t).sample(key[None]))
 
                 xt = jax.vmap(one)(prior_keys, times[:, 0])
             else:
@@ -216,7 +239,8 @@ class Loop(NamedTuple):
                 x, carry, nfe = state
                 keys = random.fold_in(step_keys, i)
                 moved, carry, info = solver.step(keys, carry, x, t, s, denoise, cond)
-                return show(moved.astype(x.dtype), i + 1), carry, nfe + info.nfe * evaluations(denoise)
+                moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, x)
+                return show(moved, i + 1), carry, nfe + info.nfe * evaluations(denoise)
 
             return _but_for(t == s, move, state) if own else move(state)
 
@@ -248,7 +272,7 @@ def _sample(key, denoise, times, cond, init, observed, rows, process, shape, sol
     first = loop.begin()
     # Counted on the way: a list of the steps would be memory that grows with them.
     (_, (x0, _, nfe)), (states, seen) = jax.lax.scan(step, (jnp.int32(0), first), length=times.shape[-1] - 1)
-    path = jnp.concatenate([first[0][None], states]) if trajectory else None
+    path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first[0], states) if trajectory else None
     return Sample(x0, nfe, path, seen)
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-# A Gaussian state is Float[Array, "batch *sites"], a categorical one Int[Array, "batch *sites"].
+# A Gaussian state is Float[Array, "batch *sites"], a categorical one Int[Array, "batch *sites"]; that of a
+# `processes.Product` is a dict of such arrays.
 State = Float[Array, "batch *sites"] | Int[Array, "batch *sites"]
 Time = Float[Array, "batch *#sites"]
 Keys = Key[Array, "batch"]
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: State, rows: Rows | None) -> Rows:
         """The given rows; None: x, `(batch, ...)`, is the whole batch."""
-        return cls.all(x.shape[0]) if rows is None else rows
+        return cls.all(batch_size(x)) if rows is None else rows
 
 
 @runtime_checkable
@@ -103,9 +104,14 @@ class Bound(NamedTuple):
         return jnp.exp(self.total.sum() / units.sum())
 
 
-def sites(x: jax.Array) -> int:
-    """Number of sites of one example."""
-    return math.prod(x.shape[1:])
+def batch_size(x: State) -> int:
+    """Number of examples in a state, an array or a dict of them."""
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+def sites(x: State) -> int:
+    """Number of sites of one example, in all parts."""
+    return sum(math.prod(part.shape[1:]) for part in jax.tree.leaves(x))
 
 
 def left_broadcast(t: jax.Array, x: jax.Array, trailing: int = 0) -> jax.Array:
@@ -120,13 +126,14 @@ def left_broadcast(t: jax.Array, x: jax.Array, trailing: int = 0) -> jax.Array:
 
 def time_dtype(x: jax.Array) -> jnp.dtype:
     """What times and totals for a state are computed in: its own floats, 32 bits at least; JAX's default for tokens."""
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.promote_types(x.dtype, jnp.float32) if floating else jnp.result_type(float)
+    dtypes = [part.dtype for part in jax.tree.leaves(x)]
+    floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return jnp.result_type(jnp.float32, *floating) if floating else jnp.result_type(float)
 
 
 def per_example(x: Float[Array, batch * sites]) -> Float[Array, " batch"]:
-    """Sum over sites."""
-    return x.reshape(x.shape[0], -1).sum(axis=-1)
+    """Sum over sites, of all parts."""
+    return sum(part.reshape(part.shape[0], -1).sum(axis=-1) for part in jax.tree.leaves(x))
 
 
 Denoise = Callable[..., Any]  # (xt, t, cond) -> Prediction

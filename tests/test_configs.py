@@ -9,6 +9,7 @@ import pytest
 
 from ddjax import bind, config, data, experiment, plan, sample
 from ddjax.data import arrays, text
+from ddjax.data.graphs import from_graphs
 from ddjax.training.loop import train
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -34,6 +35,12 @@ def small_data(name: str, folder: pathlib.Path) -> data.Dataset:
     if name == "mnist":
         np.savez(folder / "images.npz", x=rng.integers(0, 256, (50, 28, 28), dtype=np.uint8), y=np.arange(50) % 10)
         return arrays.npz(folder / "images.npz", "train", tokens=False)
+    if name == "adult":
+        data.write_csv(folder / "rows.csv", {"age": range(50), "sex": list("ab") * 25, "job": list("abcde") * 10})
+        return data.load(folder / "rows.csv", "train")
+    if name == "graphs":
+        edges = {"n_nodes": np.array([3, 4] * 10), "edge_off": np.arange(21), "edges": np.tile([[0, 2]], (20, 1))}
+        return from_graphs(edges, "train")
     if name == "dit_xl2":
         return plan.described((32, 32, 4), None, 1000)
     if name == "text_7b":

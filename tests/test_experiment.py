@@ -172,7 +172,10 @@ MINIMAL = {  # the least that each name needs beside the defaults
         kind="v",
         objective={"name": "gaussian"},
     ),
-    **{("sample", "solver", n): gaussian(sample={"solver": n}) for n in ("ancestral", "ddim", "heun", "rk45")},
+    **{
+        ("sample", "solver", n): gaussian(sample={"solver": n})
+        for n in ("ancestral", "ddim", "heun", "rk45", "resampled")
+    },
     **{("sample", "solver", n): config(sample={"solver": n}) for n in CORRECTED},
     **{
         ("sample", "solver", n): config("thinning", kind="deaths", sample={"solver": n})
@@ -244,7 +247,7 @@ def test_every_table_is_covered():
     for name, table in tables.items():
         # In tests/test_names.py, and below.
         of_one_process = {"folded_heun", "given_latent", "fresh_latent", "reuse", "gillespie", "planned_steps"}
-        of_one_process |= {"path_planning", "unmask", "redi"}
+        of_one_process |= {"path_planning", "unmask", "redi", "parts"}
         assert {place[2] for place in MINIMAL if place[1] == name} == set(table) - of_one_process
 
 

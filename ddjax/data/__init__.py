@@ -11,6 +11,7 @@ from ddjax.data.ahead import Ahead
 from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
 from ddjax.data.beside import by_class, in_condition, mislabelled
+from ddjax.data.columns import Columns, read_csv, write_csv
 from ddjax.data.conditions import conditioned
 from ddjax.data.dataset import Dataset, Source, count_symbols
 from ddjax.data.encoded import Latents, encoded, scale_of
@@ -29,6 +30,7 @@ __all__ = [
     "Batches",
     "Bytes",
     "Characters",
+    "Columns",
     "Dataset",
     "Latents",
     "ShardError",
@@ -49,9 +51,11 @@ __all__ = [
     "mislabelled",
     "mixed",
     "noisy",
+    "read_csv",
     "rescaled",
     "scale_of",
     "text8",
     "unigram_entropy",
+    "write_csv",
     "write_png",
 ]

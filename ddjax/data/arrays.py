@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddjax.data import splits
+from ddjax.data import graphs, splits
 from ddjax.data.dataset import Dataset
 from ddjax.data.images import jpeg_scans, resized
 from ddjax.data.sources import ArraySource, check_tokens, levels
@@ -138,7 +138,8 @@ def npz(
     With keys `x_train`, `x_test` (and `x_valid`), labels `y_train` and so on, it has its own splits (see
     `splits` for "valid"). With one array (`x_key`, or one of x0, x, X, images, data, arr_0) and its labels
     (`y_key`, or one of y, labels, label, cond, if there) it is divided by a fixed permutation. Archives of
-    JPEG scans (`header`, `train_scan`, `train_off`) are decoded as they are read.
+    JPEG scans (`header`, `train_scan`, `train_off`) are decoded as they are read. Archives of graphs (`n_nodes`,
+    `edge_off`, `edges`) are states of several parts (`graphs.from_graphs`).
 
     Args:
         path: the file.
@@ -157,6 +158,9 @@ def npz(
         raise ValueError(f"{path}: a single array, not an .npz archive: name it .npy")
     with archive:
         keys = archive.files
+        if set(keys) >= graphs.KEYS and x_key is None:
+            members = {key: _member(archive, key, path) for key in keys}
+            return graphs.from_graphs(members, split, fractions=fractions, name=str(path))
         own = [name for name in splits.SPLITS if f"x_{name}" in keys] if x_key is None else []
         if {"header", "train_scan", "train_off"} <= set(keys) and x_key is None:
             if size is not None:

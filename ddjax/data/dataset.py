@@ -61,22 +61,30 @@ class Dataset:
         fingerprint: of prepared data, what tells them from others; a run goes on with the same only. "" for others.
         conditions: what comes in the condition beside labels, and its shapes (`data.conditioned`).
         latents: of data that are latents of images, what decodes them (`data.encoded`). None: they are no latents.
+        columns: of the rows of a table, what their entries stand for (`data.columns.Columns`). None otherwise.
+        sizes: of graphs of several sizes, how many of each number of nodes there are in the training split; items have
+            a "size". None otherwise.
+
+    Data of several parts, for `processes.Product`, have dicts for "x0", shape, num_symbols (None for a part of numbers)
+    and counts, with an entry for each part.
     """
 
     name: str
     split: str
     source: Source = dataclasses.field(repr=False)
-    shape: tuple[int, ...]
-    num_symbols: int | None = None
+    shape: tuple[int, ...] | dict[str, tuple[int, ...]]
+    num_symbols: int | dict[str, int | None] | None = None
     num_classes: int = 0
     levels: np.ndarray | None = dataclasses.field(default=None, repr=False)
     interval: tuple[float, float] = (-1.0, 1.0)
     vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False)
-    counts: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    counts: np.ndarray | dict[str, np.ndarray] | None = dataclasses.field(default=None, repr=False)
     mixture: tuple[tuple[int, float], ...] | None = None
     fingerprint: str = ""
     conditions: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     latents: Any = None
+    columns: Any = dataclasses.field(default=None, repr=False)
+    sizes: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -98,8 +106,15 @@ class Dataset:
     @property
     def is_image(self) -> bool:
         """Whether one x0 is an image `(height, width, 1 or 3)`, or the latents of one."""
+        if self.parts:
+            return False
         shape = self.shape if self.latents is None else self.latents.image_shape
         return self.vocabulary is None and len(shape) == 3 and shape[-1] in (1, 3)
+
+    @property
+    def parts(self) -> bool:
+        """Whether states are dicts of several parts."""
+        return isinstance(self.shape, Mapping)
 
     def to_images(self, x0) -> np.ndarray:
         """States as images to look at.
@@ -174,12 +189,16 @@ def count_symbols(dataset: Dataset) -> Dataset:
         return dataset
     if dataset.num_symbols is None:
         raise ValueError(f"{dataset.name}: continuous values have no symbols to count")
-    counts = np.zeros(dataset.num_symbols, np.int64)
+    symbols = dataset.num_symbols if dataset.parts else {"": dataset.num_symbols}
+    counts = {name: np.zeros(number, np.int64) for name, number in symbols.items() if number is not None}
     for start in range(0, len(dataset), 4096):
         items = dataset[slice(start, start + 4096)]
-        x0 = items["x0"][items["weights"] > 0] if "weights" in items else items["x0"]  # padding is no symbol
-        counts += np.bincount(x0.ravel(), minlength=dataset.num_symbols)
-    return dataclasses.replace(dataset, counts=counts)
+        x0, weights = (items.get(key) if dataset.parts else {"": items.get(key)} for key in ("x0", "weights"))
+        for name, found in counts.items():
+            own = None if weights is None else weights[name]
+            tokens = x0[name] if own is None else x0[name][own > 0]  # padding is no symbol
+            found += np.bincount(tokens.ravel(), minlength=len(found))
+    return dataclasses.replace(dataset, counts=counts if dataset.parts else counts[""])
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

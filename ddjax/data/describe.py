@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddjax.data.columns import Columns
 from ddjax.data.dataset import Dataset, require
 from ddjax.data.encoded import Latents
 from ddjax.data.vocabulary import Bytes, Characters, Subwords
@@ -27,16 +29,25 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     """A description that JSON can hold; a text's vocabulary goes along, so that samples can be read anywhere."""
     return {
         "name": dataset.name,
-        "shape": list(dataset.shape),
+        "shape": _each(list, dataset.shape),
         "num_symbols": dataset.num_symbols,
         "num_classes": dataset.num_classes,
         "levels": None if dataset.levels is None else [float(v) for v in dataset.levels],
         "interval": list(dataset.interval),
         "vocabulary": describe_vocabulary(dataset.vocabulary),
-        "counts": None if dataset.counts is None else dataset.counts.tolist(),
+        "counts": _each(lambda counts: counts.tolist(), dataset.counts),
         "conditions": {name: list(shape) for name, shape in dataset.conditions.items()},
         "latents": None if dataset.latents is None else dataclasses.asdict(dataset.latents),
+        **({} if dataset.columns is None else {"columns": dataset.columns.describe()}),
+        **({} if dataset.sizes is None else {"sizes": dataset.sizes.tolist()}),
     }
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Of a value, or of each of several parts; None stays."""
+    if isinstance(value, Mapping):
+        return {name: function(part) for name, part in value.items()}
+    return None if value is None else function(value)
 
 
 def describe_vocabulary(vocabulary: Any) -> dict[str, Any] | None:
@@ -69,13 +80,15 @@ def from_description(description: dict[str, Any]) -> Dataset:
         name=description["name"],
         split="none",
         source=_NoItems(),
-        shape=tuple(description["shape"]),
+        shape=_each(tuple, description["shape"]),
         num_symbols=description["num_symbols"],
         num_classes=description["num_classes"],
         levels=None if levels is None else np.asarray(levels, np.float32),
         interval=tuple(description.get("interval", (-1.0, 1.0))),  # older runs do not say it
         vocabulary=described_vocabulary(description["vocabulary"]),
-        counts=None if description["counts"] is None else np.asarray(description["counts"], np.int64),
+        counts=_each(lambda counts: np.asarray(counts, np.int64), description["counts"]),
         conditions={name: tuple(shape) for name, shape in description.get("conditions", {}).items()},
         latents=Latents(**description["latents"]) if description.get("latents") else None,
+        columns=Columns(**description["columns"]) if "columns" in description else None,
+        sizes=np.asarray(description["sizes"], np.int64) if "sizes" in description else None,
     )

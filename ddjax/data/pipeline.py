@@ -192,7 +192,9 @@ def epoch(
         index = index[rows]
         items, weights = dataset[np.minimum(index, size - 1)], (index < size).astype(np.float32)
         if (own := items.get("weights")) is not None:
-            weights = own * weights.reshape(-1, *(1,) * (own.ndim - 1))
+            parts = own.items() if isinstance(own, dict) else [("", own)]
+            weighed = {name: w * weights.reshape(-1, *(1,) * (w.ndim - 1)) for name, w in parts}
+            weights = weighed if isinstance(own, dict) else weighed[""]
         return {**items, "weights": weights}
 
     padded = -(-size // batch_size) * batch_size

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from ddjax.data import arrays, builtin, images, prepared, splits, tables, text
+from ddjax.data import arrays, builtin, columns, images, prepared, splits, tables, text
 from ddjax.data.dataset import Dataset
 from ddjax.data.shards import Folder, is_begun
 
@@ -15,6 +15,7 @@ FILES: dict[str, Callable[..., Dataset]] = {
     ".npz": arrays.npz,
     ".npy": arrays.npy,
     ".bin": text.token_stream,
+    ".csv": columns.csv_table,
     **dict.fromkeys(tables.EXTENSIONS, tables.table),
     **dict.fromkeys(text.EXTENSIONS, text.text),
 }
@@ -29,6 +30,7 @@ def load(name_or_path: str | Path, split: str, *, tokens: bool | None = None, **
     - `.npz` (`arrays.npz`), `.npy` (`arrays.npy`): arrays of images, tokens or continuous values;
     - a folder with any image in it (`images.folder`);
     - text files and folders of them (`text.text`), `.bin` streams of tokens (`text.token_stream`);
+    - `.csv` (`columns.csv_table`): rows of numbers and symbols, states of several parts;
     - `.parquet`, `.arrow`, `.feather`, folders and patterns of `.parquet` (`tables.table`);
     - folders that `ddjax data prepare` wrote (`prepared.prepared`).
 

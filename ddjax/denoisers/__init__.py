@@ -26,7 +26,7 @@ from ddjax.denoisers.low_rank import LowRankGaussian
 from ddjax.denoisers.multi_resolution import MultiResolution
 from ddjax.denoisers.neural_process import NeuralProcess
 from ddjax.denoisers.state_space import StateSpace
-from ddjax.denoisers.tabular import TabularMLP
+from ddjax.denoisers.tabular import MixedTable, TabularMLP
 from ddjax.denoisers.taught import taught
 from ddjax.denoisers.text import TextTransformer
 from ddjax.denoisers.times import SharedEarlyTimes
@@ -50,6 +50,7 @@ __all__ = [
     "GraphTransformer",
     "InfDiT",
     "LowRankGaussian",
+    "MixedTable",
     "MultiResolution",
     "NeuralProcess",
     "OverDraws",

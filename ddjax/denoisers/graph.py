@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddjax import random
-from ddjax.denoisers.graph_features import GLOBAL_FEATURES, NODE_FEATURES, graph_features
+from ddjax.denoisers.graph_features import EIGENVECTORS, GLOBAL_FEATURES, NODE_FEATURES, eigenvectors, graph_features
 from ddjax.denoisers.layers.basic import (
     DType,
     LayerNorm,
@@ -33,29 +33,37 @@ from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-5  # of the published norms
-Parts = tuple[Array, Array, Array]  # features of nodes, of edges, of the whole
+# Features of nodes, of edges, of the whole; and which nodes there are, None for all.
+Parts = tuple[Array, Array, Array, Array | None]
 
 
 class GraphTransformer(nnx.Module):
     """The network of DiGress (Vignac et al. 2023, arXiv:2209.14734, section 4.3 and appendix B).
 
     The state is an undirected graph: the type of each pair of nodes (`ddjax.symmetric`), 0 for no edge, and before
-    them, where nodes have types, that of each node, in one alphabet. Outputs go with any permutation of the nodes.
+    them, where nodes have types, that of each node, in one alphabet. Or, with an alphabet for each, a dict of "edges"
+    and perhaps "nodes" (`processes.Product`). Outputs go with any permutation of the nodes.
+
+    Graphs of several sizes are states of the largest, told how many nodes there are, the first ones; what is said of
+    them is what would be said of the graph alone (but for its share of the largest size, which the network is told).
 
     A layer attends among nodes; edges scale and shift the products of queries and keys (FiLM), from which they are made
     anew, and the whole graph, told the time and the label, scales and shifts both. The output layers start at zero.
 
     Args:
-        nodes: their number.
-        symbols_in: tokens run over `[0, symbols_in)` (`process.num_states`: the mask counts).
-        symbols_out: number of logits per site; an edge is there where its token is in `[1, symbols_out)`.
-        typed: whether nodes have types: the state then has `nodes` sites more, the first.
+        nodes: their number, or the largest.
+        symbols_in: tokens run over `[0, symbols_in)` (`process.num_states`: the mask counts); or those of each part.
+        symbols_out: number of logits per site; an edge is there where its token is in `[1, symbols_out)`; or of each
+            part of a dict.
+        typed: whether nodes have types: the state then has `nodes` sites more, the first. (A dict says it itself.)
+        sizes: whether graphs have a number of nodes each: `cond={"size": ..., "cond": labels}`.
         width, edge_width, global_width: of the features; heads divides width.
         depth: number of layers, at least 2.
         heads: of attention.
         hidden: widths inside the MLPs at both ends, of nodes, edges and the whole.
         feed_forward: widths inside those of each layer.
         features: whether nodes and the whole are told cycles and the spectrum of the noised graph (`graph_features`).
+        eigenvectors: whether nodes are told two eigenvectors, too (`graph_features.eigenvectors`), as published.
         skip: whether the one-hot state is added to the logits, as published; a new network then says the state again.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         time: False ignores t.
@@ -68,13 +76,16 @@ class GraphTransformer(nnx.Module):
         ValueError: for sizes that cannot be.
     """
 
+    takes = "graphs"
+
     def __init__(
         self,
         *,
         nodes: int,
-        symbols_in: int,
-        symbols_out: int,
+        symbols_in: int | Mapping[str, int],
+        symbols_out: int | Mapping[str, int],
         typed: bool = False,
+        sizes: bool = False,
         width: int = 256,
         edge_width: int = 64,
         global_width: int = 64,
@@ -83,6 +94,7 @@ class GraphTransformer(nnx.Module):
         hidden: Sequence[int] = (256, 128, 128),
         feed_forward: Sequence[int] = (256, 128, 2048),
         features: bool = True,
+        eigenvectors: bool = False,
         skip: bool = False,
         num_classes: int = 0,
         time: bool = True,
@@ -98,17 +110,27 @@ class GraphTransformer(nnx.Module):
                 f"nodes={nodes}, depth={depth}, hidden={tuple(hidden)}, feed_forward={tuple(feed_forward)}: expected 2 "
                 "nodes and layers or more, and three widths each"
             )
-        self.nodes, self.symbols_in, self.symbols_out, self.typed = nodes, symbols_in, symbols_out, typed
-        self.features, self.skip, self.time, self.num_classes = features, skip, time, num_classes
+        self.split = isinstance(symbols_in, Mapping)  # a dict of parts
+        typed = "nodes" in symbols_in if self.split else typed
+        if self.split and not set(symbols_in) == set(symbols_out) == {"edges", *(["nodes"] if typed else [])}:
+            raise ValueError(
+                f"symbols_in={symbols_in}, symbols_out={symbols_out}: expected those of edges, and of nodes"
+            )
+        both = {"nodes": symbols_in, "edges": symbols_in}, {"nodes": symbols_out, "edges": symbols_out}
+        both = (symbols_in, symbols_out) if self.split else both
+        self.symbols = tuple(tuple(symbols.items()) for symbols in both)  # in and out, hashable
+        self.nodes, self.typed, self.sizes, self.num_classes = nodes, typed, sizes, num_classes
+        self.features, self.eigenvectors, self.skip, self.time = features, eigenvectors, skip, time
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
-        self.sites = nodes * typed + nodes * (nodes - 1) // 2
+        self.pairs = nodes * (nodes - 1) // 2
         widths = (width, edge_width, global_width)
         # Without a type, or anything to be told, there is a constant.
-        node_inputs = (symbols_in if typed else 1) + NODE_FEATURES * features
-        global_inputs = 1 + GLOBAL_FEATURES * features
+        node_inputs = (self.symbols_in["nodes"] if typed else 1) + NODE_FEATURES * features
+        node_inputs += EIGENVECTORS * eigenvectors
+        global_inputs = 1 + GLOBAL_FEATURES * features + sizes
         mlp = partial(EndMLP, dtype=dtype, rngs=rngs)
         self.nodes_in = mlp(node_inputs, hidden[0], width, last=True)
-        self.edges_in = mlp(symbols_in, hidden[1], edge_width, last=True)
+        self.edges_in = mlp(self.symbols_in["edges"], hidden[1], edge_width, last=True)
         self.global_in = mlp(global_inputs, hidden[2], global_width, last=True)
         rows = (num_classes + 1, global_width)
         self.labels = nnx.Param(0.02 * jax.random.normal(rngs.params(), rows, jnp.float32)) if num_classes else None
@@ -116,62 +138,111 @@ class GraphTransformer(nnx.Module):
         self.stack = Stack(lambda rngs: layer(rngs=rngs), depth - 1, scan=scan, remat=remat, rngs=rngs)
         # Nothing asks what the whole is behind the last layer, nor, without types, what nodes are.
         self.last = layer(tells=(typed, True, False), rngs=rngs)
-        self.nodes_out = mlp(width, hidden[0], symbols_out) if typed else None
-        self.edges_out = mlp(edge_width, hidden[1], symbols_out)
+        self.nodes_out = mlp(width, hidden[0], self.symbols_out["nodes"]) if typed else None
+        self.edges_out = mlp(edge_width, hidden[1], self.symbols_out["edges"])
 
     def __call__(
         self,
-        xt: Int[Array, "batch sites"] | Float[Array, "batch sites symbols_in"] | SoftTokens,
+        xt: Any,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Any] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "batch sites symbols_out"]:
+    ) -> Any:
         """Run the network.
 
         Args:
-            xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens.
+            xt: the state, `(batch, sites)`, or a dict of `(batch, nodes)` and `(batch, pairs)`; a token outside `[0,
+                symbols_in)` makes the example's output NaN. Or soft tokens, `(batch, sites, symbols_in)`.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label.
+            cond: labels in `[0, num_classes]`; None is the null label. With `sizes`, `{"size": (batch,), "cond":
+                labels}`.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
         Returns:
-            Logits, at least float32.
+            Logits, at least float32: `(batch, sites, symbols_out)`, or a dict of them; 0 where there are no nodes.
 
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        state = hard_state(xt, 2, self.symbols_in)
-        check_state(state, (("sites",), (self.sites,)), self.symbols_in)
-        batch = state.shape[0]
+        own, pairs = self._onehot(xt)
+        batch, edges = pairs.shape[0], unpack(pairs)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        onehot = _onehot(xt, self.symbols_in)
-        own, edges = onehot[:, : self.sites - self._pairs], unpack(onehot[:, self.sites - self._pairs :])
-        nodes = own if self.typed else jnp.ones((batch, self.nodes, 1), jnp.float32)
-        whole = check_time(t, batch, None)[:, None] if self.time else jnp.ones((batch, 1), jnp.float32)
+        cond, there = self._sized(cond, batch)
+        nodes = [own if self.typed else jnp.ones((batch, self.nodes, 1), jnp.float32)]
+        whole = [check_time(t, batch, None)[:, None] if self.time else jnp.ones((batch, 1), jnp.float32)]
+        adjacency = edges[..., 1 : self.symbols_out["edges"]].sum(axis=-1)
         if self.features:
-            more, of_all = graph_features(edges[..., 1 : self.symbols_out].sum(axis=-1))
-            nodes, whole = jnp.concatenate([nodes, more], axis=-1), jnp.concatenate([whole, of_all], axis=-1)
-        x, e, y = self.nodes_in(nodes), self.edges_in(edges), self.global_in(whole)
+            more, of_all = graph_features(adjacency, there)
+            nodes, whole = [*nodes, more], [*whole, of_all]
+        if self.eigenvectors:
+            nodes = [*nodes, eigenvectors(adjacency, there)]
+        if there is not None:
+            whole = [*whole, there.sum(axis=-1, keepdims=True) / self.nodes]
+        x, e = self.nodes_in(jnp.concatenate(nodes, axis=-1)), self.edges_in(edges)
+        x, e, y = *_among(x, e, there), self.global_in(jnp.concatenate(whole, axis=-1))
         labels = check_labels(cond, self.num_classes, batch)
         if self.labels is not None:
             y = y + lookup(self.labels[...], labels).astype(y.dtype)
         tap("condition", y)
-        h, _ = run_blocks(self.stack, (x, e, y), None, keys)
-        x, e, _ = self.last(
+        h, _ = run_blocks(self.stack, (x, e, y, there), None, keys)
+        x, e, *_ = self.last(
             h, keys=None if keys is None else random.fold_in(keys, self.stack.depth), name="block/last"
         )[0]
         e = self.edges_out(e)
-        logits = pack(e + e.swapaxes(1, 2)) / 2
-        if self.nodes_out is not None:
-            logits = jnp.concatenate([self.nodes_out(x), logits], axis=1)
-        return logits + onehot[..., : self.symbols_out] if self.skip else logits
+        logits = {} if self.nodes_out is None else {"nodes": self.nodes_out(x)}
+        logits["edges"] = (e + e.swapaxes(1, 2)) / 2
+        if self.skip:
+            logits["edges"] = logits["edges"] + edges[..., : self.symbols_out["edges"]]
+            logits |= {"nodes": logits["nodes"] + own[..., : self.symbols_out["nodes"]]} if self.typed else {}
+        found, said = _among(logits.get("nodes"), logits["edges"], there)
+        parts = ({} if found is None else {"nodes": found}) | {"edges": pack(said)}
+        return parts if self.split else jnp.concatenate(list(parts.values()), axis=1)
 
     @property
-    def _pairs(self) -> int:
-        return self.nodes * (self.nodes - 1) // 2
+    def symbols_in(self) -> dict[str, int]:
+        """Of nodes and edges."""
+        return dict(self.symbols[0])
+
+    @property
+    def symbols_out(self) -> dict[str, int]:
+        """Of nodes and edges."""
+        return dict(self.symbols[1])
+
+    def _onehot(self, xt: Any) -> tuple[Array | None, Array]:
+        """Of nodes, if they have types, and of pairs. Raises ValueError for other shapes."""
+        counts = ({"nodes": self.nodes} if self.typed else {}) | {"edges": self.pairs}
+        if not self.split:
+            symbols, sites = self.symbols_in["edges"], sum(counts.values())
+            check_state(hard_state(xt, 2, symbols), (("sites",), (sites,)), symbols)
+            onehot = _onehot(xt, symbols)
+            return (onehot[:, : self.nodes] if self.typed else None), onehot[:, sites - self.pairs :]
+        if not isinstance(xt, Mapping) or set(xt) != set(counts):
+            raise ValueError(f"expected a state of the parts {', '.join(counts)}, got {type(xt).__name__}")
+        for name, count in counts.items():
+            check_state(hard_state(xt[name], 2, self.symbols_in[name]), ((name,), (count,)), self.symbols_in[name])
+        own = _onehot(xt["nodes"], self.symbols_in["nodes"]) if self.typed else None
+        return own, _onehot(xt["edges"], self.symbols_in["edges"])
+
+    def _sized(self, cond: Any, batch: int) -> tuple[Any, Bool[Array, "batch nodes"] | None]:
+        """The labels, and which nodes there are."""
+        size = cond.get("size") if isinstance(cond, Mapping) else None
+        if self.sizes != (size is not None) or (size is not None and jnp.shape(size) != (batch,)):
+            wanted = (
+                f'{{"size": ({batch},), "cond": labels}}' if self.sizes else "labels: build the network with sizes=True"
+            )
+            raise ValueError(f"expected cond={wanted}, got {jax.tree.map(jnp.shape, cond)}")
+        return (cond.get("cond"), jnp.arange(self.nodes) < size[:, None]) if self.sizes else (cond, None)
+
+
+def _among(x: Array | None, e: Array, there: Array | None) -> tuple[Array | None, Array]:
+    """Features of nodes, and of pairs, 0 where there is no node."""
+    if there is None:
+        return x, e
+    both = there[:, :, None, None] & there[:, None, :, None]
+    return None if x is None else jnp.where(there[..., None], x, 0), jnp.where(both, e, 0)
 
 
 class EndMLP(nnx.Module):
@@ -255,7 +326,7 @@ class GraphLayer(nnx.Module):
         """The next features, and nothing for a long connection. See `layers.LongSkips`."""
         named = Below(name)
         keys = (None, None, None) if keys is None else random.split(keys, 3)
-        x, e, y = h
+        x, e, y, there = h
         x, e = constrain(x, "batch", None, None), constrain(e, "batch", None, None, None)
         width = x.shape[-1]
         scores = self.q(x)[:, :, None] * self.k(x)[:, None] / (width // self.heads) ** 0.5  # (batch, n, n, width)
@@ -265,22 +336,30 @@ class GraphLayer(nnx.Module):
         new_x = x
         if self.nodes is not None:
             # Each feature has a softmax of its own: products are not summed over the features of a head.
-            weights = jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)), axis=2).astype(scores.dtype)
+            wide = scores.astype(at_least_float32(scores.dtype))
+            wide = wide if there is None else jnp.where(there[:, None, :, None], wide, -1e30)
+            weights = jax.nn.softmax(wide, axis=2).astype(scores.dtype)
             mixed = (weights * self.v(x)[:, None]).sum(axis=2)
             new = self.x_out(self.y_x_add(y)[:, None] + (self.y_x_mul(y)[:, None] + 1) * mixed)
             new_x = named("/nodes", self.nodes(x, new, keys[0]))
         if self.whole is not None:
-            new = self.y_y(y) + self.x_y(_summary(x, (1,))) + self.e_y(_summary(e, (1, 2)))
+            of_pairs = None if there is None else there[:, :, None] & there[:, None]
+            new = self.y_y(y) + self.x_y(_summary(x, (1,), there)) + self.e_y(_summary(e, (1, 2), of_pairs))
             y = named("/whole", self.whole(y, self.y_down(jax.nn.relu(self.y_up(new))), keys[2]))
-        return (new_x, new_e, y), None
+        return (*_among(new_x, new_e, there), y, there), None
 
 
-def _summary(x: Array, axes: tuple[int, ...]) -> Array:
-    """Mean, least, largest, and standard deviation (of a sample) along axes, side by side."""
+def _summary(x: Array, axes: tuple[int, ...], there: Array | None) -> Array:
+    """Mean, least, largest, and standard deviation (of a sample) along axes, side by side, of what there is."""
     x = x.astype(at_least_float32(x.dtype))
+    there = jnp.ones(x.shape[:-1], bool)[..., None] if there is None else there[..., None]
+    number = there.sum(axis=axes)
+    mean = jnp.where(there, x, 0.0).sum(axis=axes) / number
+    off = jnp.where(there, x - mean.reshape(mean.shape[0], *(1,) * len(axes), -1), 0.0)
     # The root of no variance at all has no slope: 1e-12 gives it one.
-    std = jnp.sqrt(x.var(axis=axes, ddof=1) + 1e-12)
-    return jnp.concatenate([x.mean(axis=axes), x.min(axis=axes), x.max(axis=axes), std], axis=-1)
+    std = jnp.sqrt((off**2).sum(axis=axes) / jnp.maximum(number - 1, 1) + 1e-12)
+    least, most = jnp.where(there, x, jnp.inf).min(axis=axes), jnp.where(there, x, -jnp.inf).max(axis=axes)
+    return jnp.concatenate([mean, least, most, std], axis=-1)
 
 
 def _onehot(xt: Any, symbols: int) -> Float[Array, "batch sites symbols"]:

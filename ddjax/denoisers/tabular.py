@@ -1,11 +1,12 @@
-"""A multilayer perceptron for the rows of a table, numerical or categorical."""
+"""A multilayer perceptron for the rows of a table: numerical, categorical, or both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -26,7 +27,67 @@ from ddjax.taps import tap
 from ddjax.types import SoftTokens
 
 
-class TabularMLP(nnx.Module):
+class RowMLP(nnx.Module):
+    """What the networks of rows share: the time, the label, and the layers behind a projected row."""
+
+    def __init__(
+        self,
+        outputs: int,
+        *,
+        width: int,
+        hidden: Sequence[int],
+        num_classes: int,
+        time: bool,
+        dropout: float,
+        dtype: DType,
+        rngs: nnx.Rngs,
+    ):
+        self.num_classes, self.dropout, self.dtype = num_classes, dropout, jnp.dtype(dtype)
+        options = {"dtype": dtype, "rngs": rngs}
+        self.time_in = Linear(width, width, rngs=rngs) if time else None
+        self.time_out = Linear(width, width, rngs=rngs) if time else None
+        rows = (num_classes + 1, width)
+        self.labels = nnx.Param(jax.random.normal(rngs.params(), rows, jnp.float32)) if num_classes else None
+        widths = [width, *hidden]
+        self.layers = nnx.List([Linear(a, b, **options) for a, b in zip(widths, hidden, strict=False)])
+        wide = at_least_float32(dtype)
+        self.out = Linear(widths[-1], outputs, kernel_init=zeros, out_dtype=wide, **options)
+
+    def run(
+        self,
+        row: Float[Array, "batch width"],
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None,
+        train: bool,
+    ) -> Float[Array, "batch outputs"]:
+        """What is said of a projected row."""
+        batch = row.shape[0]
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        labels, told = check_labels(cond, self.num_classes, batch), 0.0
+        if self.time_in is not None:
+            told = time_embedding(check_time(t, batch, None), self.time_in.kernel.shape[0])
+            told = self.time_out(jax.nn.silu(self.time_in(told)))
+        if self.labels is not None:
+            told = told + jax.nn.silu(lookup(self.labels[...], labels))
+        tap("condition", told)
+        h = tap("embed", (row + told).astype(self.dtype))
+        for i, layer in enumerate(self.layers):
+            h = constrain(jax.nn.relu(layer(h)), "batch", None)
+            h = tap(f"layer/{i}", dropout(h, self.dropout, None if keys is None else random.fold_in(keys, i)))
+        return self.out(h)
+
+
+def _check_sizes(columns: int, hidden: Sequence[int], width: int, num_classes: int, rate: float) -> None:
+    check_rate(rate)
+    if columns < 1 or not hidden or width % 2 or num_classes < 0:
+        raise ValueError(
+            f"columns={columns}, hidden={tuple(hidden)}, width={width}, num_classes={num_classes}: expected "
+            "columns, layers, an even width and no negative number"
+        )
+
+
+class TabularMLP(RowMLP):
     """The network of TabDDPM (Kotelnikov et al. 2023, arXiv:2209.15421, section 3).
 
     The row, projected, and embeddings of the time and the label are added up; layers of ReLUs follow. A categorical
@@ -49,6 +110,8 @@ class TabularMLP(nnx.Module):
         ValueError: for sizes that cannot be, or options of the wrong state space.
     """
 
+    takes = "rows"
+
     def __init__(
         self,
         *,
@@ -64,32 +127,20 @@ class TabularMLP(nnx.Module):
         dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_rate(dropout)
-        if columns < 1 or not hidden or width % 2 or num_classes < 0:
-            raise ValueError(
-                f"columns={columns}, hidden={tuple(hidden)}, width={width}, num_classes={num_classes}: expected "
-                "columns, layers, an even width and no negative number"
-            )
+        _check_sizes(columns, hidden, width, num_classes, dropout)
         if (symbols_in is None) != (symbols_out is None) or (symbols_in is not None and out_columns is not None):
             raise ValueError(
                 f"symbols_in={symbols_in}, symbols_out={symbols_out}, out_columns={out_columns}: give both of the "
                 "first for categorical columns, neither for numerical ones; out_columns is for these alone"
             )
         self.columns, self.symbols_in, self.symbols_out = columns, symbols_in, symbols_out
-        self.num_classes, self.dropout, self.dtype = num_classes, dropout, jnp.dtype(dtype)
         options = {"dtype": dtype, "rngs": rngs}
         self.tokens = None if symbols_in is None else TokenEmbed(symbols_in, width, channels=columns, rngs=rngs)
         self.embed = Linear(columns, width, **options) if symbols_in is None else None
         self.embed_bias = None if symbols_in is None else nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.time_in = Linear(width, width, rngs=rngs) if time else None
-        self.time_out = Linear(width, width, rngs=rngs) if time else None
-        rows = (num_classes + 1, width)
-        self.labels = nnx.Param(jax.random.normal(rngs.params(), rows, jnp.float32)) if num_classes else None
-        widths = [width, *hidden]
-        self.layers = nnx.List([Linear(a, b, **options) for a, b in zip(widths, hidden, strict=False)])
         outputs = columns * symbols_out if symbols_in else out_columns or columns
-        wide = at_least_float32(dtype)
-        self.out = Linear(widths[-1], outputs, kernel_init=zeros, out_dtype=wide, **options)
+        more = {"num_classes": num_classes, "time": time, "dropout": dropout}
+        super().__init__(outputs, width=width, hidden=hidden, **more, **options)
 
     def __call__(
         self,
@@ -117,19 +168,89 @@ class TabularMLP(nnx.Module):
         """
         state = hard_state(xt, 2, self.symbols_in)
         check_state(state, (("columns",), (self.columns,)), self.symbols_in)
-        batch = state.shape[0]
-        keys = dropout_keys(self.dropout, batch, rng, train)
-        labels, told = check_labels(cond, self.num_classes, batch), 0.0
-        if self.time_in is not None:
-            told = time_embedding(check_time(t, batch, None), self.time_in.kernel.shape[0])
-            told = self.time_out(jax.nn.silu(self.time_in(told)))
-        if self.labels is not None:
-            told = told + jax.nn.silu(lookup(self.labels[...], labels))
-        tap("condition", told)
-        h = self.embed(xt) if self.tokens is None else self.tokens(xt).sum(axis=-2) + self.embed_bias[...]
-        h = tap("embed", (h + told).astype(self.dtype))
-        for i, layer in enumerate(self.layers):
-            h = constrain(jax.nn.relu(layer(h)), "batch", None)
-            h = tap(f"layer/{i}", dropout(h, self.dropout, None if keys is None else random.fold_in(keys, i)))
-        y = self.out(h)
-        return y if self.symbols_out is None else y.reshape(batch, self.columns, self.symbols_out)
+        row = self.embed(xt) if self.tokens is None else self.tokens(xt).sum(axis=-2) + self.embed_bias[...]
+        y = self.run(row, t, cond, rng, train)
+        return y if self.symbols_out is None else y.reshape(*y.shape[:1], self.columns, self.symbols_out)
+
+
+class MixedTable(RowMLP):
+    """The network of TabDDPM for columns of numbers and of symbols, each of its own alphabet (`processes.Product`).
+
+    As `TabularMLP`: numbers and one-hot symbols, side by side, are projected and added to the embeddings of the time
+    and the label; the outputs are cut into the parts' own.
+
+    Args:
+        parts: what each part of the state is, by name: (columns, None, outputs) of numbers, and (columns, symbols_in,
+            symbols_out) of symbols.
+        width, hidden, num_classes, time, dropout, dtype, rngs: as in `TabularMLP`.
+
+    Raises:
+        ValueError: for sizes that cannot be.
+    """
+
+    takes = "parts"
+
+    def __init__(
+        self,
+        *,
+        parts: Mapping[str, tuple[int, int | None, int]],
+        width: int = 128,
+        hidden: Sequence[int] = (256, 256),
+        num_classes: int = 0,
+        time: bool = True,
+        dropout: float = 0.0,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.parts = tuple((name, *sizes) for name, sizes in parts.items())
+        columns = min((columns for _, columns, *_ in self.parts), default=0)
+        _check_sizes(columns, hidden, width, num_classes, dropout)
+        options = {"dtype": dtype, "rngs": rngs}
+        self.embed = nnx.List(
+            [
+                Linear(columns, width, bias=False, **options)
+                if symbols is None
+                else TokenEmbed(symbols, width, channels=columns, rngs=rngs)
+                for _, columns, symbols, _ in self.parts
+            ]
+        )
+        self.embed_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.sizes = tuple(out if symbols is None else columns * out for _, columns, symbols, out in self.parts)
+        more = {"num_classes": num_classes, "time": time, "dropout": dropout}
+        super().__init__(sum(self.sizes), width=width, hidden=hidden, **more, **options)
+
+    def __call__(
+        self,
+        xt: Mapping[str, Array | SoftTokens],
+        t: Float[Array, " batch"] | Float[Array, ""] | None,
+        cond: Int[Array, " batch"] | None = None,
+        *,
+        rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Run the network.
+
+        Args:
+            xt: of each part numbers or symbols, `(batch, columns)`; a symbol outside `[0, symbols_in)` makes the row's
+                outputs NaN. Or soft tokens.
+            t, cond, rng, train: as in `TabularMLP`.
+
+        Returns:
+            At least float32, of each part `(batch, outputs)`, or logits `(batch, columns, symbols_out)`.
+
+        Raises:
+            ValueError: for other parts, or a shape or dtype that the network was not built for.
+        """
+        if not isinstance(xt, Mapping) or set(xt) != {name for name, *_ in self.parts}:
+            found = ", ".join(xt) if isinstance(xt, Mapping) else type(xt).__name__
+            raise ValueError(f"expected a state of the parts {', '.join(name for name, *_ in self.parts)}, got {found}")
+        row = self.embed_bias[...]
+        for (name, columns, symbols, _), embed in zip(self.parts, self.embed, strict=True):
+            check_state(hard_state(xt[name], 2, symbols), (("columns",), (columns,)), symbols)
+            row = row + (embed(xt[name]) if symbols is None else embed(xt[name]).sum(axis=-2))
+        y, found = self.run(row, t, cond, rng, train), {}
+        ends = np.cumsum(self.sizes)
+        for (name, columns, symbols, out), end, size in zip(self.parts, ends, self.sizes, strict=True):
+            own = y[:, end - size : end]
+            found[name] = own if symbols is None else own.reshape(-1, columns, out)
+        return found

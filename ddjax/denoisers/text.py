@@ -89,6 +89,8 @@ class TextTransformer(nnx.Module):
         ValueError: for sizes that do not divide or unknown options.
     """
 
+    takes = "texts"
+
     def __init__(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from ddjax.guidance.classifier_free import ClassifierFree, Contrasted, classifier_free, contrasted
 from ddjax.guidance.networks import ByClassifier, ByWeaker, GuidedMean, by_classifier, by_weaker
+from ddjax.guidance.regressor import Regressed, regressed
 
 __all__ = [
     "ByClassifier",
@@ -9,8 +10,10 @@ __all__ = [
     "ClassifierFree",
     "Contrasted",
     "GuidedMean",
+    "Regressed",
     "by_classifier",
     "by_weaker",
     "classifier_free",
     "contrasted",
+    "regressed",
 ]

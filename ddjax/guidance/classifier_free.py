@@ -60,13 +60,17 @@ def _extrapolated(
 ) -> Prediction:
     """Weaker + scale * (given cond - weaker), as one doubled batch."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *_sides(cond, weaker, cost(denoise)))
-    out = denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), both)
+    out = denoise(jax.tree.map(lambda x: jnp.concatenate([x, x]), xt), jnp.concatenate([t, t]), both)
+    # Of a product's symbols the logits as they are: what is added to all of a site's changes no law.
     value = jax.nn.log_softmax(out.value) if out.kind in LOGIT_KINDS else out.value
-    with_cond, without = jnp.split(value, 2)
+    return Prediction(jax.tree.map(lambda v: _along(*jnp.split(v, 2), scale), value), out.kind)
+
+
+def _along(with_cond: jax.Array, without: jax.Array, scale: jax.Array) -> jax.Array:
     # A symbol impossible on either side is judged by the condition alone: -inf - -inf would be NaN.
     impossible = jnp.isneginf(with_cond) | jnp.isneginf(without)
     change = tap(GUIDANCE, jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without))
-    return Prediction(jnp.where(impossible, with_cond, without + scale * change), out.kind)
+    return jnp.where(impossible, with_cond, without + scale * change)
 
 
 def _sides(cond: Any, weaker: Callable[[Any], Any], calls: int) -> tuple[Any, Any]:

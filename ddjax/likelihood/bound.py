@@ -19,7 +19,7 @@ from ddjax import random
 from ddjax.grids import chain_grid, range_of, step_at
 from ddjax.predictions import Prediction, check_sitewise
 from ddjax.pytrees import as_pytree
-from ddjax.types import Bound, Rows, State, Time, per_example, sites, time_dtype
+from ddjax.types import Bound, Rows, State, Time, batch_size, per_example, sites, time_dtype
 
 # (process, x0, prediction, x_low, low) -> nats per site. Compared by value: `binned` and partials of it are fine.
 Reconstruction = Callable[[Any, State, Prediction, State, Time], Array]
@@ -63,8 +63,9 @@ def nelbo(
     """
     if num_times < 1:
         raise ValueError(f"num_times must be at least 1, got {num_times}")
-    if known is not None and known.shape != x0.shape:
-        raise ValueError(f"known has shape {known.shape}; give one entry per site, {x0.shape}")
+    given, shapes = (jax.tree.map(jnp.shape, tree) for tree in (known, x0))
+    if known is not None and given != shapes:
+        raise ValueError(f"known has shape {given}; give one entry per site, {shapes}")
     if known is not None:
         check_sitewise(process, "a bound given known sites")
         if hasattr(process, "latents"):
@@ -75,9 +76,13 @@ def nelbo(
     if times is not None:
         t_range = times[-1], times[0]
     low, high = range_of(process, t_range)
-    if times is not None and process.state == "gaussian" and process.schedule.sigma(times[-1]) == 0:
+    parts = process.processes.values() if process.state == "product" else [process]
+    clean = [
+        p.schedule for p in parts if times is not None and p.state == "gaussian" and p.schedule.sigma(times[-1]) == 0
+    ]
+    if clean:
         raise ValueError(
-            f"times end at t={low:g}, where {process.schedule!r} has no noise and the last step of a Gaussian chain "
+            f"times end at t={low:g}, where {clean[0]!r} has no noise and the last step of a Gaussian chain "
             f"costs infinitely many nats; end them where there is some (process.t_range begins at "
             f"{process.t_range[0]:g}): the decoder does the rest"
         )
@@ -92,7 +97,7 @@ def nelbo(
 
 @functools.partial(jax.jit, static_argnames=("process", "num_times", "t_range", "reconstruction"))
 def _terms(key, denoise, x0, cond, rows, times, known, prior, process, num_times, t_range, reconstruction):
-    batch, dtype, divergence = x0.shape[0], time_dtype(x0), 0.0
+    batch, dtype, divergence = batch_size(x0), time_dtype(x0), 0.0
     if hasattr(process, "latents"):  # one is drawn, and all else is given it
         key, latent_key = jax.random.split(key)
         law = process.posterior(x0)
@@ -102,10 +107,12 @@ def _terms(key, denoise, x0, cond, rows, times, known, prior, process, num_times
     low, high = (jnp.full((batch,), end, dtype) for end in t_range)
 
     def show(xt):
-        return xt if known is None else jnp.where(known, x0, xt)
+        return xt if known is None else jax.tree.map(jnp.where, known, x0, xt)
 
     def total(terms):
-        return per_example(terms if known is None else jnp.where(known, 0.0, terms))
+        if known is not None:
+            terms = jax.tree.map(lambda k, term: jnp.where(k, 0.0, term), known, terms)
+        return per_example(terms)
 
     def one_time(j):
         u = random.stratum(time_keys, j, num_times, dtype)

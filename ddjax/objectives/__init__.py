@@ -10,6 +10,7 @@ from ddjax.objectives import degradations, densities, weightings
 from ddjax.objectives.adaptive_noise import adaptive_noise
 from ddjax.objectives.ambient import ambient, with_noise_level
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
+from ddjax.objectives.by_parts import by_parts, digress, tabddpm
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
 from ddjax.objectives.conditioning import smaller, with_condition_dropout, with_condition_noise, with_image
 from ddjax.objectives.contrastive import contrastive_flow_matching
@@ -46,6 +47,7 @@ __all__ = [
     "ambient",
     "any_order",
     "block_elbo",
+    "by_parts",
     "clipped",
     "coherent_labels",
     "contrastive_flow_matching",
@@ -57,6 +59,7 @@ __all__ = [
     "degradations",
     "densities",
     "diffusion_forcing",
+    "digress",
     "duo",
     "dynamic",
     "elbo",
@@ -86,6 +89,7 @@ __all__ = [
     "search_clip",
     "smaller",
     "soft_mixture",
+    "tabddpm",
     "teacher_forced",
     "together",
     "uncertainty_parameters",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,7 +12,19 @@ from jaxtyping import Array, Float, Key
 from ddjax import random
 from ddjax.grids import step_at
 from ddjax.predictions import Prediction, bind, check_sitewise
-from ddjax.types import Apply, Keys, Params, Rows, SoftTokens, State, Time, left_broadcast, per_example, sites
+from ddjax.types import (
+    Apply,
+    Keys,
+    Params,
+    Rows,
+    SoftTokens,
+    State,
+    Time,
+    batch_size,
+    left_broadcast,
+    per_example,
+    sites,
+)
 
 # prediction -> error at each site, weighted as the integral over times asks
 SiteErrors = Callable[[Prediction], Array]
@@ -53,6 +65,7 @@ def noised(
     *,
     times_each: Callable[[State], int] | None = None,
     uniforms: Uniforms | None = None,
+    reduction: Callable[[Any, State], Any] | None = None,
 ) -> Objective:
     """An objective that noises each example once, at times spread evenly over the global batch.
 
@@ -61,10 +74,12 @@ def noised(
     times_each: how many times an example needs; `draw` is then given uniforms `(batch, times)`. Default: one.
     uniforms: how those of a global batch are spread, one for each example: `random.stratified` (default), `antithetic`
         or `independent`.
+    reduction: (weights, x0) -> what makes one loss of the errors; default `Reduction.of`.
     """
+    reduction = Reduction.of if reduction is None else reduction
 
     def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        rows, reduce = Rows.of(x0, rows), Reduction.of(weights, x0)
+        rows, reduce = Rows.of(x0, rows), reduction(weights, x0)
         time_key, noise_key, network_key = jax.random.split(key, 3)
         spread = random.stratified if uniforms is None else uniforms
         u = spread(time_key, rows) if times_each is None else random.latin(time_key, rows, times_each(x0))
@@ -94,7 +109,12 @@ def at_times(
     def draw(u, keys, x0):
         t, scale = time_at(u)
         xt = process.marginal(x0, t).sample(keys)
-        return xt, t, lambda prediction: left_broadcast(scale, x0) * site_loss(x0, prediction, xt, t)
+
+        def errors(prediction):
+            losses = site_loss(x0, prediction, xt, t)
+            return jax.tree.map(lambda x, loss: left_broadcast(scale, x) * loss, x0, losses)
+
+        return xt, t, errors
 
     return draw
 
@@ -106,7 +126,7 @@ def on_grid(process: Any, times: Float[Array, " steps+1"]) -> Draw:
     def draw(u, keys, x0):
         t, s = step_at(times, u)
         xt = process.marginal(x0, t).sample(keys)
-        return xt, t, lambda prediction: steps * process.step_kl(x0, prediction, xt, s, t)
+        return xt, t, lambda prediction: jax.tree.map(lambda kl: steps * kl, process.step_kl(x0, prediction, xt, s, t))
 
     return draw
 
@@ -121,11 +141,12 @@ class Reduction(NamedTuple):
     @classmethod
     def of(cls, weights: Array | None, x0: State) -> Reduction:
         """Raises ValueError for weights of another shape than the examples' or the sites'."""
-        if weights is None or weights.ndim == 1:
+        if weights is None or getattr(weights, "ndim", None) == 1:
             return cls(x0, examples=weights)
-        if weights.shape != x0.shape:
+        given, shapes = (jax.tree.map(jnp.shape, tree) for tree in (weights, x0))
+        if given != shapes:
             raise ValueError(
-                f"weights have shape {weights.shape}; give one per example, {x0.shape[:1]}, or one per site, {x0.shape}"
+                f"weights have shape {given}; give one per example, ({batch_size(x0)},), or one per site, {shapes}"
             )
         return cls(x0, sites=weights)
 
@@ -137,6 +158,11 @@ class Reduction(NamedTuple):
         if self.sites is None:
             return xt
         check_sitewise(process, "a weight for each site")
+        if isinstance(self.x0, Mapping):
+            return {
+                name: Reduction(x0, sites=self.sites[name]).shown(process[name], xt[name])
+                for name, x0 in self.x0.items()
+            }
         x0, known = self.x0, self.sites <= 0
         if isinstance(xt, SoftTokens):
             first = jnp.arange(xt.ids.shape[-1]) == 0
@@ -148,13 +174,13 @@ class Reduction(NamedTuple):
 
     def totals(self, errors: Float[Array, batch * sites]) -> Float[Array, " batch"]:
         """Sums over the sites of each example, weighted where sites have weights: those of weight 0 cost nothing."""
-        return per_example(errors if self.sites is None else jnp.where(self.sites > 0, self.sites * errors, 0.0))
+        return per_example(errors if self.sites is None else jax.tree.map(_weighted, self.sites, errors))
 
     def mean(self, totals: Float[Array, " batch"]) -> Float[Array, ""]:
         """The weighted mean over sites."""
         if self.sites is None:
             return weighted_mean(totals / sites(self.x0), self.examples)
-        return totals.sum() / jnp.maximum(self.sites.sum(), 1e-12)
+        return totals.sum() / jnp.maximum(per_example(self.sites).sum(), 1e-12)
 
     def __call__(self, errors: Float[Array, batch * sites]) -> Float[Array, ""]:
         """`mean` of `totals`."""
@@ -166,13 +192,17 @@ class Reduction(NamedTuple):
 
         Nothing where times are neither one per example nor one per site.
         """
-        own = t.ndim == errors.ndim and all(a in (1, b) for a, b in zip(t.shape, errors.shape, strict=True))
-        if t.ndim != 1 and not own:
-            return {}
-        weights = jnp.ones(errors.shape, errors.dtype) if self.sites is None else jnp.maximum(self.sites, 0.0)
+        if t.ndim != 1:
+            shape = getattr(errors, "shape", ())
+            if t.ndim != len(shape) or not all(a in (1, b) for a, b in zip(t.shape, shape, strict=True)):
+                return {}
+        if self.sites is None:
+            weights = jax.tree.map(jnp.ones_like, errors)
+        else:
+            weights = jax.tree.map(lambda w: jnp.maximum(w, 0.0), self.sites)
         if self.examples is not None:
-            weights = weights * left_broadcast(self.examples, errors)
-        costs = jnp.where(weights > 0, weights * errors, 0.0)
+            weights = jax.tree.map(lambda w: w * left_broadcast(self.examples, w), weights)
+        costs = jax.tree.map(_weighted, weights, errors)
         if t.ndim == 1:
             costs, weights = per_example(costs), per_example(weights)
         tenth = jnp.broadcast_to(jnp.clip(jnp.floor(t * TENTHS), 0, TENTHS - 1), costs.shape)
@@ -181,6 +211,11 @@ class Reduction(NamedTuple):
             return jnp.stack([jnp.where(tenth == k, costs, 0.0).sum(), jnp.where(tenth == k, weights, 0.0).sum()])
 
         return {"by_time": jax.vmap(share)(jnp.arange(TENTHS)) / jnp.maximum(weights.sum(), 1e-12)}
+
+
+def _weighted(weights: Array, errors: Array) -> Array:
+    """The product, 0 where the weight is."""
+    return jnp.where(weights > 0, weights * errors, 0.0)
 
 
 def weighted_mean(values: Float[Array, " batch"], weights: Float[Array, " batch"] | None) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from ddjax import random
 from ddjax.categorical import bernoulli
 from ddjax.nulls import nullified
 from ddjax.objectives.base import Objective
-from ddjax.types import Keys, Rows, left_broadcast
+from ddjax.types import Keys, Rows, batch_size, left_broadcast
 
 
 def with_condition_dropout(objective: Objective, rate: float | Mapping[str, float], null: Any) -> Objective:
@@ -43,7 +43,7 @@ def with_condition_dropout(objective: Objective, rate: float | Mapping[str, floa
             keys = random.example_keys(drop_key, Rows.of(x0, rows).index)
             for i, name in enumerate(sorted(rates)):
                 own = random.fold_in(keys, i) if name else keys
-                drop = bernoulli(own, jnp.full((x0.shape[0],), rates[name]))
+                drop = bernoulli(own, jnp.full((batch_size(x0),), rates[name]))
                 cond = nullified(cond, {name: null[name]} if name else null, partial(_where, drop))
         return objective(key, apply, params, x0, cond, weights, rows, train)
 

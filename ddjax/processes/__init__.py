@@ -20,6 +20,7 @@ from ddjax.processes.masked import Masked
 from ddjax.processes.mixture import Categorical, Mixture
 from ddjax.processes.mixture_output import MixtureOutput
 from ddjax.processes.pfgm import PFGM
+from ddjax.processes.product import Joint, Product
 from ddjax.processes.reflected import Reflected
 from ddjax.processes.soft_mixture import SoftMixture
 from ddjax.processes.staggered import Staggered, in_blocks
@@ -40,6 +41,7 @@ __all__ = [
     "Hybrid",
     "InBasis",
     "Interpolant",
+    "Joint",
     "Kernel",
     "LearnedGaussian",
     "LearnedVariance",
@@ -50,6 +52,7 @@ __all__ = [
     "MixtureOutput",
     "Normal",
     "Orthogonal",
+    "Product",
     "Reflected",
     "SoftMixture",
     "Staggered",

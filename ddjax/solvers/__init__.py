@@ -10,6 +10,7 @@ from ddjax.solvers.correction import SelfCorrection
 from ddjax.solvers.counts import BinomialBridge, PoissonBridge
 from ddjax.solvers.discrete_flow import Campbell, FlowEuler
 from ddjax.solvers.events import FirstHitting, Gillespie, PlannedSteps
+from ddjax.solvers.first_order import FirstOrder
 from ddjax.solvers.flow_turbo import FlowTurbo, refined
 from ddjax.solvers.gaussian import DDIM, Heun
 from ddjax.solvers.given import FreshLatent, GivenLatent
@@ -39,6 +40,7 @@ from ddjax.solvers.multistep import (
 from ddjax.solvers.nested import Nested
 from ddjax.solvers.noise import Brownian, Fresh, Given, Noise
 from ddjax.solvers.orders import Confidence, LeftToRight, Local, Planner, RandomOrder
+from ddjax.solvers.parts import Parts
 from ddjax.solvers.preconditioning import ExactHessian, FixedHessian, LevenbergMarquardt, Preconditioned
 from ddjax.solvers.rates import RateEuler, TauLeaping, Tweedie
 from ddjax.solvers.reflected import FoldedHeun
@@ -52,6 +54,7 @@ from ddjax.solvers.renoised import (
     edm_restart,
     edm_stochastic,
 )
+from ddjax.solvers.resampled import Resampled
 from ddjax.solvers.reuse import Reuse
 from ddjax.solvers.singlestep import (
     SingleStep,
@@ -82,6 +85,7 @@ __all__ = [
     "EulerMaruyama",
     "ExactHessian",
     "FirstHitting",
+    "FirstOrder",
     "FixedHessian",
     "FlowEuler",
     "FlowTurbo",
@@ -108,6 +112,7 @@ __all__ = [
     "Multistep",
     "Nested",
     "Noise",
+    "Parts",
     "PathPlanning",
     "PlannedSteps",
     "Planner",
@@ -118,6 +123,7 @@ __all__ = [
     "RandomOrder",
     "RateEuler",
     "Remasking",
+    "Resampled",
     "Restart",
     "Reuse",
     "SelfCorrection",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ddjax.solvers.base import Info, batched
 from ddjax.solvers.noise import Noise
+from ddjax.types import batch_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ancestral:
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """One draw."""
-        law, info = self.law(denoise(xt, batched(t, xt), cond), xt, s, t), jnp.ones(xt.shape[0], jnp.int32)
+        law, info = self.law(denoise(xt, batched(t, xt), cond), xt, s, t), jnp.ones(batch_size(xt), jnp.int32)
         if self.noise is None:
             return law.sample(keys), carry, Info(info)
         if not hasattr(law, "drawn"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddjax.types import Denoise, Keys, State, Time
+from ddjax.types import Denoise, Keys, State, Time, batch_size
 
 
 class Info(NamedTuple):
@@ -22,7 +22,7 @@ class Info(NamedTuple):
 
 def batched(t: Float[Array, ""] | Time, xt: State) -> Time:
     """The time as `denoise` takes it, `(batch,)`; `sample` hands solvers one number for the whole batch."""
-    return jnp.full(xt.shape[:1], t) if jnp.ndim(t) == 0 else t
+    return jnp.full((batch_size(xt),), t) if jnp.ndim(t) == 0 else t
 
 
 def everywhere(flag: Array, xt: State) -> Bool[Array, " batch"]:
@@ -43,7 +43,8 @@ class Solver(Protocol):
     One that holds predictions, must know which sites are observed (`known`, None for none), or is made around another
     solver also has `begin(xt, cond, denoise, known)`, which is then called in the place of `init` (`base.first_carry`).
     One that has a whole sample before the last step has `shown(carry)`, which gives it (`sampling.stream`). One that
-    says what each step is has `grid_steps`, their number.
+    says what each step is has `grid_steps`, their number. One that puts known sites in itself has `told(observed)`,
+    which gives the solver that knows them.
     """
 
     def init(self, xt: State, cond: Any = None) -> Any:

@@ -40,6 +40,7 @@ from ddjax.training.report import Report, Work, require_writers
 from ddjax.training.setup import prepare, step_flops
 from ddjax.training.spread import Spread
 from ddjax.training.state import TrainState
+from ddjax.types import batch_size, per_example
 
 BAD_STEP_POLICIES = ("stop", "skip", "roll_back")
 IN_FLIGHT = 2  # steps dispatched ahead of the device: enough to keep it busy, few enough to bound memory
@@ -321,17 +322,20 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likeliho
     if differ := [key for key in mine if mine[key] != theirs[key]]:
         raise ValueError(f"{held_out.name!r} is not what this run was trained on: they differ in {', '.join(differ)}")
     items = held_out[held_out.first(min(len(held_out), config.eval.max_examples or len(held_out)))]
-    count = len(items["x0"])
+    count = batch_size(items["x0"])
     key = jax.random.key(config.eval.seed)  # the same noise at every evaluation: curves are smooth
     results = {}
     for suffix, cond in (("", None), ("_labelled", items.get("cond"))):
         if suffix and cond is None:
             continue
         asked = {"cond": cond, "batch_size": config.eval.batch_size}
-        sites = np.full(count, float(math.prod(held_out.shape)))
+        sites = np.full(count, float(run.experiment.sites))
         if "segments" in items:  # packed documents, and padding, which costs nothing and is not counted
             sites = items["weights"].sum(axis=1, dtype=np.float64)
             asked |= {"segments": items["segments"], "known": items["weights"] == 0}
+        if "size" in items:  # graphs: sites of nodes that there are not
+            sites = np.asarray(per_example(items["weights"]), np.float64)
+            asked |= {"size": items["size"], "known": jax.tree.map(lambda w: w == 0, items["weights"])}
         if likelihood == "bound":
             found = run.nelbo(key, items["x0"], num_times=config.eval.num_times, **asked)
             terms = {name: getattr(found, name) for name in ("prior", "diffusion", "reconstruction")}
@@ -394,25 +398,33 @@ def draw(run: Run, folder: Path, name: str, *, num: int | None = None, cond: Any
     elif cond is None and run.data.conditions:
         cond = companions.held_out_conditions(load_data(run.config, run.config.data.eval_split), np.arange(num))
     elif cond is None and run.data.num_classes:
-        cond = np.arange(num) % run.data.num_classes
-    x0 = np.asarray(run.sample(key, num, cond=cond, init=init))
-    return write_samples(run.data, x0, folder / name) if cluster.first() else samples_path(run.data, folder / name)
+        cond = labels_in_turn(run.data, np.arange(num))
+    x0 = jax.tree.map(np.asarray, run.sample(key, num, cond=cond, init=init))
+    path = folder / name
+    return write_samples(run.data, x0, path, cond=cond) if cluster.first() else samples_path(run.data, path)
+
+
+def labels_in_turn(data: Dataset, rows: np.ndarray) -> np.ndarray:
+    """Labels of samples by their row numbers: the classes in turn; of a table, as often as they occur in it."""
+    return rows % data.num_classes if data.columns is None else data.columns.labels(rows)
 
 
 def samples_path(data: Dataset, path: Path) -> Path:
     """The path with a suffix that suits the data. Raises ValueError for one that does not."""
-    suffix = ".png" if data.is_image else ".txt" if data.vocabulary is not None else ".npy"
+    suffix = ".png" if data.is_image else ".txt" if data.vocabulary is not None else ".npz" if data.parts else ".npy"
+    suffix, plain = ".csv" if data.columns is not None else suffix, ".npz" if data.parts else ".npy"
     path = path if path.suffix else path.with_suffix(suffix)
-    if path.suffix not in (suffix, ".npy"):
-        also = "" if suffix == ".npy" else " or .npy"
+    if path.suffix not in (suffix, plain):
+        also = "" if suffix == plain else f" or {plain}"
         raise ValueError(f"cannot write samples of {data.name!r} to {path}: use a name ending in {suffix}{also}")
     return path
 
 
-def write_samples(data: Dataset, x0: np.ndarray, path: Path, stop: str | None = None) -> Path:
-    """Write states as a PNG grid (images), a text file (text) or an .npy array (anything else); by the data's kind.
+def write_samples(data: Dataset, x0: Any, path: Path, stop: str | None = None, cond: Any = None) -> Path:
+    """Write states as a PNG grid (images), a text file (text), a CSV file (tables) or an .npy array, as the data are.
 
-    A path without a suffix gets the right one. stop: where texts end (`Dataset.to_text`). Returns the path written.
+    States of several parts that are no table are an .npz. A path without a suffix gets the right one. stop: where texts
+    end (`Dataset.to_text`). cond: labels, which are a column of a table. Returns the path written.
     """
     path = samples_path(data, path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -424,9 +436,11 @@ def write_samples(data: Dataset, x0: np.ndarray, path: Path, stop: str | None = 
     elif path.suffix == ".txt":
         bar = "\n" + "-" * 80 + "\n"
         write_atomically(path, bar.join(data.to_text(x0, stop)).encode())
+    elif path.suffix == ".csv":
+        datasets.write_csv(path, data.columns.decode(x0, cond))
     else:
         with open(path, "wb") as file:
-            np.save(file, x0, allow_pickle=False)
+            np.savez(file, **x0) if data.parts else np.save(file, x0, allow_pickle=False)
     return path
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from ddjax import auxiliary
 from ddjax.pytrees import as_pytree
 from ddjax.training.state import TrainState
-from ddjax.types import Apply, Params, PyTree, Rows
+from ddjax.types import Apply, Params, PyTree, Rows, batch_size, per_example
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -137,8 +137,8 @@ def make_train_step(
             shares = jnp.full((accumulate,), 1.0 / accumulate)
         else:
             # Each microbatch returns a mean over its own weights; the batch's mean weighs it by their sum.
-            weights = weights.astype(jnp.result_type(float))
-            shares = weights.reshape(accumulate, -1).sum(axis=1) / weights.sum()
+            totals = per_example(jax.tree.map(lambda w: w.astype(jnp.result_type(float)), weights))
+            shares = totals / totals.sum()
 
         def share_of(part, rows, share):
             grads, metrics = gradient(held, params, jax.random.clone(key), part, Rows(rows, size))
@@ -194,7 +194,7 @@ def _mean(value: Float[Array, " batch"], weights: Array | None) -> Float[Array, 
     """Over examples, each with the weight of its sites."""
     if weights is None:
         return value.mean()
-    weights = weights.reshape(weights.shape[0], -1).sum(axis=1).astype(value.dtype)
+    weights = per_example(weights).astype(value.dtype)
     return (weights * value).sum() / weights.sum()
 
 
@@ -209,7 +209,7 @@ def _check_batch(batch: Batch, accumulate: int) -> int:
         raise ValueError(f"the batch must have 'x0', it has {sorted(batch)}")
     if unknown := set(batch) - _BATCH_KEYS:
         raise ValueError(f"the batch has {sorted(unknown)}, a step takes {sorted(_BATCH_KEYS)}")
-    size = batch["x0"].shape[0]
+    size = batch_size(batch["x0"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if leaf.shape[:1] != (size,):
             name = jax.tree_util.keystr(path)

@@ -17,6 +17,7 @@ from ddjax.denoisers import (
     DiT,
     GraphTransformer,
     InfDiT,
+    MixedTable,
     MultiResolution,
     NeuralProcess,
     StateSpace,
@@ -44,6 +45,31 @@ BLOCKS = {"scale": 2, "patch": 2, "low_patch": 1, "block": 2}
 LLADA = {"time": False, "modulated": False, "norm": "rms", "out_bias": False, "head_bias": False, "rotary": 5e5}
 MD4_IMAGE = dataclasses.replace(UNET_DESIGNS["md4"], **FEW)
 MD4 = {"conditioner": "md4", "activation": "sigmoid", "cond_width": 8, "embed_width": 8, "out_bias": False}
+
+
+class Mixed(MixedTable):
+    """Its parts made of one row of numbers, and its outputs one row."""
+
+    def __call__(self, xt, t, cond=None, **options):
+        tokens = (10 * jnp.abs(xt)).astype(jnp.int32)
+        state = {"numbers": xt[:, :4], "a": tokens[:, 4:8] % 5, "b": tokens[:, 8:] % 3}
+        return _flat(super().__call__(state, t, cond, **options))
+
+
+class SizedGraph(GraphTransformer):
+    """Graphs of 2 to 4 typed nodes, of one row of tokens."""
+
+    def __call__(self, xt, t, cond=None, **options):
+        state = {"nodes": xt[:, :4], "edges": xt[:, 4:]}
+        return _flat(super().__call__(state, t, {"size": 2 + xt[:, 0] % 3, "cond": cond}, **options))
+
+
+def _flat(parts):
+    return jnp.concatenate([part.reshape(len(part), -1) for part in parts.values()], axis=-1)
+
+
+TABLE = {"numbers": (4, None, 4), "a": (4, 5, 4), "b": (2, 3, 3)}
+ALPHABETS = {f"symbols_{end}": {"nodes": 6, "edges": 6 - (end == "out")} for end in ("in", "out")}
 # name: the network, its options, which of its parameters get no gradient by design.
 NETWORKS = {
     "dit": (DiT, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "heads": 2, "patch": 2}, ()),
@@ -69,6 +95,8 @@ NETWORKS = {
     "tabular": (TabularMLP, {"columns": 10, "width": 16, "hidden": (32, 32)}, ()),
     "tabular-tokens": (TabularMLP, {"columns": 10, **TOKENS, "width": 16, "hidden": (32, 32)}, ()),
     "graph": (GraphTransformer, {"nodes": 5, **TOKENS, **GRAPH}, ()),
+    "mixed-table": (Mixed, {"parts": TABLE, "width": 16, "hidden": (32, 32)}, ()),
+    "graph-sizes": (SizedGraph, {"nodes": 4, "sizes": True, **ALPHABETS, **GRAPH}, ()),
     "neural-process": (NeuralProcess, {"width": 16, "depth": 3, "heads": 2}, ()),
     "unet": (UNet, {**PIXELS, **TOKENS, **LEVELS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
     "unet-conv": (UNet, {**PIXELS, **LEVELS, "design": UNetDesign(resample="conv", scale_shift=False, **FEW)}, ()),

@@ -27,7 +27,7 @@ def net(build, noise):
     """A network whose weights are so large that nodes and edges are told apart."""
 
     def net(**options):
-        make = lambda rngs: GraphTransformer(**SMALL, **options, rngs=rngs)
+        make = lambda rngs: GraphTransformer(**{**SMALL, **options}, rngs=rngs)
         run, params = build(make)
         return run, noise(params, scale=1.0)
 
@@ -39,8 +39,13 @@ def inputs(typed=True):
     return rng.integers(0, 4, (3, 5 * typed + 10)).astype(np.int32)
 
 
-def by_definition(p, xt, t, labels, features):
-    """Vignac et al. 2023 (cvignac/DiGress, src/models/transformer_model.py), one graph of typed nodes at a time."""
+def by_definition(p, xt, t, labels, features, *, sizes=None, vectors=False, symbols=(4, 4, 3, 3)):
+    """Vignac et al. 2023 (cvignac/DiGress, src/models/transformer_model.py), one graph of typed nodes at a time.
+
+    sizes: of the graphs, whose other nodes are not looked at; outputs there are 0. symbols: of nodes and edges, in and
+    out.
+    """
+    nodes_in, edges_in, nodes_out, edges_out = symbols
     linear = lambda p, x: x @ np.asarray(p["kernel"], np.float64) + p["bias"]
     relu = lambda x: np.maximum(x, 0)
     norm = lambda p, x: numpy_networks.normalised(x, 1e-5) * p["scale"] + p["bias"]
@@ -55,14 +60,15 @@ def by_definition(p, xt, t, labels, features):
         return np.concatenate([x.mean(0), x.min(0), x.max(0), x.std(0, ddof=1)])
 
     def layer(p, x, e, y):
-        scores = np.zeros((5, 5, 8))
-        for i in range(5):
-            for j in range(5):
+        n = len(x)
+        scores = np.zeros((n, n, 8))
+        for i in range(n):
+            for j in range(n):
                 q, k = linear(p["q"], x[i]), linear(p["k"], x[j])
                 scores[i, j] = q * k / 2.0 * (linear(p["e_mul"], e[i, j]) + 1) + linear(p["e_add"], e[i, j])
         new_e = linear(p["e_out"], linear(p["y_e_add"], y) + (linear(p["y_e_mul"], y) + 1) * scores)
-        v, mixed = linear(p["v"], x), np.zeros((5, 8))
-        for i in range(5):
+        v, mixed = linear(p["v"], x), np.zeros((n, 8))
+        for i in range(n):
             weights = np.exp(scores[i] - scores[i].max(0))
             weights = weights / weights.sum(0)
             mixed[i] = (weights * v).sum(0)
@@ -75,14 +81,20 @@ def by_definition(p, xt, t, labels, features):
 
     out = []
     for n, row in enumerate(xt):
-        nodes, edges = np.eye(4)[row[:5]], np.zeros((5, 5, 4))
+        number = 5 if sizes is None else sizes[n]
+        nodes, edges = np.eye(nodes_in)[row[:number]], np.zeros((number, number, edges_in))
         for (i, j), token in zip(zip(*pairs(5), strict=True), row[5:], strict=True):
-            edges[i, j] = edges[j, i] = np.eye(4)[token]
+            if j < number:
+                edges[i, j] = edges[j, i] = np.eye(edges_in)[token]
         y = np.array([t[n]], np.float64)
-        x_in = nodes
+        x_in, adjacency = nodes, (edges[..., 1:edges_out].sum(-1) > 0).astype(int)
         if features:
-            more, of_all = features_by_hand((edges[..., 1:3].sum(-1) > 0).astype(int))
+            more, of_all = features_by_hand(adjacency)
             x_in, y = np.concatenate([nodes, more], axis=-1), np.concatenate([y, of_all])
+        if vectors:
+            x_in = np.concatenate([x_in, vectors_by_hand(adjacency)], axis=-1)
+        if sizes is not None:
+            y = np.append(y, number / 5)
         x, e, y = relu(mlp(p["nodes_in"], x_in)), relu(mlp(p["edges_in"], edges)), relu(mlp(p["global_in"], y))
         y, e = y + p["labels"][labels[n]], (e + e.swapaxes(0, 1)) / 2
         for i in range(2):
@@ -90,8 +102,20 @@ def by_definition(p, xt, t, labels, features):
         x, e, _ = layer(p["last"], x, e, y)
         e = mlp(p["edges_out"], e)
         e = (e + e.swapaxes(0, 1)) / 2
-        out.append(np.concatenate([mlp(p["nodes_out"], x), e[pairs(5)]]) + np.eye(4)[row][:, :3])
-    return np.array(out)
+        said, whole = np.zeros((5, nodes_out)), np.zeros((5, 5, edges_out))
+        said[:number] = mlp(p["nodes_out"], x) + nodes[:, :nodes_out]
+        whole[:number, :number] = e + edges[..., :edges_out]
+        out.append((said, whole[pairs(5)]))
+    said, whole = (np.array(part) for part in zip(*out, strict=True))
+    return (said, whole) if nodes_out != edges_out else np.concatenate([said, whole], axis=1)
+
+
+def vectors_by_hand(a):
+    """Of the two least positive eigenvalues, their cubes adding up to something positive; 0 where there are fewer."""
+    values, vectors = np.linalg.eigh(np.diag(a.sum(0)) - a)
+    found = vectors[:, values > 1e-8][:, :2]
+    found = found * np.where((found**3).sum(0) < 0, -1.0, 1.0)
+    return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
 
 
 def cycles_by_hand(a):
@@ -158,6 +182,95 @@ def test_it_is_the_published_network(features, net):
     apart = (want - np.eye(4)[xt][..., :3])[:, 5:].std(axis=1)
     assert apart.mean() > 1e-3 * np.abs(want).max()  # edges differ by far more than the tolerance
     np.testing.assert_allclose(run(params, xt, T, LABELS), want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+ALPHABETS = {"symbols_in": {"nodes": 4, "edges": 3}, "symbols_out": {"nodes": 4, "edges": 2}}
+SIZES = np.array([3, 5, 4], np.int32)
+
+
+def parts(seed=1):
+    """Graphs as rows of tokens and as dicts, in two alphabets."""
+    rng = np.random.default_rng(seed)
+    nodes, edges = rng.integers(0, 4, (3, 5)), rng.integers(0, 3, (3, 10))
+    split = {"nodes": nodes.astype(np.int32), "edges": edges.astype(np.int32)}
+    return np.concatenate([nodes, edges], axis=1), split
+
+
+def irregular(seed, size):
+    """Whether the graph's spectrum says which eigenvectors, and their cubes which sign."""
+    rows, _ = parts(seed)
+    for row, number in zip(rows, size, strict=True):
+        a = np.zeros((5, 5))
+        a[pairs(5)] = row[5:] == 1
+        a = (a + a.T)[:number, :number]
+        values, vectors = np.linalg.eigh(np.diag(a.sum(0)) - a)
+        first = int((values < 1e-8).sum())
+        if (np.diff(values[first:]) < 1e-3).any() or (np.abs((vectors[:, first:] ** 3).sum(0)) < 1e-3).any():
+            return False
+    return True
+
+
+def seed():
+    """The first with such graphs."""
+    return next(k for k in range(10_000) if irregular(k, SIZES))
+
+
+def test_graphs_of_several_sizes_and_two_alphabets_are_the_published_network(net):
+    """What is said of a padded graph is what is said of the graph alone, by the definition, eigenvectors included."""
+    options = {**ALPHABETS, "sizes": True, "eigenvectors": True, "skip": True}
+    run, params = net(**options)
+    rows, split = parts(seed())
+    cond = {"size": SIZES, "cond": LABELS}
+    told = {"sizes": SIZES, "vectors": True, "symbols": (4, 3, 4, 2)}
+    want = by_definition(params, rows, T, LABELS, True, **told)
+    found = run(params, split, T, cond)
+    for name, part in zip(("nodes", "edges"), want, strict=True):
+        np.testing.assert_allclose(found[name], part, rtol=0, atol=2e-5 * np.abs(part).max())
+    # What stands where there are no nodes does not count.
+    absent = np.arange(5) >= SIZES[:, None]
+    i, j = pairs(5)
+    other = {
+        "nodes": np.where(absent, 3 - split["nodes"], split["nodes"]).astype(np.int32),
+        "edges": np.where(absent[:, i] | absent[:, j], 2 - split["edges"], split["edges"]).astype(np.int32),
+    }
+    again = run(params, other, T, cond)
+    for name in ("nodes", "edges"):
+        assert np.abs(other[name] - split[name]).max() > 0
+        np.testing.assert_allclose(again[name], found[name], atol=2e-5 * np.abs(found[name]).max())
+
+
+@pytest.mark.slow
+def test_padded_graphs_go_with_their_nodes(net):
+    """Any order of the nodes that there are; eigenvectors too, where the spectrum says which they are."""
+    run, params = net(**ALPHABETS, sizes=True, eigenvectors=True)
+    _, split = parts(seed())
+    cond = {"size": SIZES, "cond": LABELS}
+    orders = np.array([[2, 0, 1, 3, 4], [3, 0, 4, 1, 2], [1, 3, 0, 2, 4]])  # of the first nodes among themselves
+    out = run(params, split, T, cond)
+
+    def permuted(x):
+        nodes = np.take_along_axis(x["nodes"], orders.reshape(3, 5, *(1,) * (x["nodes"].ndim - 2)), axis=1)
+        matrix = np.asarray(unpack(x["edges"]))
+        matrix = np.stack([m[o][:, o] for m, o in zip(matrix, orders, strict=True)])
+        return {"nodes": nodes, "edges": np.asarray(pack(matrix))}
+
+    out = {name: np.asarray(part) for name, part in out.items()}
+    moved = run(params, permuted(split), T, cond)
+    for name, part in permuted(out).items():
+        np.testing.assert_allclose(moved[name], part, atol=5e-5 * np.abs(part).max())
+        assert np.abs(part - out[name]).max() > 1e-2
+
+
+def test_sizes_are_asked_for_and_parts_are_checked(net):
+    run, params = net(**ALPHABETS, sizes=True)
+    _, split = parts()
+    with pytest.raises(ValueError, match="expected cond="):
+        run(params, split, T, LABELS)
+    with pytest.raises(ValueError, match="expected a state of the parts nodes, edges"):
+        run(params, split["edges"], T, {"size": SIZES, "cond": LABELS})
+    plain, weights = net(**ALPHABETS)
+    with pytest.raises(ValueError, match="build the network with sizes=True"):
+        plain(weights, split, T, {"size": SIZES, "cond": LABELS})
 
 
 @pytest.mark.slow

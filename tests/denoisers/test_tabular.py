@@ -7,7 +7,7 @@ import pytest
 
 from ddjax import data
 from ddjax.config import ConfigError, typed
-from ddjax.denoisers import TabularMLP, functional_init
+from ddjax.denoisers import MixedTable, TabularMLP, functional_init
 from ddjax.experiment import build as experiment
 
 SMALL = {"columns": 5, "width": 8, "hidden": (6, 7), "num_classes": 3}
@@ -41,6 +41,28 @@ def test_categorical_rows_are_their_one_hot_vectors(build):
     published = {**params, "embed": {"kernel": params["tokens"]["table"], "bias": params["embed_bias"]}}
     want = by_definition(published, onehot, T, LABELS).reshape(3, 5, 3)
     np.testing.assert_allclose(run(params, x, T, LABELS), want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+OTHERS = {key: value for key, value in SMALL.items() if key != "columns"}
+PARTS = {"numbers": (2, None, 2), "colour": (1, 4, 3), "size": (2, 3, 3)}
+
+
+def test_mixed_rows_are_numbers_beside_one_hot_vectors(build):
+    """The published network: numbers, then each column's vector, in one linear layer; outputs cut up the same way."""
+    run, params = build(lambda rngs: MixedTable(parts=PARTS, **OTHERS, rngs=rngs))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 2)).astype(np.float32)
+    colour, size = rng.integers(0, 4, (3, 1)).astype(np.int32), rng.integers(0, 3, (3, 2)).astype(np.int32)
+    rows = np.concatenate([x, np.eye(4)[colour].reshape(3, 4), np.eye(3)[size].reshape(3, 6)], axis=1)
+    numbers, *tables = (params["embed"][str(k)] for k in range(3))
+    kernel = np.concatenate([numbers["kernel"], *(own["table"] for own in tables)])
+    want = by_definition({**params, "embed": {"kernel": kernel, "bias": params["embed_bias"]}}, rows, T, LABELS)
+    found = run(params, {"numbers": x, "colour": colour, "size": size}, T, LABELS)
+    parts = {"numbers": want[:, :2], "colour": want[:, 2:5].reshape(3, 1, 3), "size": want[:, 5:].reshape(3, 2, 3)}
+    for name, part in parts.items():
+        np.testing.assert_allclose(found[name], part, rtol=0, atol=2e-5 * np.abs(want).max())
+    with pytest.raises(ValueError, match="expected a state of the parts numbers, colour, size, got numbers"):
+        run(params, {"numbers": x}, T, LABELS)
 
 
 @pytest.mark.slow

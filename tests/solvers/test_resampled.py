@@ -1,0 +1,124 @@
+"""Functions given some of their values: under a Gaussian process's own denoiser every law is known."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddjax
+from ddjax.predictions import Prediction
+from ddjax.processes import Gaussian, Uniform
+from ddjax.sampling import Observed
+from ddjax.schedules import VPCosine
+from ddjax.solvers import Ancestral, Resampled
+
+PROCESS = Gaussian(VPCosine())
+POINTS = np.linspace(-1.0, 1.0, 6)
+KERNEL = np.exp(-0.5 * ((POINTS[:, None] - POINTS) / 0.5) ** 2) + 1e-2 * np.eye(6)
+KNOWN = np.array([True, False, False, True, False, False])
+VALUES = np.array([0.9, 0, 0, -1.1, 0, 0])
+
+
+def coefficients(t):
+    return tuple(float(f(jnp.asarray(t))) for f in (PROCESS.schedule.alpha, PROCESS.schedule.sigma))
+
+
+def denoise(xt, t, cond=None):
+    """E[x0 | xt] of the Gaussian process: linear."""
+    alpha, sigma = PROCESS.schedule.alpha(t)[:, None, None], PROCESS.schedule.sigma(t)[:, None, None]
+    kernel = jnp.asarray(KERNEL, xt.dtype)
+    x0 = alpha * kernel @ jnp.linalg.solve(alpha**2 * kernel + sigma**2 * jnp.eye(6), xt[..., None])
+    return Prediction(x0[..., 0], "x0")
+
+
+def law_of_samples(times, rounds):
+    """Mean and covariance of what RePaint draws: every move is affine with Gaussian noise. Written out, in NumPy."""
+    mean, cov, eye = np.zeros(6), np.eye(6), np.eye(6)
+    free = np.diag((~KNOWN).astype(float))
+
+    def move(law, matrix, offset, noise):
+        mean, cov = law
+        return matrix @ mean + offset, matrix @ cov @ matrix.T + noise
+
+    def show(law, alpha, sigma):
+        return move(law, free, alpha * VALUES * KNOWN, sigma**2 * np.diag(KNOWN.astype(float)))
+
+    law = show((mean, cov), *coefficients(times[0]))
+    for t, s in itertools.pairwise(times):
+        (a_t, s_t), (a_s, s_s) = coefficients(t), coefficients(s)
+        back = a_t * KERNEL @ np.linalg.inv(a_t**2 * KERNEL + s_t**2 * eye)
+        # q(x_s | x_t, x_0) of x_s = a_s x_0 + s_s noise, x_t = (a_t / a_s) x_s + sqrt(v) noise, by Bayes' rule.
+        ratio = a_t / a_s
+        v = s_t**2 - ratio**2 * s_s**2
+        var = 0.0 if s_s == 0 else 1 / (1 / s_s**2 + ratio**2 / v)
+        on_t, on_0 = (0.0, a_s) if s_s == 0 else (var * ratio / v, var * a_s / s_s**2)
+        for k in range(rounds):
+            law = move(law, on_t * eye + on_0 * back, 0.0, var * eye)
+            law = show(law, a_s, 0.0 if s == times[-1] and k == rounds - 1 else s_s)
+            if k < rounds - 1:
+                law = move(law, ratio * eye, 0.0, v * eye)
+    return law
+
+
+def exact():
+    """The Gaussian process given its values."""
+    known, other = np.flatnonzero(KNOWN), np.flatnonzero(~KNOWN)
+    gain = KERNEL[np.ix_(other, known)] @ np.linalg.inv(KERNEL[np.ix_(known, known)])
+    return gain @ VALUES[known], KERNEL[np.ix_(other, other)] - gain @ KERNEL[np.ix_(known, other)]
+
+
+def draw(solver, times, n):
+    observed = Observed(jnp.tile(KNOWN, (n, 1)), jnp.tile(jnp.asarray(VALUES, jnp.float32), (n, 1)))
+    return ddjax.sample(
+        jax.random.key(0), denoise, PROCESS, shape=(n, 6), solver=solver, times=times, observed=observed
+    )
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_samples_are_of_the_law_in_closed_form(rounds):
+    n, times = 20_000, np.linspace(1.0, 0.0, 6)
+    drawn = draw(Resampled(Ancestral(PROCESS), rounds), times, n)
+    mean, cov = law_of_samples(times, rounds)
+    x = np.asarray(drawn.x0, np.float64)
+    np.testing.assert_array_equal(drawn.nfe, 5 * rounds)
+    np.testing.assert_array_equal(x[:, KNOWN], np.tile(VALUES[KNOWN].astype(np.float32), (n, 1)))
+    np.testing.assert_allclose(x.mean(0), mean, atol=4.5 * np.sqrt(cov.diagonal().max() / n))
+    scale = np.sqrt(np.outer(cov.diagonal(), cov.diagonal()) + cov**2)
+    np.testing.assert_array_less(np.abs(np.cov(x.T) - cov), 4.5 * scale / np.sqrt(n) + 1e-6)
+
+
+def test_more_rounds_come_nearer_to_the_conditional_law():
+    """Of the laws in closed form: without resampling wrong however many steps, with it ever less."""
+    mean, cov = exact()
+    times = np.linspace(1.0, 0.0, 65)
+
+    def error(rounds):
+        found, spread = law_of_samples(times, rounds)
+        off = np.sqrt(spread.diagonal()[~KNOWN]) - np.sqrt(cov.diagonal())
+        return max(np.abs(found[~KNOWN] - mean).max(), np.abs(off).max())
+
+    errors = [error(rounds) for rounds in (1, 5, 25, 125)]
+    assert errors[0] > 0.1
+    assert errors[1] < 0.6 * errors[0]
+    assert errors[2] < 0.6 * errors[1]
+    assert errors[3] < 0.02
+
+
+def test_without_known_sites_and_with_one_round_it_is_the_solver():
+    times = np.linspace(1.0, 0.0, 5)
+    run = functools.partial(ddjax.sample, jax.random.key(1), denoise, PROCESS, shape=(500, 6), times=times)
+    many = np.asarray(run(solver=Resampled(Ancestral(PROCESS), 2)).x0)
+    plain = np.asarray(run(solver=Ancestral(PROCESS)).x0)
+    assert abs(many.std() - plain.std()) < 0.1
+    seen = draw(Resampled(Ancestral(PROCESS), 1), times, 4)
+    assert seen.nfe.tolist() == [4] * 4
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"the kernel of processes\.Gaussian"):
+        Resampled(Ancestral(Uniform(3)))
+    with pytest.raises(ValueError, match="rounds=0"):
+        Resampled(Ancestral(PROCESS), 0)
