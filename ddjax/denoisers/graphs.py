@@ -87,7 +87,8 @@ def unidirectional(grid: Sequence[int], block: int) -> tuple[tuple[int, ...], ..
 
     (Yang et al. 2024, Inf-DiT, section 3.2: of an image those to the left, above, and above to the left; what lies
     farther is seen through them, layer by layer.) So an image is denoised block by block, behind keys and values of the
-    blocks that touch it alone: `cond = {"past": ..., "sites": ...}` (`views.View`).
+    blocks that touch it alone: `cond = {"past": ..., "sites": ...}` (`views.View`). The authors' network, which holds
+    no more than a row of these, is `InfDiT`.
 
     grid: of patches. Raises ValueError for a block that does not divide its sides.
     """
