@@ -41,6 +41,7 @@ def blocks(process="masked", kind="posterior", **sections):
 
 EDM = {"weighting": "unit", "density": "log_normal_sigma", "mean": -1.0}
 LEARNED = {"name": "gaussian", "schedule": "monotone"}
+BRANCHES = {"widths": [8, 4], "depths": [3, 3], "heads": 2, "output_heads": True}
 TRAINABLE = {
     "masked": (config(), IMAGES),
     "any_order": (config(objective={"name": "any_order"}), IMAGES),
@@ -115,6 +116,15 @@ TRAINABLE = {
         FLOATS,
     ),
     "contrastive": (gaussian("velocity", "cond_ot", objective={"name": "contrastive_flow_matching"}), FLOATS),
+    "multi-resolution": (
+        gaussian(
+            "velocity",
+            "cond_ot",
+            denoiser={"name": "multi_resolution", "kind": "velocity", "options": BRANCHES},
+            objective={"name": "multi_resolution", "options": {"coefficients": [0.25]}},
+        ),
+        FLOATS,
+    ),
     "learned variance": (
         config("learned_variance", "vp_cosine", "noise", objective={"name": "ddpm_hybrid", "options": {"steps": 8}}),
         FLOATS,

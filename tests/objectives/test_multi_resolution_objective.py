@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax import data, objectives, processes, schedules
-from ddjax.config import typed
+from ddjax import objectives, processes, schedules
 from ddjax.denoisers import MultiResolution, functional_init
-from ddjax.experiment import build
 from ddjax.taps import tap
 
 PROCESS = processes.Gaussian(schedules.VPCosine())
@@ -67,22 +65,3 @@ def test_without_coefficients_it_is_the_plain_loss_and_with_them_it_reaches_the_
     some = grads(objectives.multi_resolution(PROCESS, "noise"))[1]
     assert np.abs(plain[1]["branches"]["0"]["out"]["kernel"]).max() == 0
     assert np.abs(some["branches"]["0"]["out"]["kernel"]).max() > 0
-
-
-@pytest.mark.slow
-def test_a_config_trains_it():
-    items = data.from_arrays(np.zeros((4, 8, 8, 1), np.float32))
-    config = typed(
-        {
-            "process": {"name": "gaussian", "schedule": "cond_ot"},
-            "objective": {"name": "multi_resolution", "options": {"coefficients": [0.25]}},
-            "denoiser": {
-                "name": "multi_resolution",
-                "kind": "velocity",
-                "options": {"widths": [8, 4], "depths": [3, 3], "heads": 2, "output_heads": True},
-            },
-        }
-    )
-    experiment = build(config, items)
-    params = jax.eval_shape(experiment.init, jax.random.key(0))
-    assert params["branches"]["0"]["out"]["kernel"].shape == (3, 3, 8, 1)
