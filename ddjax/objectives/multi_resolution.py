@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddjax.denoisers import taps
+from ddjax import taps
 from ddjax.objectives.base import Objective, Uniforms, at_times, noised
 from ddjax.objectives.densities import Density, uniform_time
 from ddjax.objectives.weightings import Weighting, unit
