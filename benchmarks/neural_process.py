@@ -56,7 +56,8 @@ def main():
     rng, process = np.random.default_rng(0), ddjax.processes.Gaussian(ddjax.schedules.VPCosine())
     init, apply = denoisers.functional_init(lambda rngs: denoisers.NeuralProcess(width=32, depth=4, heads=4, rngs=rngs))
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, args.steps))
+        optax.clip_by_global_norm(1.0),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, args.steps // 2), args.steps)),
     )
     step = jax.jit(make_train_step(objectives.gaussian(process, "noise"), apply, optimizer, ema=Ema(0.999)))
     state, began = init_state(init, optimizer, jax.random.key(0)), time.perf_counter()

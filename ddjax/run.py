@@ -470,9 +470,12 @@ class Run:
     def checked(self, x0: State) -> np.ndarray:
         """States of the data's shape, any number of them. Raises ValueError for others."""
         x0 = jax.tree.map(np.asarray, x0)
-        found = jax.tree.map(lambda part: part.shape[1:], x0)
-        if found != self.data.shape:
-            raise ValueError(f"expected n states of shape {self.data.shape}, got shape {found}")
+        shapes = jax.tree.map(np.shape, x0)
+        if self.data.parts:
+            if jax.tree.map(lambda part: part.shape[1:], x0) != self.data.shape:
+                raise ValueError(f"expected states of parts (n, ...) of shapes {self.data.shape}, got {shapes}")
+        elif shapes[1:] != self.data.shape:
+            raise ValueError(f"expected states of shape (n, {', '.join(map(str, self.data.shape))}), got {shapes}")
         return x0
 
 

@@ -21,7 +21,8 @@ class Resampled:
     (Lugmayr et al. 2022, "RePaint", algorithm 1 with jumps of one step; Dutordoir et al. 2023, "Neural diffusion
     processes", algorithm 1, whose functions are so conditioned on their values at known points.) With
     `sample(observed=)` alone the rest is drawn without regard to what the known sites will be one step later; the more
-    rounds the less that counts: in the limit, of steps and of rounds, samples are of the conditional law.
+    rounds the less that counts: in the limit, of steps and of rounds, samples are of the conditional law. (The error of
+    the solver's own steps adds up over rounds: many need small steps.)
 
     solver: of a `processes.Gaussian`, e.g. `Ancestral`; a multistep solver's memory is that of its last round.
     rounds: 1 is the solver itself. Each costs the solver's evaluations.

@@ -1,17 +1,21 @@
 """Graphs of several sizes: as states of nodes and edges, to a trained network, and samples of the same sizes."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-import ddjax
 from ddjax import data
 from ddjax.config import ConfigError, typed
 from ddjax.data.describe import describe, from_description
 from ddjax.data.graphs import from_graphs
 from ddjax.experiment import build
+from ddjax.run import Run
 from ddjax.symmetric import unpack
-from ddjax.training import loop
+from ddjax.training import init_state, make_train_step
 
 
 def arrays(n=60, types=True):
@@ -62,39 +66,70 @@ CONFIG = {
 }  # fmt: skip
 
 
+def logits(params, xt, t, cond=None, **_):
+    """A network of a few numbers that sees its own site and the size."""
+    told = {name: jax.nn.one_hot(x, len(params[name])) @ params[name] for name, x in xt.items()}
+    return {name: v + 0.1 * cond["size"][:, None, None] * jnp.arange(v.shape[-1]) for name, v in told.items()}
+
+
+PARAMS = {"nodes": jnp.asarray([[0.5, -0.2], [0.1, 0.7]]), "edges": jnp.asarray(np.eye(3) - 0.3)}
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run with that network in the place of the config's, whose construction is checked."""
+    built = build(typed(CONFIG), from_graphs(arrays(), "train", fractions=(1.0, 0.0, 0.0)))
+    assert set(built.process.processes) == {"nodes", "edges"}
+    return Run(dataclasses.replace(built, apply=logits), PARAMS, 0)
+
+
 @pytest.mark.slow
-def test_train_and_sample_graphs_of_several_sizes(tmp_path):
-    """What is drawn are stars of the sizes that were drawn for it, and the bound costs what there is alone."""
-    np.savez(tmp_path / "graphs.npz", **arrays(), split=np.arange(60) % 20 // 18)
-    train = {"steps": 400, "batch_size": 16, "checkpoint_every": 400, "sample_every": 400, "log_every": 100}
-    config = {**CONFIG, "data": {"name": str(tmp_path / "graphs.npz"), "eval_split": "valid"}, "train": train}
-    loop.train(typed(config), tmp_path / "work", show=False)
-    run = ddjax.load(tmp_path / "work")
+def test_samples_have_the_sizes_that_were_drawn(run):
     key = jax.random.key(0)
-    x0 = run.sample(key, 64, steps=64)
-    sizes = np.asarray(run.experiment.sizes(key, np.arange(64)))
-    assert set(sizes.tolist()) == {3, 4, 5}
-    matrix, nodes = np.asarray(unpack(x0["edges"])), np.asarray(x0["nodes"])
-    stars = 0
-    for size, a, own in zip(sizes, matrix, nodes, strict=True):
-        assert not own[size:].any()
-        assert not a[size:].any()
-        centre = np.flatnonzero(own[:size])
-        want = np.zeros((5, 5), int)
-        if len(centre) == 1:
-            want[centre[0], :size] = want[:size, centre[0]] = 2
-            want[centre[0], centre[0]] = 0
-            stars += int((a == want).all())
-    assert stars > 40  # of random graphs of such marginals one in fifty is
-    held = data.load(tmp_path / "graphs.npz", "valid")
-    items = held[:3]
+    x0 = run.sample(key, 200, steps=3, batch_size=150)
+    sizes = np.asarray(run.experiment.sizes(key, np.arange(200)))
+    np.testing.assert_allclose(np.bincount(sizes)[3:] / 200, 1 / 3, atol=4 * np.sqrt(2 / 9 / 200))
+    absent = np.arange(5) >= sizes[:, None]
+    beside = absent[:, :, None] | absent[:, None]
+    assert not np.asarray(x0["nodes"])[absent].any()
+    assert not np.asarray(unpack(x0["edges"]))[beside].any()
+    assert np.asarray(x0["nodes"])[~absent].any()
+    assert np.asarray(unpack(x0["edges"]))[~beside].any()
+    again = run.sample(key, 2, steps=3, rows=[170, 3])
+    for name, part in again.items():
+        np.testing.assert_array_equal(part, np.asarray(x0[name])[[170, 3]])
+
+
+@pytest.mark.slow
+def test_a_bound_is_of_the_nodes_that_there_are(run):
+    """What stands where there are none does not count, and costs nothing."""
+    items, key = from_graphs(arrays(), "train", fractions=(1.0, 0.0, 0.0))[:3], jax.random.key(0)
     known = jax.tree.map(lambda w: w == 0, items["weights"])
     other = jax.tree.map(lambda x, k: np.where(k, 1, x).astype(np.int32), items["x0"], known)
-    one, two = (run.nelbo(key, x, size=items["size"], known=known, num_times=8).total for x in (items["x0"], other))
-    np.testing.assert_allclose(one, two, rtol=1e-4)  # of nodes that are not there
-    assert np.isfinite(loop.evaluate(run, run.config)["bits_per_dim"])
-    (written,) = (tmp_path / "work" / "samples").glob("*.npz")
-    assert np.load(written)["edges"].shape == (8, 10)
+    score = lambda x, known: np.asarray(run.nelbo(key, x, size=items["size"], known=known, num_times=4).total)
+    one, two = score(items["x0"], known), score(other, known)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    all_of_it = score(items["x0"], jax.tree.map(np.zeros_like, known))
+    assert (all_of_it[:2] > one[:2] + 1e-3).all()
+    np.testing.assert_allclose(all_of_it[2], one[2], rtol=1e-5)  # the largest graph has all nodes
+
+
+@pytest.mark.slow
+def test_a_training_step_weighs_the_nodes_that_there_are(run):
+    """A batch in two halves is the batch: losses of parts, each by its own weights, averaged over microbatches."""
+    graphs = from_graphs(arrays(), "train", fractions=(1.0, 0.0, 0.0))
+    items = graphs[np.array([0, 3, 6, 9, 12, 15, 18, 21])]  # of one size: halves then weigh the same
+    batch = {"x0": items["x0"], "weights": items["weights"], "cond": {"size": items["size"], "cond": None}}
+    states = []
+    for parts in (1, 2):
+        step = make_train_step(run.experiment.objective(), logits, optax.sgd(0.1), accumulate=parts)
+        state = init_state(lambda key: PARAMS, optax.sgd(0.1), jax.random.key(0))
+        states.append(jax.jit(step)(state, batch))
+    np.testing.assert_allclose(states[0][1]["loss"], states[1][1]["loss"], rtol=1e-5)
+    for name in PARAMS:
+        one, two = (np.asarray(state.params[name]) for state, _ in states)
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+        assert np.abs(one - PARAMS[name]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
