@@ -481,10 +481,11 @@ def test_what_else_makes_no_sense():
 
 
 def test_every_process_and_objective_is_somewhere():
-    """Here, in tests/test_experiment.py, or in a file of configs/ (tests/test_configs.py); products in tests/data."""
+    """Here, in tests/test_experiment.py, or in a file of configs/ (tests/test_configs.py); products in tests/data,
+    the resolutions of `MultiResolution` in tests/objectives."""
     import test_experiment as others
 
     found = [c for c, _ in (*CONFIGS.values(), *others.TRAINABLE.values())]
     assert {c.process.name for c in found} == set(names.PROCESSES) - {"thinning", "product"}
-    elsewhere = {"cross_entropy", "generalised_kl", "by_parts", "tabddpm", "digress"}
+    elsewhere = {"cross_entropy", "generalised_kl", "by_parts", "tabddpm", "digress", "multi_resolution"}
     assert {c.objective.name for c in found} == set(names.OBJECTIVES) - elsewhere
