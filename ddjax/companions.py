@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from ddjax import data as datasets
-from ddjax import gaussian_law, names, naming, random
+from ddjax import gaussian_law, names, naming, objective_names, random
 from ddjax.config import Config, ConfigError
 from ddjax.data.beside import PLAIN
 from ddjax.data.dataset import Dataset
@@ -52,7 +52,7 @@ def companions(experiment: Experiment) -> dict[str, tuple[int, ...]]:
     found = {"coherence": ()} if c.coherence else {}
     found |= {"sigma": ()} if c.noise else {}
     coupling = experiment.coupling
-    if isinstance(coupling, (names.Paired, names.Transported)):
+    if isinstance(coupling, (objective_names.Paired, objective_names.Transported)):
         found["x1"] = shape
     if experiment.config.objective.name == "multimarginal":
         found["ends"] = (*shape, (len(c.classes) or getattr(experiment.process, "points", 2)) - 1)
@@ -62,7 +62,7 @@ def companions(experiment: Experiment) -> dict[str, tuple[int, ...]]:
 def batches(experiment: Experiment, data: Dataset, process_index: int, process_count: int) -> Any:
     """See `Experiment.batches`."""
     c, coupling = experiment.config, experiment.coupling
-    transported = isinstance(coupling, names.Transported)
+    transported = isinstance(coupling, objective_names.Transported)
     wanted = companions(experiment)
     if "segments" in data[:1]:
         _check_segments(c)

@@ -23,6 +23,7 @@ from ddjax import (
     likelihood,
     names,
     naming,
+    objective_names,
     objectives,
     processes,
     random,
@@ -139,9 +140,9 @@ class Experiment:
         return self.process.clean(xt) if hasattr(self.process, "clean") else xt
 
     @property
-    def named(self) -> names.Named:
+    def named(self) -> objective_names.Named:
         """What the config says of the objective's name."""
-        return naming.pick(names.OBJECTIVES, self.config.objective.name, "config.objective.name")
+        return naming.pick(objective_names.OBJECTIVES, self.config.objective.name, "config.objective.name")
 
     def _objective_options(self) -> dict[str, Any]:
         """The objective's options, with objects in the place of names."""
@@ -425,7 +426,7 @@ def build(config: Config, data: Dataset) -> Experiment:
             f"{', '.join(process.kinds)}"
         )
     init, apply = network(config, data, process)
-    named = naming.pick(names.OBJECTIVES, config.objective.name, "config.objective.name")
+    named = naming.pick(objective_names.OBJECTIVES, config.objective.name, "config.objective.name")
     if named.learns_process:
         if getattr(process, "parameters", None) is None:
             raise ConfigError(

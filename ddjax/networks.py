@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddjax import companions, denoisers, names, naming
+from ddjax import companions, denoisers, names, naming, objective_names
 from ddjax.config import Config, ConfigError
 from ddjax.data import conditions
 from ddjax.data.dataset import Dataset
@@ -34,7 +34,7 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     companions.check_coherence(config, data, process)
     levels, shows = options.pop("coherence_levels", 0), config.objective.options.get("show", False)
     shared, ordinal = options.pop("shared_times", None), options.pop("truncated_logistic", False)
-    heads = naming.pick(names.OBJECTIVES, config.objective.name, "config.objective.name").heads
+    heads = naming.pick(objective_names.OBJECTIVES, config.objective.name, "config.objective.name").heads
     if ordinal and (heads or c.kind not in ("posterior", "cavity")):
         raise ConfigError(
             "config.denoiser.options.truncated_logistic is for a posterior or a cavity of tokens, "

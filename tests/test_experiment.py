@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ddjax import names, solvers
+from ddjax import names, objective_names, solvers
 from ddjax.config import ConfigError, typed
 from ddjax.data import from_arrays
 from ddjax.experiment import build, load_data
@@ -253,7 +253,7 @@ def test_every_name_builds(place):
 
 def test_every_table_is_covered():
     tables = {"schedule": names.SCHEDULES, "solver": names.SOLVERS, "grid": names.GRIDS}
-    tables |= {"weighting": names.WEIGHTINGS, "density": names.DENSITIES}
+    tables |= {"weighting": objective_names.WEIGHTINGS, "density": objective_names.DENSITIES}
     for name, table in tables.items():
         # In tests/test_names.py, and below.
         of_one_process = {"folded_heun", "given_latent", "fresh_latent", "reuse", "gillespie", "planned_steps"}

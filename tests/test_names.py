@@ -6,7 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from ddjax import companions, gaussian_law, names, objectives, processes, retrieval, schedules, solvers, transforms
+from ddjax import (
+    companions,
+    gaussian_law,
+    names,
+    objective_names,
+    objectives,
+    processes,
+    retrieval,
+    schedules,
+    solvers,
+    transforms,
+)
 from ddjax.config import ConfigError, typed
 from ddjax.data import by_class, from_arrays, noisy, rescaled
 from ddjax.experiment import build
@@ -481,11 +492,10 @@ def test_what_else_makes_no_sense():
 
 
 def test_every_process_and_objective_is_somewhere():
-    """Here, in tests/test_experiment.py, or in a file of configs/ (tests/test_configs.py); products in tests/data,
-    the resolutions of `MultiResolution` in tests/objectives."""
+    """Here, in tests/test_experiment.py, or in a file of configs/ (tests/test_configs.py); products in tests/data."""
     import test_experiment as others
 
     found = [c for c, _ in (*CONFIGS.values(), *others.TRAINABLE.values())]
     assert {c.process.name for c in found} == set(names.PROCESSES) - {"thinning", "product"}
-    elsewhere = {"cross_entropy", "generalised_kl", "by_parts", "tabddpm", "digress", "multi_resolution"}
-    assert {c.objective.name for c in found} == set(names.OBJECTIVES) - elsewhere
+    elsewhere = {"cross_entropy", "generalised_kl", "by_parts", "tabddpm", "digress"}
+    assert {c.objective.name for c in found} == set(objective_names.OBJECTIVES) - elsewhere

@@ -161,7 +161,7 @@ def test_wrong_requests_are_named(run):
         run.sample(KEY, 2, stop=1, lengths=3)
     with pytest.raises(ValueError, match=r"s.txt: the file of a sampler.*ends in .json"):
         run.sample(KEY, 2, solver=Path("s.txt"))
-    with pytest.raises(ValueError, match=r"expected n states of shape \(8, 8, 1\), got shape \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"expected states of shape \(n, 8, 8, 1\), got \(2, 8, 8\)"):
         run.nelbo(KEY, np.zeros((2, 8, 8), np.int32))
     with pytest.raises(ValueError, match="num_times must be at least 1"):
         run.nelbo(KEY, np.zeros((2, 8, 8, 1), np.int32), num_times=0)
