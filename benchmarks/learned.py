@@ -9,16 +9,16 @@ For each seed three sets of noises: one is searched on; on the second, all is ch
 of `ddjax.grids`, the iteration and the learning rate of each search, where it begins); the third is reported, and was
 looked at by nothing. At equal NFE: solvers of several evaluations a step take fewer steps.
 
-    hand-made       the best of all solvers, each on its best grid
+    hand-made       the best of all solvers, each on its best grid; by `--loss features` also the one with most labels
     fixed grid      the best solver of one evaluation a step, on its best grid
     learned grid    the same solver: `search.Grid` from there
     learned         `search.General` from there, or from the learned grid
 
 By `--loss fine` all of this is by the distance to a fine solution from the same noise. By `--loss features` it is by
-the kernel distance of samples to training pictures in the features of a small network that reads digits, and some of
-the cross-entropy of the labels that it reads; nothing but `search.General` is searched then, from the fixed grid. What
-is reported was seen by neither: labels by a support vector classifier, the kernel distance to all test pictures in the
-features of another network, of other training pictures; and in pixels.
+the kernel distances of samples to training pictures, in pixels and in the features of a small network that reads
+digits, and some of the cross-entropy of the labels that it reads; nothing but `search.General` is searched then, from
+the fixed grid. What is reported was seen by neither: the kernel distances to all test pictures, in pixels and in the
+features of another network, of other training pictures; and labels by a support vector classifier.
 """
 
 from __future__ import annotations
@@ -138,19 +138,23 @@ def judging() -> Any:
 
 
 @functools.cache
-def shown() -> Any:
-    """The features of 400 training pictures of each label, from which neither network learned."""
+def shown() -> tuple[Any, Any]:
+    """400 training pictures of each label, from which neither network learned: the features, and the pixels."""
     pictures, own = (x[20_000:40_000] for x in nfe.mnist_images(40_000))
     rows = np.concatenate([np.flatnonzero(own == label)[:400] for label in range(10)])
-    return taught()(jnp.asarray(pictures[rows]))[0]
+    return taught()(jnp.asarray(pictures[rows]))[0], jnp.asarray(pictures[rows].reshape(len(rows), -1))
 
 
 def features(x0: Any, examples: search.Examples) -> Any:
-    """The kernel distance to many training pictures in the network's features, and a little of its cross-entropy."""
+    """The kernel distances to many training pictures, in the network's features and in pixels, and some of its nats.
+
+    Without the pixels a search finds samples that only this network takes for digits.
+    """
     found, logits = taught()(x0)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, examples.cond).mean()
-    pictures = jax.lax.optimization_barrier(shown())  # a constant, XLA would spend minutes on it
-    return search.squared_mmd(found, pictures.astype(found.dtype)) + 0.01 * nats
+    pictures = jax.lax.optimization_barrier(shown())  # constants, XLA would spend minutes on them
+    pairs = zip((found, x0.reshape(len(x0), -1)), pictures, strict=True)
+    return sum(search.squared_mmd(x, y.astype(x.dtype)) for x, y in pairs) + 0.01 * nats
 
 
 @functools.cache
@@ -228,6 +232,11 @@ def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any
                 value = case.loss(solver, grid(count))
                 hand.append((value if np.isfinite(value) else np.inf, name, grid_name, count))
     best = min(hand)
+    by_labels = None
+    if case.by is features:  # the other end of what hand-made ones trade: the most labels, on the same noises
+        made = [(nfe.DETERMINISTIC[name](process), case.fixed[grid](n)) for _, name, grid, n in hand]
+        right = [case.problem.label(case.end(*one, case.choosing)) for one in made]
+        by_labels = int(np.argmax(right))
     of_one = min(v for v in hand if v[1] in ONE_EVALUATION)
     solver, times = nfe.DETERMINISTIC[of_one[1]](process), case.fixed[of_one[2]](steps)
     own = nfe.DETERMINISTIC[best[1]](process), case.fixed[best[2]](best[3])
@@ -236,6 +245,9 @@ def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any
         "hand-made": {"what": f"{best[1]}, {best[2]}"} | case.report(*own),
         "fixed grid": {"what": f"{of_one[1]}, {of_one[2]}"} | case.report(solver, times),
     }
+    if by_labels is not None:
+        what = f"{hand[by_labels][1]}, {hand[by_labels][2]}"
+        rows["hand-made, labels"] = {"what": what} | case.report(*made[by_labels])
     if case.problem.label:
         rows["fine"]["label"] = case.problem.label(case.reported.target)
     starts = {"fixed": times}
@@ -273,7 +285,11 @@ def table(found: dict[str, Any]) -> None:
         print(f"| NFE | sampler | {' | '.join(measures)} | chosen (each seed) |\n|---|---|{'---|' * len(measures)}---|")
         for n in steps:
             some = [rows[n] for rows in by_seed.values() if n in rows]
-            for row in (r for r in ("hand-made", "fixed grid", "learned grid", "learned", "fine") if r in some[0]):
+            for row in (
+                r
+                for r in ("hand-made", "hand-made, labels", "fixed grid", "learned grid", "learned", "fine")
+                if r in some[0]
+            ):
                 cells = []
                 for m in measures:
                     values = [one[row].get(m, np.nan) for one in some]
