@@ -28,6 +28,7 @@ from ddjax.data.dataset import Dataset
 from ddjax.experiment import Experiment, build, load_data
 from ddjax.predictions import bind
 from ddjax.sampling import sample
+from ddjax.training.loop import labels_in_turn
 from ddjax.training.manifest import write_atomically
 from ddjax.training.memory import device_peak, host_peak
 from ddjax.training.mesh import shard_batch
@@ -81,8 +82,9 @@ def bench_sample(
     _check(num=num, steps=steps, repeats=repeats, warmup=warmup)
     data, experiment = _load(config)
     times = experiment.times(steps)
-    shape = (num, *experiment.state_shape)
-    cond = jnp.arange(num, dtype=jnp.int32) % data.num_classes if data.num_classes else None
+    shape = experiment.batch_shape(num)
+    cond = datasets.conditions.of(data, labels_in_turn(data, np.arange(num)) if data.num_classes else None, num)
+    cond = jax.tree.map(jnp.asarray, cond)
     init_key, prior_key, draw_key = jax.random.split(jax.random.key(config.sample.seed), 3)
     experiment, params = experiment.trained(jax.jit(experiment.init)(init_key))
     process, solver = experiment.sampling_process, experiment.solver()

@@ -69,7 +69,8 @@ def record(
     times = times[len(times) - 1 - max(1, round(start * (len(times) - 1))) :]
     parts = []
     for chunk in chunks(n, batch_size):
-        labels, own = None if cond is None else jnp.asarray(cond[chunk]), jnp.asarray(numbers[chunk])
+        labels = jax.tree.map(lambda v, chunk=chunk: jnp.asarray(v[chunk]), cond)
+        own = jnp.asarray(numbers[chunk])
         parts.append(
             inversion.record(
                 key,
@@ -113,7 +114,8 @@ def edit(
     cond, numbers = run.labels(cond, n), seeds(rows, n)
     denoise, parts = run.guided(guidance, cond), []
     for chunk in chunks(n, batch_size):
-        labels, own = None if cond is None else jnp.asarray(cond[chunk]), jnp.asarray(numbers[chunk])
+        labels = jax.tree.map(lambda v, chunk=chunk: jnp.asarray(v[chunk]), cond)
+        own = jnp.asarray(numbers[chunk])
         noise = None if recording.noise is None else recording.noise[chunk]
         drawn = inversion.edit(
             key,
@@ -142,9 +144,12 @@ def command(arguments: argparse.Namespace) -> int:
     label = own if arguments.label is None else np.asarray(arguments.label)
     if arguments.label is not None and own is None:
         raise ValueError(f"{run.data.name!r} has no labels to edit towards: leave out --label (--lambda-2 draws anew)")
-    if label is not None and len(label) not in (1, len(x0)):
-        raise ValueError(f"--label takes one label, or one for each of {len(x0)} items, got {len(label)}")
-    label = run.labels(label if label is None or len(label) == len(x0) else label[0], len(x0))
+    if arguments.label is not None:
+        if len(label) not in (1, len(x0)):
+            raise ValueError(f"--label takes one label, or one for each of {len(x0)} items, got {len(label)}")
+        label = label if len(label) == len(x0) else label[0]
+        label = {**own, "cond": label} if isinstance(own, Mapping) else label
+    label = run.labels(label, len(x0))
     out = arguments.out or arguments.workdir / "samples" / "edited"
     path = samples_path(run.data, out)
     weights = {"lambda_1": arguments.lambda_1, "lambda_2": arguments.lambda_2}

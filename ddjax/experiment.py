@@ -376,6 +376,10 @@ def _encoded(config: Config, data: Dataset, split: str) -> Dataset:
         raise ConfigError(f"{key} needs autoencoder, the file of one (`ddjax.autoencoders.save`)")
     if config.train.workers:
         raise ConfigError(f"config.train.workers={config.train.workers}: latents are made by this process, set it to 0")
+    if config.data.interval != DataConfig().interval:
+        raise ConfigError(
+            f"config.data.interval={config.data.interval}: latents have a scale of their own, leave it out"
+        )
     path, scale = options.pop("autoencoder"), options.pop("scale", None)
     try:
         if scale is None:

@@ -347,7 +347,7 @@ def _chunks(data: Any, labels: Any, chunk: int) -> tuple[Iterator[tuple[Any, Any
     if labels and not data.num_classes:
         raise ValueError(f"{data.name!r} has no labels: leave labels out")
     items = (data[slice(i, i + chunk)] for i in starts)
-    return ((item["x0"], item.get("cond")) for item in items), data.shape, data.num_classes if labels else 0
+    return ((item["x0"], labels_in(item.get("cond"))) for item in items), data.shape, data.num_classes if labels else 0
 
 
 def load(path: str | os.PathLike) -> GaussianLaw:

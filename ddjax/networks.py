@@ -64,6 +64,8 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.denoiser.options={c.options}: {error}") from error
 
+    if data.parts and "ratio" in c.kind.split("+"):
+        raise ConfigError(f"config.denoiser.kind={c.kind!r}: of several parts no network says ratios; take 'posterior'")
     init, apply = denoisers.functional_init(make)
     if ordinal:
         apply = denoisers.TruncatedLogistic(apply, process.num_symbols)
@@ -120,7 +122,8 @@ def _parts(config: Config, data: Dataset, process: Any, copies: int) -> dict[str
         if data.num_symbols[name] is None:
             found[name] = (columns, None, output_shape(part, (columns,), kind)[-1])
         else:
-            found[name] = (columns, part.num_states, part.num_states if kind in STATE_KINDS else part.num_symbols)
+            outputs = part.num_states if kind in STATE_KINDS else part.num_symbols
+            found[name] = (columns, part.num_states, 1 if kind in COUNT_KINDS else outputs)
     return {"parts": found}
 
 
@@ -131,9 +134,10 @@ def _graphs(config: Config, data: Dataset, process: Any, copies: int) -> dict[st
         raise _unfit(config, data, "graphs")
     numbers, kind = {"symbols_in": {}, "symbols_out": {}}, config.denoiser.kind
     for name in data.shape:
-        part, states = process[name], process.kind_of(kind, name) in STATE_KINDS
+        part, own = process[name], process.kind_of(kind, name)
+        outputs = part.num_states if own in STATE_KINDS else part.num_symbols
         numbers["symbols_in"][name] = part.num_states
-        numbers["symbols_out"][name] = part.num_states if states else part.num_symbols
+        numbers["symbols_out"][name] = 1 if own in COUNT_KINDS else outputs
     return {**numbers, "nodes": len(data.sizes) - 1, "sizes": True}
 
 

@@ -229,13 +229,13 @@ def for_run(
     experiment = run.experiment
     made, times = run.sampler(solver, steps)
     scale = run.config.sample.guidance if guidance is None else guidance
-    labels = np.arange(n, dtype=np.int32) % run.data.num_classes if run.data.num_classes else None
+    labels = run.labels(np.arange(n, dtype=np.int32) % run.data.num_classes if run.data.num_classes else None, n)
     denoise = experiment.denoiser(run.params, float(scale), labels)
     _check_steps(early, late, len(times) - 1)
     parts = []
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)  # the last chunk repeats its last row
-        own = None if labels is None else jnp.asarray(labels[rows])
+        own = jax.tree.map(lambda v, rows=rows: jnp.asarray(v[rows]), labels)
         cond = experiment.to_sample(key, jnp.asarray(rows), own)
         settings = {"shape": (len(rows), *experiment.state_shape), "solver": made, "times": times, "cond": cond}
         parts.append(

@@ -222,7 +222,7 @@ class Run:
             raise ValueError("a policy chooses by label: give cond")
         if not isinstance(policy, Policy):
             policy = policies.load(policy, self.experiment.sampling_process)
-        choice = policy.choose(cond)
+        choice = policy.choose(conditions.labels(cond))
         arms = [self.sampler(**arm, guidance=guidance) if isinstance(arm, Mapping) else arm for arm in policy.arms]
         return [(arms[arm], np.flatnonzero(choice == arm)) for arm in np.unique(choice)]
 

@@ -394,10 +394,10 @@ def for_run(
     def examples(which: int) -> tuple[Denoise, Examples]:
         own, rows = jax.random.fold_in(key, which), np.arange(num) + which * num
         rows = rows % len(items)
-        labels = jnp.asarray(items[rows]["cond"]) if run.data.num_classes else None
+        labels = jax.tree.map(jnp.asarray, items[rows].get("cond"))
         scale = run.config.sample.guidance if guidance is None else guidance
         denoise = experiment.guided(run.denoise, float(scale), labels)
-        cond, shape = experiment.to_sample(own, jnp.arange(num), labels), (num, *experiment.state_shape)
+        cond, shape = experiment.to_sample(own, jnp.arange(num), labels), experiment.batch_shape(num)
         fine = experiment.times(fine_steps) if loss == "fine" else times
         found = fine_examples(own, denoise, process, shape=shape, times=times, fine=fine, cond=cond)
         return denoise, found if loss == "fine" else found._replace(target=jnp.asarray(items[rows]["x0"]))

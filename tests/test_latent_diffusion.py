@@ -1,5 +1,6 @@
 """Latent diffusion from a config: an autoencoder's latents with their scale, and conditions beside labels."""
 
+import dataclasses
 import json
 
 import jax
@@ -119,6 +120,10 @@ def test_what_does_not_go_together_is_said(folder):
         load_data(config(folder, conditions={"voice": "clip"}), "train")
     with pytest.raises(ConfigError, match=r"config\.train\.workers=2"):
         load_data(config(folder, workers=2), "train")
+    ranged = config(folder)
+    ranged = dataclasses.replace(ranged, data=dataclasses.replace(ranged.data, interval=(0.0, 1.0)))
+    with pytest.raises(ConfigError, match=r"config\.data\.interval=.*latents have a scale of their own"):
+        load_data(ranged, "train")
     with pytest.raises(ConfigError, match=r"has no 'factor'"):
         load_data(config(folder, factor=2), "train")
     with pytest.raises(ConfigError, match=r"it is no 'image'"):  # of the images' own size, not the latents'

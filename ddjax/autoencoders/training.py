@@ -50,6 +50,8 @@ def train(
     from ddjax.data import batches  # here: Grain is imported where it is used
     from ddjax.training import Ema, adamw, init_state, make_train_step
 
+    if objective is not None and objective.autoencoder != autoencoder:
+        raise ValueError("objective is of another autoencoder than the one to be trained: build it with this one")
     optimizer = adamw(learning_rate, steps, warmup=min(warmup, steps), clip=1.0, b1=b1, b2=b2)
     making = lambda loss: jax.jit(make_train_step(loss, None, optimizer, ema=Ema(ema)), donate_argnums=0)  # noqa: E731
     if isinstance(autoencoder, KLAutoencoder):

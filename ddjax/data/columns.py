@@ -188,7 +188,7 @@ def read_csv(path: Path | str, missing: str = "error") -> dict[str, list[str]]:
     if missing not in ("error", "keep", "drop"):
         raise ValueError(f"missing is error, keep or drop, got {missing!r}")
     with open(path, newline="", encoding="utf-8") as file:
-        names, *rows = csv.reader(file, skipinitialspace=True)
+        names, *rows = (row for row in csv.reader(file, skipinitialspace=True) if row)  # blank lines are no rows
     for i, row in enumerate(rows):
         if len(row) != len(names):
             raise ValueError(f"{path}: row {i} has {len(row)} entries, expected {len(names)}: {', '.join(names)}")

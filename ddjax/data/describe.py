@@ -14,6 +14,23 @@ from ddjax.data.dataset import Dataset, require
 from ddjax.data.encoded import Latents
 from ddjax.data.vocabulary import Bytes, Characters, Subwords
 
+# What an older description does not say was so.
+_BEFORE = {"interval": [-1.0, 1.0], "conditions": {}, "latents": None}
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two descriptions are of other data, by key.
+
+    The name may change, and the file of an autoencoder move; the scale of its latents is measured anew, and may differ
+    by rounding.
+    """
+    before, now = ({**_BEFORE, **d} for d in (before, now))
+    keys = (before.keys() | now.keys()) - {"name", "latents"}
+    found = [key for key in keys if before.get(key) != now.get(key)]
+    scales = [None if d["latents"] is None else d["latents"]["scale"] for d in (before, now)]
+    same = scales[0] == scales[1] or (None not in scales and np.isclose(*scales, rtol=1e-3))
+    return sorted(found + ([] if same else ["latents"]))
+
 
 class _NoItems:
     """The source of a description: there is nothing to read."""

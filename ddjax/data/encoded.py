@@ -101,14 +101,14 @@ def encoded(data: Dataset, latents: Latents, rounds: int = 1, seed: int = 0) -> 
     autoencoder = latents.read[0]
     if data.shape != autoencoder.shape:
         raise ValueError(f"images of {data.name!r} have shape {data.shape}, the autoencoder's {autoencoder.shape}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if rounds < 1 or (rounds > 1 and data.mixture is not None):
+        raise ValueError(f"rounds must be at least 1, and 1 for a mixture of sources, got {rounds}")
     return dataclasses.replace(
         data,
         source=_Encoded(data.source, latents, rounds, seed),
         shape=tuple(autoencoder.latent_shape),
         levels=None,
-        mixture=data.mixture if rounds == 1 else None,
+        mixture=data.mixture,
         latents=latents,
     )
 

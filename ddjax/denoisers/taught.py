@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ddjax import auxiliary
+from ddjax import auxiliary, taps
 from ddjax.pytrees import as_pytree
 from ddjax.types import Apply, Params
 
@@ -32,7 +32,8 @@ class Taught:
         out = self.apply(params, xt, t, cond, rng=rng, train=train)
         if not train:
             return out
-        target = jax.lax.stop_gradient(self.teacher(self.teacher_params, xt, t, cond))
+        with taps.unheard(), auxiliary.collect():  # nobody listens to the teacher, and its own losses are not learned
+            target = jax.lax.stop_gradient(self.teacher(self.teacher_params, xt, t, cond))
         if target.shape != out.shape:
             raise ValueError(f"the teacher says {target.shape}, the network {out.shape}: build both alike")
         squared = jnp.square(out - target)

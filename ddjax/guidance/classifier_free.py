@@ -62,12 +62,15 @@ def _extrapolated(
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *_sides(cond, weaker, cost(denoise)))
     out = denoise(jax.tree.map(lambda x: jnp.concatenate([x, x]), xt), jnp.concatenate([t, t]), both)
     # Of a product's symbols the logits as they are: what is added to all of a site's changes no law.
-    value = jax.nn.log_softmax(out.value) if out.kind in LOGIT_KINDS else out.value
-    return Prediction(jax.tree.map(lambda v: _along(*jnp.split(v, 2), scale), value), out.kind)
+    value = jax.tree.map(jax.nn.log_softmax, out.value) if out.kind in LOGIT_KINDS else out.value
+    return Prediction(jax.tree.map(lambda v: along(*jnp.split(v, 2), scale), value), out.kind)
 
 
-def _along(with_cond: jax.Array, without: jax.Array, scale: jax.Array) -> jax.Array:
-    # A symbol impossible on either side is judged by the condition alone: -inf - -inf would be NaN.
+def along(with_cond: jax.Array, without: jax.Array, scale: jax.Array) -> jax.Array:
+    """`without + scale * (with_cond - without)`, but for symbols that are impossible on either side: these stay so.
+
+    They are judged by the condition alone: -inf - -inf would be NaN.
+    """
     impossible = jnp.isneginf(with_cond) | jnp.isneginf(without)
     change = tap(GUIDANCE, jnp.where(impossible, 0.0, with_cond) - jnp.where(impossible, 0.0, without))
     return jnp.where(impossible, with_cond, without + scale * change)

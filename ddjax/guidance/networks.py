@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddjax.guidance.classifier_free import along
 from ddjax.predictions import Prediction
 from ddjax.predictions import evaluations as cost
 from ddjax.processes.gaussian import Normal
@@ -118,7 +119,8 @@ class ByWeaker:
             raise ValueError(
                 f"the denoisers predict {strong.kind!r} and {weak.kind!r}: guidance needs the same of both"
             )
-        return Prediction(weak.value + self.scale * (strong.value - weak.value), strong.kind)
+        value = jax.tree.map(lambda s, w: along(s, w, self.scale), strong.value, weak.value)
+        return Prediction(value, strong.kind)
 
 
 def by_weaker(denoise: Denoise, weaker: Denoise, *, scale: float, told: bool = True) -> Denoise:

@@ -24,6 +24,7 @@ from ddjax.interop.adapters import guided_channels
 from ddjax.interop.mapping import Entry, Fixed, Report
 from ddjax.interop.tensors import Tensors, open_tensors, prefix_of
 from ddjax.predictions import BoundDenoiser, bind
+from ddjax.pytrees import as_pytree
 from ddjax.sampling import Observed, sample
 from ddjax.types import Apply, Denoise, Params, Sample, State
 
@@ -124,7 +125,7 @@ class Published:
         """Of a classifier: `(xt, t, labels)` to log p(label | x_t), `(batch,)`. Raises ValueError for other models."""
         if self.kind != CLASSES:
             raise ValueError(f"{self.family} is no classifier of noisy states")
-        return jax.tree_util.Partial(partial(_log_prob, self.apply), self.params)
+        return jax.tree_util.Partial(_log_prob, as_pytree(self.apply), self.params)
 
     @property
     def autoencoder(self) -> tuple[Any, Params]:

@@ -123,7 +123,7 @@ def _ddit_model(s: Mapping[str, Any], name: str = "mdlm") -> Model:
         told = partial(ToldNoise, schedule=schedule, timed=s["time_conditioning"]) if timed else _itself
         wrap: Callable[[Apply], Apply] = lambda apply: WithMask(told(apply), s["mask"], process.num_symbols)  # noqa: E731
     elif name == "sedd":
-        absorbs = s["graph"] == "absorb"
+        absorbs = s.get("graph", "absorb") == "absorb"  # older files of ours do not say
         process, kind = (Masked(vocabulary - 1, schedule) if absorbs else Uniform(vocabulary, schedule)), "ratio"
         wrap = lambda apply: LogScores(ToldNoise(apply, schedule), schedule, s["scale_by_sigma"])  # noqa: E731
     else:
@@ -252,7 +252,7 @@ def _llada_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
         entries += [
             *norm(f"{ours}/norm_a", f"{theirs}.attn_norm", bias=False),
             *attention_entries(
-                f"{ours}/attention/qkv", qkv, s["heads"], s["width"], bias=False, kv_heads=s["kv_heads"]
+                f"{ours}/attention/qkv", qkv, s["heads"], s["width"], bias=False, kv_heads=s.get("kv_heads", s["heads"])
             ),
             *linear(f"{ours}/attention/out", f"{theirs}.attn_out", bias=False),
             *norm(f"{ours}/norm_m", f"{theirs}.ff_norm", bias=False),
@@ -274,7 +274,7 @@ def _llada_model(s: Mapping[str, Any]) -> Model:
             width=s["width"],
             depth=s["depth"],
             heads=s["heads"],
-            kv_heads=s["kv_heads"],
+            kv_heads=s.get("kv_heads", s["heads"]),
             mlp="gated",
             mlp_width=s["mlp_width"],
             time=False,

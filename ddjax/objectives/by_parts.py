@@ -34,9 +34,12 @@ def by_parts(
         losses are at the starts of the steps.
     t_range: of times, default `process.t_range`. uniforms: as in `base.noised`.
 
-    Weights for sites (padding) count inside their part alone. `elbo` is the bound itself, the sum over all sites.
+    Weights for sites (padding) count inside their part alone; microbatches of an accumulated gradient then add up as by
+    the weights of all parts together, which is the batch's own mean where all examples have the same.
+    `elbo` is the bound itself, the sum over all sites.
     Raises ValueError for losses and weights that are not of the parts.
     """
+    _check(process)
     shares = dict.fromkeys(process.processes, 1.0) if weights is None else dict(weights)
     for what, given in (("losses", losses), ("weights", shares)):
         if set(given) != set(process.processes):
@@ -112,6 +115,7 @@ def tabddpm(
     (Kotelnikov et al. 2023, "TabDDPM", section 3, equation 3.) Arguments as in `by_parts`; with `times=uniform(1000)`
     it is their chain's. Theirs adds the prior's KL, which no parameter changes.
     """
+    _check(process)
     numbers = [name for name, part in process.parts if part.state == "gaussian"]
     losses = {name: "noise" if name in numbers else "bound" for name in process.processes}
     symbols = len(losses) - len(numbers)
@@ -127,6 +131,12 @@ def digress(
     Each is a mean over the nodes, or edges, that there are: those of weight 0 (of smaller graphs) count nothing.
     process: with the parts "nodes" and "edges", or of "edges" alone.
     """
+    _check(process)
     losses = dict.fromkeys(process.processes, "cross_entropy")
     weights = {name: edges if name == "edges" and len(losses) > 1 else 1.0 for name in losses}
     return by_parts(process, kind, losses, weights, uniforms=uniforms)
+
+
+def _check(process: Any) -> None:
+    if not isinstance(process, Product):
+        raise ValueError(f"this loss is of several parts, of a `Product`; {type(process).__name__} is one process")

@@ -24,7 +24,7 @@ from ddjax import data as datasets
 from ddjax.chips import peak_flop_per_s
 from ddjax.config import Config, ConfigError, differences, to_dict, typed
 from ddjax.data.dataset import Dataset
-from ddjax.data.describe import describe
+from ddjax.data.describe import describe, differing
 from ddjax.evaluation import label_accuracy
 from ddjax.experiment import Experiment, build, load_data
 from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
@@ -285,8 +285,7 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
             old = json.loads(path.read_text(encoding="utf-8"))
             # Keys that an older run does not know were at their defaults.
             changed = differences(to_dict(typed(old["config"])), description["config"])
-            old_data = {"interval": [-1.0, 1.0], **old["data"]}
-            before, now = ({k: v for k, v in d.items() if k != "name"} for d in (old_data, description["data"]))
+            differ = differing(old["data"], description["data"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); use another --workdir or repair it") from error
         if changed:
@@ -294,9 +293,10 @@ def claim(workdir: Path, config: Config, data: Dataset) -> None:
                 f"{workdir} belongs to a run with another config ({'; '.join(changed)}); use another --workdir, "
                 "or the same config"
             )
-        if keys := ", ".join(sorted(key for key in before | now if before.get(key) != now.get(key))):
+        if differ:
             raise ConfigError(
-                f"the data {data.name!r} have changed since the run in {workdir} began ({keys}); use another --workdir"
+                f"the data {data.name!r} have changed since the run in {workdir} began ({', '.join(differ)}); "
+                "use another --workdir"
             )
     elif workdir.exists() and any(
         not p.match(f"{DESCRIPTION}.*.tmp") for p in workdir.iterdir()
@@ -318,8 +318,7 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likeliho
     likelihood.
     """
     held_out = load_data(config, config.data.eval_split) if held_out is None else held_out
-    mine, theirs = ({k: v for k, v in describe(d).items() if k not in ("name", "counts")} for d in (run.data, held_out))
-    if differ := [key for key in mine if mine[key] != theirs[key]]:
+    if differ := [key for key in differing(describe(run.data), describe(held_out)) if key != "counts"]:
         raise ValueError(f"{held_out.name!r} is not what this run was trained on: they differ in {', '.join(differ)}")
     items = held_out[held_out.first(min(len(held_out), config.eval.max_examples or len(held_out)))]
     count = batch_size(items["x0"])
@@ -333,7 +332,7 @@ def evaluate(run: Run, config: Config, held_out: Dataset | None = None, likeliho
         if "segments" in items:  # packed documents, and padding, which costs nothing and is not counted
             sites = items["weights"].sum(axis=1, dtype=np.float64)
             asked |= {"segments": items["segments"], "known": items["weights"] == 0}
-        if "size" in items:  # graphs: sites of nodes that there are not
+        if "size" in items and likelihood == "bound":  # graphs: sites of nodes that there are not
             sites = np.asarray(per_example(items["weights"]), np.float64)
             asked |= {"size": items["size"], "known": jax.tree.map(lambda w: w == 0, items["weights"])}
         if likelihood == "bound":
@@ -401,7 +400,10 @@ def draw(run: Run, folder: Path, name: str, *, num: int | None = None, cond: Any
         cond = labels_in_turn(run.data, np.arange(num))
     x0 = jax.tree.map(np.asarray, run.sample(key, num, cond=cond, init=init))
     path = folder / name
-    return write_samples(run.data, x0, path, cond=cond) if cluster.first() else samples_path(run.data, path)
+    sizes = None if run.data.sizes is None else run.experiment.sizes(key, jnp.arange(num))
+    return (
+        write_samples(run.data, x0, path, cond=cond, sizes=sizes) if cluster.first() else samples_path(run.data, path)
+    )
 
 
 def labels_in_turn(data: Dataset, rows: np.ndarray) -> np.ndarray:
@@ -420,11 +422,14 @@ def samples_path(data: Dataset, path: Path) -> Path:
     return path
 
 
-def write_samples(data: Dataset, x0: Any, path: Path, stop: str | None = None, cond: Any = None) -> Path:
+def write_samples(
+    data: Dataset, x0: Any, path: Path, stop: str | None = None, cond: Any = None, sizes: np.ndarray | None = None
+) -> Path:
     """Write states as a PNG grid (images), a text file (text), a CSV file (tables) or an .npy array, as the data are.
 
     States of several parts that are no table are an .npz. A path without a suffix gets the right one. stop: where texts
-    end (`Dataset.to_text`). cond: labels, which are a column of a table. Returns the path written.
+    end (`Dataset.to_text`). cond: labels, which are a column of a table. sizes: of graphs, their numbers of nodes,
+    written as "size". Returns the path written.
     """
     path = samples_path(data, path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -439,6 +444,7 @@ def write_samples(data: Dataset, x0: Any, path: Path, stop: str | None = None, c
     elif path.suffix == ".csv":
         datasets.write_csv(path, data.columns.decode(x0, cond))
     else:
+        x0 = x0 if sizes is None else {**x0, "size": np.asarray(sizes)}
         with open(path, "wb") as file:
             np.savez(file, **x0) if data.parts else np.save(file, x0, allow_pickle=False)
     return path

@@ -61,6 +61,9 @@ def test_what_does_not_fit():
         KLAutoencoder((6, 8, 1), multipliers=(1, 1, 1))
     with pytest.raises(ValueError, match="images have shape"):
         SMALL.posterior({}, np.zeros((1, 8, 8, 3), np.float32))
+    other = KLAutoencoder((8, 8, 1), width=4)
+    with pytest.raises(ValueError, match="objective is of another autoencoder"):
+        autoencoders.train(jax.random.key(0), other, None, steps=1, objective=KLObjective(SMALL))
     with pytest.raises(ValueError, match="no weights"):
         KLObjective(SMALL)(jax.random.key(0), None, {"autoencoder": {}, "log_variance": 0.0}, None, weights=1)
 

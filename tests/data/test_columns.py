@@ -207,6 +207,8 @@ def test_what_cannot_be_is_refused(tmp_path, text, options, message):
 
 
 def test_new_symbols_and_missing_rows(tmp_path):
+    (tmp_path / "blank.csv").write_text("a,b\n\n1,x\n2,y\n\n")
+    assert data.read_csv(tmp_path / "blank.csv") == {"a": ["1", "2"], "b": ["x", "y"]}
     (tmp_path / "t.csv").write_text("a,b\n1,x\n,y\n3,z\n")
     kept = data.load(tmp_path / "t.csv", "train", missing="keep", fractions=(1.0, 0.0, 0.0))
     assert kept.num_symbols == {"a": 3, "b": 3}  # what is missing is a symbol: then the column is none of numbers

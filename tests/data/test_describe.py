@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ddjax
-from ddjax.data.describe import describe, from_description
+from ddjax.data.describe import describe, differing, from_description
 
 
 def round_trip(data):
@@ -72,3 +72,14 @@ def test_counts_of_symbols_go_along():
     assert ddjax.data.count_symbols(again) is again  # with no items to read
     with pytest.raises(ValueError, match="no symbols to count"):
         ddjax.data.count_symbols(ddjax.data.load("digits", "train", tokens=False))
+
+
+def test_what_differs_between_descriptions():
+    """The name may change and the autoencoder move; its scale is measured, and may round otherwise."""
+    one = describe(ddjax.data.load("digits", "train", tokens=False))
+    latents = lambda path, scale: {**one, "latents": {"path": path, "scale": scale}}
+    assert differing(one, {**one, "name": "moved"}) == []
+    assert differing({k: v for k, v in one.items() if k not in ("interval", "conditions", "latents")}, one) == []
+    assert differing(latents("a", 0.7), latents("b", 0.70001)) == []
+    assert differing(latents("a", 0.7), latents("a", 0.71)) == differing(one, latents("a", 0.7)) == ["latents"]
+    assert differing(one, {**one, "num_classes": 3, "conditions": {"vector": [3]}}) == ["conditions", "num_classes"]

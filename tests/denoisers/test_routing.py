@@ -273,6 +273,16 @@ def test_errors(options, message):
         functional_init(functools.partial(MAKERS["dit"], **options))
 
 
+def test_a_network_that_is_told_nothing_has_routes(noise):
+    init, apply = functional_init(
+        lambda rngs: TextTransformer(
+            length=6, **{**SMALL, "num_classes": 0}, time=False, modulated=False, route=(1, 3, 0.5), rngs=rngs
+        )
+    )
+    out = apply(noise(jax.eval_shape(init, jax.random.key(0))), XT, None, rng=KEY, train=True)
+    assert jnp.isfinite(out).all()
+
+
 def test_a_route_needs_a_key(noise):
     apply, params = made("dit", noise, route=(1, 2, 0.5))
     with pytest.raises(ValueError, match=r"route=\(1, 2, 0.5\) with train=True needs a key"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddjax import auxiliary
+from ddjax import auxiliary, taps
 from ddjax.denoisers import taught
 from ddjax.objectives import ddpm_hybrid
 from ddjax.processes import LearnedVariance
@@ -35,6 +35,20 @@ def test_its_loss_is_the_weighted_distance_and_only_in_training():
         taught(linear, lambda params, xt, *args: xt, theirs)(own, xt, t, cond, train=True)
     with pytest.raises(ValueError, match="weights of 0 or more"):
         taught(linear, linear, theirs, prediction=-1.0)
+
+
+def test_nobody_hears_the_teacher():
+    """Its activations have the student's names, and what its layers tell is not the student's."""
+
+    def telling(params, xt, t, cond=None, **_):
+        auxiliary.add_loss("balance", params * jnp.ones(len(xt)))
+        return taps.tap("h", params * xt)
+
+    network, xt = taught(telling, telling, jnp.float32(5.0)), jnp.ones((2, 3))
+    with auxiliary.collect() as collector, taps.record("h") as seen:
+        network(jnp.float32(2.0), xt, jnp.ones(2), train=True)
+    np.testing.assert_array_equal(seen["h"], 2 * xt)
+    np.testing.assert_array_equal(collector.found().losses["balance"], [2.0, 2.0])
 
 
 @pytest.mark.slow

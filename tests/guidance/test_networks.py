@@ -76,3 +76,22 @@ def test_away_from_a_weaker_one():
     other = lambda xt, t, cond: Prediction(xt, "noise")
     with pytest.raises(ValueError, match="predict 'v' and 'noise'"):
         guidance.by_weaker(strong, other, scale=2.0)(jnp.asarray(X), jnp.full(2, T), COND)
+
+
+def test_parts_and_impossible_symbols():
+    """Of a product each part; a symbol that is impossible for either network is judged by the stronger."""
+    impossible = jnp.array([0.0, -jnp.inf])
+
+    def says(first, second):
+        return lambda xt, t, cond=None: Prediction({"a": jnp.asarray(first), "b": second}, "noise+posterior")
+
+    out = guidance.by_weaker(says([3.0], impossible), says([1.0], impossible), scale=2.0)({}, jnp.ones(1))
+    np.testing.assert_array_equal(out.value["a"], [5.0])
+    np.testing.assert_array_equal(out.value["b"], impossible)
+
+    def symbols(xt, t, cond):
+        return Prediction({"a": jnp.log(jnp.array([[0.5, 0.5], [0.2, 0.8]]))[cond]}, "posterior")
+
+    free = guidance.classifier_free(symbols, null=0, scale=2.0)
+    out = free({"a": jnp.zeros((1, 1), int)}, jnp.ones(1), jnp.array([1])).value["a"]
+    np.testing.assert_allclose(jax.nn.softmax(out), [[0.04 / 0.68, 0.64 / 0.68]], rtol=1e-5)

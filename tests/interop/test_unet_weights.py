@@ -305,6 +305,8 @@ def test_the_classifier_of_noisy_images(tmp_path, new_order):
     found = jax.jit(model.apply)(model.params, xt, t)
     assert np.abs(wanted).max() > 0.1
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    structure = jax.tree.structure(model.log_prob)
+    assert structure == jax.tree.structure(model.log_prob)  # one compiled sampler for all calls
     again = mapping.save(model.model.entries, model.params)
     assert again.keys() == tensors.keys()
     for key, tensor in tensors.items():

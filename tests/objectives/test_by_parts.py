@@ -138,3 +138,9 @@ def test_what_cannot_be_is_refused(losses, weights, message):
             losses,
             weights,
         )
+
+
+@pytest.mark.parametrize("make", [objectives.tabddpm, objectives.digress, lambda p, k: objectives.by_parts(p, k, {})])
+def test_one_process_is_no_product(make):
+    with pytest.raises(ValueError, match="of a `Product`; Uniform is one process"):
+        make(Uniform(3), "posterior")

@@ -177,6 +177,7 @@ def test_data_that_changed_under_a_run_are_refused(tmp_path):
     older = json.loads(described.read_text())
     assert older["data"].pop("counts") is None
     assert older["data"].pop("interval") == older["config"]["data"].pop("interval")
+    assert (older["data"].pop("conditions"), older["data"].pop("latents")) == ({}, None)
     described.write_text(json.dumps(older))  # by a version that did not say so
     loop.claim(tmp_path / "run", claimed, loop.load_data(claimed, "train"))
     text.write_text("abce" * 200)

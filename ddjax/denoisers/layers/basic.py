@@ -146,19 +146,6 @@ NORMS = {
 }
 
 
-class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + epsilon)` with a scale (Zhang & Sennrich 2019)."""
-
-    def __init__(self, width: int, *, epsilon: float = 1e-5):
-        self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Apply to the last axis; the result is at least float32."""
-        x = x.astype(at_least_float32(x.dtype))
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
-
-
 def layer_norm(x: Float[Array, "*batch width"], epsilon: float = 1e-6) -> Float[Array, "*batch width"]:
     """Layer normalisation over the last axis without scale or shift, computed and returned in at least float32.
 

@@ -103,6 +103,8 @@ class Block(nnx.Module):
             raise ValueError(f"mlp={mlp!r}: expected one of {', '.join(map(repr, MLPS))}")
         if experts and mlp not in ("experts", "pooled"):
             raise ValueError(f'experts={dict(experts)} are options of mlp="experts" or "pooled", not of mlp={mlp!r}')
+        if activation != "silu" and mlp != "gated":
+            raise ValueError(f'activation={activation!r} is an option of mlp="gated", not of mlp={mlp!r}')
         check_rate(dropout)
         self.dropout, self.merge, self.pooled = dropout, merge, mlp == "pooled"
         by = check_conditioning(conditioning)
@@ -308,7 +310,7 @@ class Stack(nnx.Module):
                 h, told = run(h, c, keys, layout, more, range(done, start))
                 parts.append(told)
             there = (Layout(jnp.arange(h.shape[1]), None) if layout is None else layout).among(sites)
-            c_there = c if c.ndim == 2 else _at(per_site(c, h.shape[1]), sites)
+            c_there = c if c is None or c.ndim == 2 else _at(per_site(c, h.shape[1]), sites)
             new, told = run(_at(h, sites), c_there, keys, there, more, range(start, stop))
             parts.append(told)
             h = constrain(jax.vmap(lambda x, s, new: x.at[s].set(new))(h, sites, new), "batch", "sites", None)
