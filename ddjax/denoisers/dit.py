@@ -194,6 +194,8 @@ class DiT(ImageNetwork):
         if downsample > 1 and relations:
             raise ValueError("downsample thins out keys, and relations may need all: build the network without one")
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
+        if self.kinds is not None and (relative or "weights" in by):
+            raise ValueError("patches of one kind are exchangeable: kinds go without relative places or convolutions")
         if relative and neighbours is not None:
             raise ValueError("neighbours of its own for each patch go without relative positions")
         if "weights" in by and (relations or neighbours is not None or route or downsample > 1 or merge):

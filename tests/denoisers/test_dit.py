@@ -224,6 +224,7 @@ def test_small_integer_tokens_do_not_overflow(build):
         ({"symbols_in": None}, "neither for a continuous one"),
         ({"out_channels": 3}, "out_channels=3 is for a continuous state"),
         ({"symbols_in": None, "symbols_out": None, "embed_width": 8}, "embed_width=8 is for a discrete"),
+        ({"kinds": [0] * 6, "relative": True}, "go without relative places"),
         ({"depth": 0}, "at least one block"),
         ({"num_classes": -1}, "num_classes=-1"),
         ({"dropout": 1.0}, "dropout=1.0"),
