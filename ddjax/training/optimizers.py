@@ -17,7 +17,8 @@ Decay = Literal["cosine", "linear", "constant"]
 Groups = Sequence[tuple[str, float]]
 
 # Muon's matrices: those inside the blocks. Embeddings, the output layer and vectors are AdamW's (Jordan 2024).
-MUON = re.compile(r"stack/blocks/.*(kernel|/mlp/(gate|up|down))$")
+# A depthwise convolution is a number for each place and feature, and no matrix.
+MUON = re.compile(r"(^|/)(stack/(.*/)?(blocks|middle)|first)/(?!.*depthwise).*(kernel|/mlp/(gate|up|down))$")
 # RMS of a Muon update, as AdamW's: one learning rate serves both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
 MUON_RMS = 0.2
 
@@ -144,7 +145,7 @@ def matrices(params: Params) -> PyTree:
     """Which parameters are Muon's, and where their matrices lie: in the last two axes; None for the others."""
 
     def place(path, p):
-        is_matrix = p.ndim >= 2 and MUON.search(path_name(path))
+        is_matrix = p.ndim >= 2 and p.shape[-2] > 1 and MUON.search(path_name(path))
         return optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix else None
 
     return jax.tree_util.tree_map_with_path(place, params)

@@ -111,6 +111,14 @@ def test_muon_takes_the_matrices_of_blocks_alone():
     found = matrices({"network": tree})["network"]
     assert found["tokens"]["table"] is None
     assert found["stack"]["blocks"]["0"] == {"mlp": {"up": place, "router": {"kernel": place}}, "bias": None}
+    # Networks of several stacks; a depthwise convolution is no matrix.
+    square, depthwise = np.zeros((2, 2)), np.zeros((3, 3, 1, 2))
+    block = {"inner": {"kernel": square}, "conv": {"kernel": depthwise}, "depthwise": {"kernel": np.zeros((9, 2))}}
+    for tree in ({"0": {"down": {"blocks": {"0": block}}}}, {"up": {"blocks": block}}, {"middle": block}):
+        flat, _ = jax.tree_util.tree_flatten_with_path(
+            matrices({"stack": tree}), is_leaf=lambda x: x is None or x == place
+        )
+        assert {path[-2].key: leaf for path, leaf in flat} == {"inner": place, "conv": None, "depthwise": None}
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
