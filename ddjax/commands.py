@@ -107,7 +107,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if moving:
         animate(run.data, np.asarray(drawn.trajectory), path)
     else:
-        sizes = None if run.data.sizes is None else run.experiment.sizes(jax.random.key(seed), rows)
+        sizes = run.experiment.sizes(jax.random.key(seed), rows)
         write_samples(run.data, jax.tree.map(np.asarray, drawn), path, arguments.stop, cond, sizes)
     x0 = drawn.x0 if moving else drawn
     print(f"{len(rows)} samples -> {path}")

@@ -97,15 +97,20 @@ class Experiment:
             cond = objectives.AtCoherence(self.config.sample.coherence[0])(cond)
         if getattr(self.coupling, "show", False):
             cond = {"x1": x1, "cond": cond}
-        if self.data.sizes is not None:
-            cond = {"size": self.sizes(key, rows), "cond": cond}
+        if (size := self.sizes(key, rows)) is not None:
+            cond = {"size": size, "cond": cond}
         if not hasattr(self.process, "latents"):
             return cond
         keys = random.example_keys(jax.random.fold_in(key, 2**31 - 1), rows)  # a number that no row has
         return {"z": self.process.latents(len(rows)).sample(keys), "cond": cond}
 
-    def sizes(self, key: Array, rows: Array) -> Array:
-        """How many nodes these samples of graphs have, drawn as often as they occur in the training data."""
+    def sizes(self, key: Array, rows: Array) -> Array | None:
+        """How many nodes these samples of graphs have, drawn as often as they occur in the training data.
+
+        None where the data are no graphs of several sizes.
+        """
+        if self.data.sizes is None:
+            return None
         keys = random.example_keys(jax.random.fold_in(key, 2**31 - 4), rows)  # a number that no row has
         ends = jnp.cumsum(jnp.asarray(self.data.sizes / self.data.sizes.sum(), jnp.float32))
         drawn = jnp.searchsorted(ends, random.uniform(keys), side="right")

@@ -43,9 +43,7 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if "dtype" in options:
         options["dtype"] = naming.pick(names.DTYPES, options["dtype"], "config.denoiser.options.dtype")
     if data.num_symbols is not None and not data.parts:
-        numbers = process.num_states if c.kind in STATE_KINDS else process.num_symbols
-        numbers = 1 if c.kind in COUNT_KINDS else numbers  # of each site
-        numbers = 2 if ordinal else numbers + heads
+        numbers = 2 if ordinal else _numbers(process, c.kind) + heads
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     options |= {"num_classes": data.num_classes * max(levels, 1), **conditions.options(data)}
     if hasattr(process, "latents"):
@@ -80,6 +78,13 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if shared is not None:
         apply = _sharing_times(apply, process, data, config, shared)
     return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _numbers(process: Any, kind: str) -> int:
+    """How many a network says of each discrete site."""
+    if kind in COUNT_KINDS:
+        return 1
+    return process.num_states if kind in STATE_KINDS else process.num_symbols
 
 
 def _unfit(config: Config, data: Dataset, what: str) -> ConfigError:
@@ -122,8 +127,7 @@ def _parts(config: Config, data: Dataset, process: Any, copies: int) -> dict[str
         if data.num_symbols[name] is None:
             found[name] = (columns, None, output_shape(part, (columns,), kind)[-1])
         else:
-            outputs = part.num_states if kind in STATE_KINDS else part.num_symbols
-            found[name] = (columns, part.num_states, 1 if kind in COUNT_KINDS else outputs)
+            found[name] = (columns, part.num_states, _numbers(part, kind))
     return {"parts": found}
 
 
@@ -134,10 +138,8 @@ def _graphs(config: Config, data: Dataset, process: Any, copies: int) -> dict[st
         raise _unfit(config, data, "graphs")
     numbers, kind = {"symbols_in": {}, "symbols_out": {}}, config.denoiser.kind
     for name in data.shape:
-        part, own = process[name], process.kind_of(kind, name)
-        outputs = part.num_states if own in STATE_KINDS else part.num_symbols
-        numbers["symbols_in"][name] = part.num_states
-        numbers["symbols_out"][name] = 1 if own in COUNT_KINDS else outputs
+        numbers["symbols_in"][name] = process[name].num_states
+        numbers["symbols_out"][name] = _numbers(process[name], process.kind_of(kind, name))
     return {**numbers, "nodes": len(data.sizes) - 1, "sizes": True}
 
 

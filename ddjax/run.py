@@ -175,8 +175,8 @@ class Run:
                 step = Stopping(step, stop)
             labels, known, x1 = jax.tree.map(lambda a, which=which: jnp.asarray(a[which]), (cond, observed, init))
             rows = jnp.asarray(own_rows[which])
-            if self.data.sizes is not None:  # what a smaller graph does not have is known
-                known = _beside(experiment.absent(experiment.sizes(key, rows)), known)
+            if (size := experiment.sizes(key, rows)) is not None:  # what a smaller graph does not have is known
+                known = _beside(experiment.absent(size), known)
             settings = {
                 "shape": experiment.batch_shape(len(which)),
                 "solver": step,

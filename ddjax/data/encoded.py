@@ -108,7 +108,6 @@ def encoded(data: Dataset, latents: Latents, rounds: int = 1, seed: int = 0) -> 
         source=_Encoded(data.source, latents, rounds, seed),
         shape=tuple(autoencoder.latent_shape),
         levels=None,
-        mixture=data.mixture,
         latents=latents,
     )
 

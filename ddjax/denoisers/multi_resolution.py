@@ -34,7 +34,6 @@ from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
 
 EPSILON = 1e-16  # of the norms in blocks: theirs adds 1e-8 to the root
-gelu = partial(jax.nn.gelu, approximate=False)
 
 
 class MultiResolution(ImageNetwork):

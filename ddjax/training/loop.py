@@ -399,11 +399,10 @@ def draw(run: Run, folder: Path, name: str, *, num: int | None = None, cond: Any
     elif cond is None and run.data.num_classes:
         cond = labels_in_turn(run.data, np.arange(num))
     x0 = jax.tree.map(np.asarray, run.sample(key, num, cond=cond, init=init))
-    path = folder / name
-    sizes = None if run.data.sizes is None else run.experiment.sizes(key, jnp.arange(num))
-    return (
-        write_samples(run.data, x0, path, cond=cond, sizes=sizes) if cluster.first() else samples_path(run.data, path)
-    )
+    if not cluster.first():
+        return samples_path(run.data, folder / name)
+    sizes = run.experiment.sizes(key, jnp.arange(num))
+    return write_samples(run.data, x0, folder / name, cond=cond, sizes=sizes)
 
 
 def labels_in_turn(data: Dataset, rows: np.ndarray) -> np.ndarray:
