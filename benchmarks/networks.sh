@@ -1,32 +1,48 @@
 #!/usr/bin/env bash
-# Networks for images on the digits by one budget: data order, objective (EDM), optimiser, number of steps, and about as
-# many floating-point operations a step (7 to 12 billion). docs/results.md has the table.
+# Networks side by side. Those of images on the digits by one budget: data order, objective (EDM), optimiser, number of
+# steps, and about as many floating-point operations a step (7 to 12 billion); text, tables and graphs by their configs.
+# docs/results.md has the tables.
 #
 #   benchmarks/networks.sh FOLDER [NAME...]      e.g.  benchmarks/networks.sh runs/networks dit uvit
+#   STEPS=0 benchmarks/networks.sh FOLDER        their training step alone, of all
 #
 # Runs already there are continued or only scored again. Each writes FOLDER/NAME/{step,bound}.json.
 set -euo pipefail
 folder=$1
 shift
-wanted=${*:-dit uvit unet dico state_space}
 steps=${STEPS:-600}
+images="dit uvit unet dico state_space edm2 multi_resolution diffit diffussm dit_linear dit_generated"
+wanted=${*:-$images}
+[ "$steps" != 0 ] || wanted=${*:-$images text mixed_table graph}
 
 for name in $wanted; do
+    config=configs/digits_gaussian.py network=$name
     case $name in
         dit) options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1}" ;;
+        dit_linear) network=dit options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1, 'attention': 'linear'}" ;;
+        dit_generated) network=dit options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1, 'conditioning': 'weights'}" ;;
         uvit) options="{'width': 80, 'depth': 5, 'heads': 4, 'patch': 1}" ;;
         unet) options="{'design': 'ddpm++', 'width': 40, 'multipliers': (1, 2), 'blocks': 1, 'attend_at': (4,), 'time_scale': 1.0}" ;;
+        edm2) options="{'width': 40, 'multipliers': (1, 2), 'blocks': 1, 'attend_at': (4,), 'head_width': 20}" ;;
         dico) options="{'width': 48, 'stages': (1, 1, 2, 1, 1)}" ;;
         state_space) options="{'width': 96, 'depth': 5, 'patch': 1}" ;;
+        multi_resolution) options="{'widths': (128, 64), 'depths': (5, 3), 'heads': 4, 'patches': (2, 1)}" ;;
+        diffit) options="{'width': 56, 'multipliers': (1, 2), 'blocks': 1, 'heads': 4}" ;;
+        diffussm) options="{'width': 96, 'depth': 4, 'patch': 1}" ;;
+        text) config=configs/shakespeare.py options= ;;
+        mixed_table) config=configs/adult.py options= ;;
+        graph) config=configs/graphs.py options= ;;
         *)
             echo "unknown: $name" >&2
             exit 2
             ;;
     esac
-    own=(--config configs/digits_gaussian.py --config.denoiser.name="$name" --config.denoiser.options="$options"
-        --config.train.steps="$steps" --config.train.eval_every=0 --config.train.sample_every="$steps")
+    own=(--config "$config")
+    [ -z "$options" ] || own+=(--config.denoiser.name="$network" --config.denoiser.options="$options")
     mkdir -p "$folder/$name"
-    python -m ddjax bench train "${own[@]}" --steps 8 --out "$folder/$name/step.json"
+    python -m ddjax bench train "${own[@]}" --steps 12 --out "$folder/$name/step.json"
+    [ "$steps" != 0 ] || continue
+    own+=(--config.train.steps="$steps" --config.train.eval_every=0 --config.train.sample_every="$steps")
     python -m ddjax train "${own[@]}" --workdir "$folder/$name/run" --quiet
     python -m ddjax eval --workdir "$folder/$name/run" --labels 200 --out "$folder/$name/bound.json"
 done

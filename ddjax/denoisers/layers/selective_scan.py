@@ -23,17 +23,20 @@ def selective_scan(
     """`y_n = h_n read_n` with `h_n = exp(step_n decay) h_(n-1) + step_n x_n write_n` and h = 0 before the first site.
 
     (Gu & Dao 2023, "Mamba", algorithm 2, A, B, C, Delta being decay, write, read, step.) Each feature has a state of
-    its own. It runs in parallel over sites, in log2(sites) rounds (`jax.lax.associative_scan`), in at least float32.
+    its own. It runs site by site, in at least float32: of `(batch, features, state)` numbers a site, gradients keep one
+    array and compute the rest again, where a parallel scan writes tens of them.
     """
     x, step, decay, write, read = (v.astype(at_least_float32(v.dtype)) for v in (x, step, decay, write, read))
-    keep = jnp.exp(step[..., None] * decay)
-    new = (step * x)[..., None] * write[:, :, None]
 
-    def then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-        return first[0] * second[0], second[0] * first[1] + second[1]
+    @jax.checkpoint
+    def one(h: Float[Array, "batch state features"], site: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, step, write, read = site
+        h = jnp.exp(step[:, None] * decay.T) * h + (step * x)[:, None] * write[..., None]
+        return h, (h * read[..., None]).sum(axis=1)
 
-    _, h = jax.lax.associative_scan(then, (keep, new), axis=1)
-    return jnp.einsum("bsfn,bsn->bsf", h, read)
+    sites = [jnp.moveaxis(v, 1, 0) for v in (x, step, write, read)]
+    h = jnp.zeros((len(x), *decay.T.shape), x.dtype)
+    return jnp.moveaxis(jax.lax.scan(one, h, tuple(sites))[1], 0, 1)
 
 
 class Direction(nnx.Module):
