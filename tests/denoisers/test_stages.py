@@ -23,6 +23,7 @@ NETWORKS = {
     "cat-both": {**BASE, "stages": ("e", "fe", "e"), "conditioning": "modulation+weights"},
     "cat-modulated": {**BASE, "stages": ("e", "e", "e")},
 }
+WORDS = {**NETWORKS["ascan"], "stages": ("f", "aa", "f")}
 
 
 def inputs(name):
@@ -183,7 +184,7 @@ def test_each_example_has_the_published_network_with_its_own_weights(name, build
 @pytest.mark.slow
 def test_words_that_are_not_there_say_nothing(build):
     """A network of words without words sees the learned one, whatever stands in the entries that are not valid."""
-    run, params = build(lambda rngs: DiCo(**NETWORKS["ascan"], rngs=rngs))
+    run, params = build(lambda rngs: DiCo(**WORDS, rngs=rngs))
     xt, t, cond = inputs("ascan")
     none = run(params, xt, t, cond["cond"])
     close(run(params, xt, t, {**cond, "valid": np.zeros_like(VALID)}), none)
@@ -197,8 +198,7 @@ def test_words_that_are_not_there_say_nothing(build):
 
 @pytest.mark.slow
 def test_words_are_told_alike_with_remat_and_scan(jit, noise):
-    options = {**NETWORKS["ascan"], "stages": ("ff", "aa", "f")}
-    init, apply = functional_init(lambda rngs: DiCo(**options, rngs=rngs))
+    init, apply = functional_init(lambda rngs: DiCo(**WORDS, rngs=rngs))
     params = noise(jax.eval_shape(init, jax.random.key(0)))
     value = lambda apply: jit(jax.value_and_grad(lambda p: (apply(p, *inputs("ascan")) ** 2).sum()))
     expected, grads = value(apply)(params)
@@ -206,7 +206,7 @@ def test_words_are_told_alike_with_remat_and_scan(jit, noise):
         # Every example has words.
         assert (np.abs(g).max() > 0) == ("nothing" not in jax.tree_util.keystr(path)), path
     for more in ({"remat": True}, {"scan": True}):
-        _, other = functional_init(lambda rngs, more=more: DiCo(**options, **more, rngs=rngs))
+        _, other = functional_init(lambda rngs, more=more: DiCo(**WORDS, **more, rngs=rngs))
         own, same = (stack_blocks(tree) if "scan" in more else tree for tree in (params, grads))
         found, found_grads = value(other)(own)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -216,7 +216,7 @@ def test_words_are_told_alike_with_remat_and_scan(jit, noise):
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
 def test_words_are_told_alike_on_eight_devices(noise):
-    init, apply = functional_init(lambda rngs: DiCo(**NETWORKS["ascan"], rngs=rngs))
+    init, apply = functional_init(lambda rngs: DiCo(**WORDS, rngs=rngs))
     params, args = noise(jax.eval_shape(init, jax.random.key(0))), inputs("ascan")
     args = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), args)  # rows that the devices divide
     expected = jax.jit(apply)(params, *args)
@@ -227,17 +227,20 @@ def test_words_are_told_alike_on_eight_devices(noise):
 
 
 @pytest.mark.slow
-def test_taps_of_the_new_blocks(noise):
-    for name, tapped in (("ascan", ("block/3/keys", "block/3/cross")), ("cat", ("block/3/keys", "block/3/mix"))):
-        init, apply = functional_init(lambda rngs, name=name: DiCo(**NETWORKS[name], rngs=rngs))
-        params = noise(jax.eval_shape(init, jax.random.key(0)))
-        with taps.record(*tapped) as seen:
-            whole = apply(params, *inputs(name))
-        # Of 16 pixels 2 heads of 4 features, of 4 pixels 4, at two scales.
-        shapes = {"ascan": ((3, 16, 2, 4), (3, 16, 8)), "cat": ((3, 4, 8, 4), (3, 2, 2, 16))}[name]
-        assert tuple(seen[point].shape for point in tapped) == shapes, name
-        with taps.override({tapped[1]: lambda v: 0 * v}):
-            assert np.abs(apply(params, *inputs(name)) - whole).max() > 1e-3 * np.abs(whole).max()
+@pytest.mark.parametrize("name", ["ascan", "cat"])
+def test_taps_of_the_new_blocks(name, noise):
+    """Of 16 pixels 2 heads of 4 features, or 4 at two scales."""
+    options, tapped = {
+        "ascan": (WORDS, {"block/1/keys": (3, 16, 2, 4), "block/1/cross": (3, 16, 8)}),
+        "cat": (NETWORKS["cat-modulated"], {"block/1/keys": (3, 16, 4, 4), "block/1/mix": (3, 4, 4, 8)}),
+    }[name]
+    init, apply = functional_init(lambda rngs: DiCo(**options, rngs=rngs))
+    params = noise(jax.eval_shape(init, jax.random.key(0)))
+    with taps.record(*tapped) as seen:
+        whole = apply(params, *inputs(name))
+    assert {point: value.shape for point, value in seen.items()} == tapped
+    with taps.override({list(tapped)[1]: lambda v: 0 * v}):
+        assert np.abs(apply(params, *inputs(name)) - whole).max() > 1e-3 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize(
