@@ -93,7 +93,7 @@ NETWORKS = {
     "diffussm": (DiffuSSM, {**PIXELS, **TOKENS, "width": 16, "depth": 2, "ratio": 2, "state": 4}, ()),
     "dico-fused": (DiCo, {**PIXELS, "width": 8, "stages": ("f", "f", "a", "f", "f"), "head_width": 16}, ()),
     "ascan": (DiCo, {**PIXELS, **TOKENS, "width": 8, "stages": [*"ffaaaff"], "head_width": 8}, ()),
-    "cat": (DiCo, {**PIXELS, "width": 8, "stages": ("e", "ee", "e"), "head_width": 8, "conditioning": "weights"}, ()),
+    "cat": (DiCo, {**PIXELS, "width": 16, "stages": [*"eee"], "head_width": 16, "conditioning": "weights"}, ()),
     "dit-selected": (DiT, {**PIXELS, **DEEP, "patch": 2, "conditioning": "weights", "kernels": 3}, ()),
     "tabular": (TabularMLP, {"columns": 10, "width": 16, "hidden": (32, 32)}, ()),
     "tabular-tokens": (TabularMLP, {"columns": 10, **TOKENS, "width": 16, "hidden": (32, 32)}, ()),

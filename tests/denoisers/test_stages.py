@@ -61,7 +61,11 @@ def attention_layer(w, name, p, projection=None):
     layer(w, f"{name}qkv.conv", p["qkv"])
     for i in p["around"]:
         layer(w, f"{name}aggreg.{i}.0", p["around"][i])
-        layer(w, f"{name}aggreg.{i}.1", p["mix"][i])
+        head = p["mix"].shape[-1]
+        kernel = (
+            p["mix"][int(i)].reshape(-1, head, head).transpose(1, 0, 2).reshape(1, 1, head, -1)
+        )  # groups side by side
+        layer(w, f"{name}aggreg.{i}.1", {"kernel": kernel})
     kernel = p["out"]["kernel"]
     layer(w, f"{name}proj.conv", {"kernel": kernel if projection is None else kernel + projection})
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import glorot_uniform
 from jaxtyping import Array, Float
 
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32
@@ -33,11 +34,12 @@ class MultiScaleAttention(nnx.Module):
     ):
         if heads < 1 or width % heads:
             raise ValueError(f"heads={heads} does not divide width={width}")
-        self.heads, every = heads, 3 * width
+        self.heads, self.head, every = heads, width // heads, 3 * width
         bare = {"bias": False, "dtype": dtype, "rngs": rngs}
         self.qkv = Linear(width, every, **bare)
         self.around = nnx.List([Conv(every, every, scale, groups=every, **bare) for scale in scales])
-        self.mix = nnx.List([Conv(every, every, 1, groups=3 * heads, **bare) for _ in scales])
+        shape = (len(scales), heads, 3, self.head, self.head)
+        self.mix = nnx.Param(glorot_uniform(batch_axis=(0, 1, 2))(rngs.params(), shape, jnp.float32))
         self.out = Linear(width * (1 + len(scales)), width, **bare)
 
     def __call__(
@@ -47,10 +49,11 @@ class MultiScaleAttention(nnx.Module):
 
         projection: added to the weights of the last layer, for each example (`layers.generated`).
         """
-        batch, width = x.shape[0], x.shape[-1]
+        batch = x.shape[0]
         qkv = self.qkv(x)
-        scales = [qkv, *(mix(around(qkv)) for around, mix in zip(self.around, self.mix, strict=True))]
-        heads = [scale.reshape(batch, -1, self.heads, 3, width // self.heads) for scale in scales]
+        heads = [y.reshape(batch, -1, self.heads, 3, self.head) for y in (qkv, *(f(qkv) for f in self.around))]
+        for i, mix in enumerate(self.mix[...].astype(qkv.dtype)):
+            heads[1 + i] = jnp.einsum("bnhpd,hpde->bnhpe", heads[1 + i], mix)
         q, k, v = jnp.moveaxis(jnp.concatenate(heads, axis=2), 3, 0)
         q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
         sums = at_least_float32(x.dtype)
