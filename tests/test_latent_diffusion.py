@@ -88,6 +88,22 @@ def test_trained_sampled_and_shown(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_words_are_heard_by_stages(folder, tmp_path):
+    """A text-to-image network of stages, from a config."""
+    c = config(folder, {"sequence": "words"}, latents=False)
+    options = {"width": 8, "stages": ["f", "fa", "f"], "head_width": 8}
+    data = dataclasses.replace(c.data, options={**c.data.options, "beside": ["words"]})
+    denoiser = dataclasses.replace(c.denoiser, name="dico", options=options)
+    c = dataclasses.replace(c, data=data, denoiser=denoiser)
+    train(c, tmp_path / "run", show=False)
+    run, held_out = load(tmp_path / "run"), load_data(c, "test")[:2]["cond"]
+    samples = run.sample(jax.random.key(1), 2, cond=held_out)
+    other = {**held_out, "sequence": held_out["sequence"][::-1].copy()}
+    assert np.abs(np.asarray(run.sample(jax.random.key(1), 2, cond=other) - samples)).max() > 1e-6
+    assert jnp.isfinite(run.sample(jax.random.key(1), 2)).all()  # told nothing
+
+
+@pytest.mark.slow
 def test_dropout_and_guidance_reach_every_entry(folder):
     """What is dropped is the null of each entry, and guidance leads away from all of them."""
     c = config(folder)

@@ -1,8 +1,8 @@
-"""DiCo: a hierarchical network of convolutions with channel attention under adaLN, or of attention where asked."""
+"""DiCo: a hierarchical network of stages: of convolutions with channel attention, or of other blocks where asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -11,29 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax import random
+from ddjax.denoisers.dico_blocks import BLOCKS, Told
+from ddjax.denoisers.given import Given, at_least_one
 from ddjax.denoisers.images import ImageNetwork
-from ddjax.denoisers.layers.attention import Attention
-from ddjax.denoisers.layers.basic import (
-    MLP,
-    DType,
-    Linear,
-    at_least_float32,
-    check_rate,
-    dropout,
-    dropout_keys,
-    layer_norm,
-    zeros,
-)
-from ddjax.denoisers.layers.blocks import Stack
+from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropout_keys, layer_norm, zeros
+from ddjax.denoisers.layers.blocks import Stack, check_conditioning
 from ddjax.denoisers.layers.convolution import Conv, Image
 from ddjax.denoisers.layers.embed import Conditioner
+from ddjax.denoisers.layers.generated import GeneratedLinear, Generator, surroundings
 from ddjax.denoisers.layers.long_skips import run_blocks
-from ddjax.placement import constrain
-from ddjax.taps import Below, tap
+from ddjax.taps import tap
 from ddjax.types import SoftTokens
-
-KINDS = "caf"  # of blocks: convolution, attention, AsCAN's convolution
 
 
 class DiCo(ImageNetwork):
@@ -44,19 +32,30 @@ class DiCo(ImageNetwork):
     a pixelwise, a depthwise 3 x 3 and a pixelwise convolution with channel attention between, then an MLP, both under
     adaLN-zero. The output layer, a 3 x 3 convolution, starts at zero.
 
-    A stage may also hold attention among its pixels in the place of convolutions, in any order: asymmetric networks,
-    with convolutions first and attention later (Kag et al. 2024, "AsCAN"), or a stronger encoder than decoder
-    (Cao et al. 2022, "ASCEND"). And it may hold `FusedBlock`s, those of the former.
+    There may be more stages or fewer, and a stage may hold other blocks, in any order (`dico_blocks`): attention among
+    its pixels and to words; the convolutions of asymmetric networks, first convolutions and then attention, the stages
+    on the way up those on the way down in reverse (Kag et al. 2024, "AsCAN"); a stronger encoder than decoder (Cao et
+    al. 2022, "ASCEND"); EfficientViT's blocks, whose weights the condition makes (Cai et al. 2024, "CaT").
 
     Args:
-        shape, symbols_in, symbols_out, out_channels, embed_width, bits: see `DiT`; height and width divide by 4.
-        width: features at full resolution, even.
-        stages: of each of the five the number of blocks (of convolutions), or a letter for each: "c" for a
-            convolution, "a" for attention, "f" for AsCAN's convolution, as in "fffa".
-        head_width: features of a head of attention.
+        shape, symbols_in, symbols_out, out_channels, embed_width, bits: see `DiT`; height and width divide by 2 once
+            for each stage before the middle one.
+        width: features at full resolution, even; twice as many at each next one, and on the way back up at full
+            resolution.
+        stages: of each stage, an odd number of them with the lowest resolution in the middle, the number of blocks (of
+            convolutions), or a letter for each: "c" for a convolution, "a" for attention, "f" for AsCAN's convolution,
+            "e" for EfficientViT's block, as in "fffa".
+        head_width: features of a head of attention (EfficientViT's: 32).
         mlp_ratio: hidden width of the MLP over the features.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        context_width: width of the entries of a sequence that is a condition, to which blocks of attention attend; see
+            `DiT`. 0: none.
         time: False ignores t.
+        conditioning: by what the blocks "e" and the last layer are told of time and label (all others by "modulation"):
+            "modulation" (adaLN-zero), "weights" or "modulation+weights": for each example they make what is added to
+            the weights of the first layer, of depthwise convolutions in the blocks "e", and of the last layer of their
+            attention (the same in all blocks of one width).
+        kernels: 0, or of how many base kernels these are mixed in the place of being made (`layers.Generator`).
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
@@ -79,7 +78,10 @@ class DiCo(ImageNetwork):
         head_width: int = 64,
         mlp_ratio: float = 4,
         num_classes: int = 0,
+        context_width: int = 0,
         time: bool = True,
+        conditioning: str = "modulation",
+        kernels: int = 0,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         embed_width: int | None = None,
@@ -93,37 +95,62 @@ class DiCo(ImageNetwork):
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=width,
             embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
         )  # fmt: skip
-        if shape[0] % 4 or shape[1] % 4 or width % 2:
-            raise ValueError(f"shape={shape}, width={width}: expected sides that divide by 4, and an even width")
         stages = _letters(stages, scan)
+        halvings = len(stages) // 2
+        if any(side % 2**halvings for side in shape[:2]) or width % 2:
+            raise ValueError(
+                f"shape={shape}, width={width}: expected sides that divide by {2**halvings}, and an even width"
+            )
+        by = _conditioning(conditioning, kernels, stages)
+        if context_width and not any("a" in stage for stage in stages):
+            raise ValueError(f'context_width={context_width}: blocks of attention look at words, stages need an "a"')
+        generated, self.modulated = "weights" in by, "modulation" in by
         self.dropout = dropout
-        widths = [width, 2 * width, 4 * width]
-        self.embed = Conv(self.features_in, width, dtype=dtype, rngs=rngs)
+        self.levels = (*range(halvings + 1), *(max(level, 1) for level in reversed(range(halvings))))
+        grids = [tuple(side >> min(i, 2 * halvings - i) for side in shape[:2]) for i in range(len(stages))]
+        widths = [width * 2**level for level in range(halvings + 1)]
+        cast = {"dtype": dtype, "rngs": rngs}
+        self.embed = (
+            GeneratedLinear(9 * self.features_in, width, width, kernels=kernels, **cast)
+            if generated
+            else Conv(self.features_in, width, **cast)
+        )
         self.conditions = nnx.List([Conditioner(w, num_classes=num_classes, time=time, rngs=rngs) for w in widths])
-        options = {"mlp_ratio": mlp_ratio, "dropout": dropout, "dtype": dtype}
-        kinds = {
-            "c": partial(ConvBlock, **options),
-            "a": partial(AttentionBlock, **options, head_width=head_width, attention=attention),
-            "f": partial(FusedBlock, **options),
+        options = {
+            "c": {},
+            "f": {},
+            "a": {"head_width": head_width, "context_width": context_width, "attention": attention},
+            "e": {"head_width": head_width, "modulated": self.modulated, "kernels": kernels},
         }
         self.stack = nnx.List([])
-        for letters, level in zip(stages, LEVELS, strict=True):
-            makes = [partial(kinds[letter], widths[level]) for letter in letters]
+        for letters, level, grid in zip(stages, self.levels, grids, strict=True):
+            options["e"]["grid"] = grid if generated else None
+            makes = [
+                partial(BLOCKS[k], widths[level], mlp_ratio=mlp_ratio, dropout=dropout, dtype=dtype, **options[k])
+                for k in letters
+            ]
             self.stack.append(Stack(_in_turn(makes), len(letters), scan=scan, remat=remat, rngs=rngs))
-        bare = {"bias": False, "dtype": dtype, "rngs": rngs}
-        self.down = nnx.List([Conv(w, w // 2, **bare) for w in widths[:2]])
-        self.up = nnx.List([Conv(w, 2 * w, **bare) for w in (widths[2], widths[1])])
-        reduced = {"dtype": dtype, "rngs": rngs}
-        self.reduce = nnx.List([Linear(4 * width, 2 * width, **reduced), Linear(2 * width, 2 * width, **reduced)])
-        self.modulation = Linear(2 * width, 4 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.down = nnx.List([Conv(w, w // 2, bias=False, **cast) for w in widths[:-1]])
+        self.up = nnx.List([Conv(w, 2 * w, bias=False, **cast) for w in reversed(widths[1:])])
+        self.reduce = nnx.List([Linear(widths[i + 1], widths[max(i, 1)], **cast) for i in reversed(range(halvings))])
         out = {"kernel_init": zeros, "dtype": dtype, "out_dtype": at_least_float32(dtype)}
+        self.modulation = Linear(2 * width, 4 * width, kernel_init=zeros, **cast) if self.modulated else None
         self.out = Conv(2 * width, self.features_out, **out, rngs=rngs)
+        self.nothing = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
+        )
+        attending = sorted({level for stage, level in zip(stages, self.levels, strict=True) if "e" in stage})
+        self.projections = nnx.Dict(
+            {str(i): Generator(widths[i], (2 * widths[i], widths[i]), kernels=kernels, **cast) for i in attending}
+            if generated
+            else {}
+        )
 
     def __call__(
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -131,141 +158,40 @@ class DiCo(ImageNetwork):
         """Run the network: arguments, result and errors as those of `UViT`."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = [condition(batch, t, cond) for condition in self.conditions]
+        given, context = Given.of(cond), None
+        if self.nothing is not None:
+            sequence, valid = at_least_one(given.sequence, given.valid, self.nothing[...], batch)
+            given, context = given.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
+        c = [condition(batch, t, given) for condition in self.conditions]
         tap("condition", c[1])
         tap("sites", self.places())
-        h = self.embed(self.features(self.patches(xt)).reshape(batch, *self.shape[:2], -1))
+        x = self.features(self.patches(xt)).reshape(batch, *self.shape[:2], -1)
+        if isinstance(self.embed, Conv):
+            h = self.embed(x)
+        else:
+            h = self.embed(jnp.concatenate(surroundings(x), axis=-1), c[0])
         h = tap("embed", h)
+        told = [Told(vector, context) for vector in c]
+        for level, projection in self.projections.items():
+            told[int(level)] = told[int(level)]._replace(projection=projection(c[int(level)]))
         first = [0, *accumulate(stack.depth for stack in self.stack)]
 
         def run(i: int, h: Array) -> Array:
-            return run_blocks(self.stack[i], h, c[LEVELS[i]], keys, first[i])[0]
+            return run_blocks(self.stack[i], h, told[self.levels[i]], keys, first[i])[0]
 
-        shown = []
-        for i in range(2):
+        shown, halvings = [], len(self.down)
+        for i, down in enumerate(self.down):
             shown.append(run(i, h))
-            h = unshuffle(self.down[i](shown[-1]))
-        h = run(2, h)
-        for i in range(2):
-            h = jnp.concatenate([shuffle(self.up[i](h)), shown.pop()], axis=-1)
-            h = run(3 + i, self.reduce[i](h))
-        shift, scale = jnp.split(self.modulation(c[1])[:, None, None], 2, axis=-1)
-        h = tap("final", layer_norm(h) * (1 + scale) + shift)
-        return self.images(self.out(h).reshape(batch, -1, self.features_out))
-
-
-LEVELS = (0, 1, 2, 1, 1)  # of the stages: their widths and conditions; the last has the width of the middle level
-
-
-class ConvBlock(nnx.Module):
-    """DiCo's block: `outer(x * channels(x))` with x = gelu(depthwise(inner(h))), and an MLP, both under adaLN-zero.
-
-    Channel attention is the sigmoid of a linear layer of the mean over all pixels.
-    """
-
-    def __init__(
-        self, width: int, *, mlp_ratio: float = 4, dropout: float = 0.0, dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
-        check_rate(dropout)
-        self.dropout = dropout
-        self.inner = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.depthwise = Conv(width, width, groups=width, dtype=dtype, rngs=rngs)
-        self.channels = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.outer = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(width, int(mlp_ratio * width), approximate=False, dtype=dtype, rngs=rngs)
-        self.modulation = Linear(width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-
-    def mix(self, x: Image, named: Below) -> Image:
-        """What pixels tell each other."""
-        x = jax.nn.gelu(self.depthwise(self.inner(x)), approximate=False)
-        mean = x.mean(axis=(1, 2), keepdims=True, dtype=at_least_float32(x.dtype))
-        return self.outer(x * jax.nn.sigmoid(self.channels(mean)))
-
-    def __call__(
-        self,
-        h: Image,
-        skip: None,
-        c: Float[Array, "batch width"],
-        *,
-        keys: Key[Array, " batch"] | None = None,
-        name: str | None = None,
-    ) -> tuple[Image, None]:
-        """The next image, and nothing for a long connection. See `layers.LongSkips`."""
-        named = Below(name)
-        keys_a, keys_m = (None, None) if keys is None else random.split(keys)
-        h = constrain(h, "batch", None, None, None)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(c)[:, None, None], 6, axis=-1)
-        y = named("/mix", self.mix(layer_norm(h) * (1 + scale_a) + shift_a, named))
-        h = h + gate_a * dropout(y, self.dropout, keys_a)
-        y = named("/mlp", self.mlp(layer_norm(h) * (1 + scale_m) + shift_m))
-        return named("", h + gate_m * dropout(y, self.dropout, keys_m)), None
-
-
-class AttentionBlock(ConvBlock):
-    """The same block with attention among all pixels, heads of `head_width` features, instead of convolutions."""
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        head_width: int = 64,
-        mlp_ratio: float = 4,
-        dropout: float = 0.0,
-        dtype: DType = jnp.float32,
-        attention: str | None = None,
-        rngs: nnx.Rngs,
-    ):
-        check_rate(dropout)
-        if width % head_width:
-            raise ValueError(f"head_width={head_width} does not divide a stage of {width} features")
-        self.dropout = dropout
-        options = {"dtype": dtype, "implementation": attention, "rngs": rngs}
-        self.attention = Attention(width, width // head_width, **options)
-        self.mlp = MLP(width, int(mlp_ratio * width), approximate=False, dtype=dtype, rngs=rngs)
-        self.modulation = Linear(width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-
-    def mix(self, x: Image, named: Below) -> Image:
-        """What pixels tell each other."""
-        return self.attention(x.reshape(x.shape[0], -1, x.shape[-1]), None, named).reshape(x.shape)
-
-
-class FusedBlock(nnx.Module):
-    """AsCAN's convolution (Kag et al. 2024, section 3.1): a fused inverted bottleneck, under adaLN-zero.
-
-    `outer(x * channels(x))` with x = gelu(expand(norm(h))): a 3 x 3 convolution to `mlp_ratio` times as many features,
-    squeeze and excitation (Hu et al. 2018: from the mean over all pixels, by way of a quarter of the block's features,
-    a factor in (0, 1) for each), and a convolution of one pixel back.
-    """
-
-    def __init__(
-        self, width: int, *, mlp_ratio: float = 4, dropout: float = 0.0, dtype: DType = jnp.float32, rngs: nnx.Rngs
-    ):
-        check_rate(dropout)
-        self.dropout, hidden = dropout, int(mlp_ratio * width)
-        self.expand = Conv(width, hidden, dtype=dtype, rngs=rngs)
-        self.squeeze = Linear(hidden, max(width // 4, 1), dtype=dtype, rngs=rngs)
-        self.excite = Linear(max(width // 4, 1), hidden, dtype=dtype, rngs=rngs)
-        self.outer = Linear(hidden, width, dtype=dtype, rngs=rngs)
-        self.modulation = Linear(width, 3 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        h: Image,
-        skip: None,
-        c: Float[Array, "batch width"],
-        *,
-        keys: Key[Array, " batch"] | None = None,
-        name: str | None = None,
-    ) -> tuple[Image, None]:
-        """The next image, and nothing for a long connection. See `layers.LongSkips`."""
-        named = Below(name)
-        h = constrain(h, "batch", None, None, None)
-        shift, scale, gate = jnp.split(self.modulation(c)[:, None, None], 3, axis=-1)
-        x = jax.nn.gelu(self.expand(layer_norm(h) * (1 + scale) + shift), approximate=False)
-        mean = x.mean(axis=(1, 2), keepdims=True, dtype=at_least_float32(x.dtype))
-        channels = jax.nn.sigmoid(self.excite(jax.nn.silu(self.squeeze(mean))))
-        y = named("/mix", self.outer(x * channels))
-        return named("", h + gate * dropout(y, self.dropout, keys)), None
+            h = unshuffle(down(shown[-1]))
+        h = run(halvings, h)
+        for i, (up, reduce) in enumerate(zip(self.up, self.reduce, strict=True)):
+            h = jnp.concatenate([shuffle(up(h)), shown.pop()], axis=-1)
+            h = run(halvings + 1 + i, reduce(h))
+        h = layer_norm(h)
+        if self.modulation is not None:
+            shift, scale = jnp.split(self.modulation(c[1])[:, None, None], 2, axis=-1)
+            h = h * (1 + scale) + shift
+        return self.images(self.out(tap("final", h)).reshape(batch, -1, self.features_out))
 
 
 def unshuffle(x: Image) -> Image:
@@ -288,13 +214,27 @@ def _in_turn(makes: Sequence[Callable[..., nnx.Module]]) -> Callable[[nnx.Rngs],
     return lambda rngs: next(left, makes[0])(rngs=rngs)
 
 
+def _conditioning(conditioning: str, kernels: int, stages: Sequence[str]) -> set[str]:
+    """By what blocks are told. Raises ValueError for what there is not, or where nothing can make weights."""
+    by = check_conditioning(conditioning)
+    if "attention" in by:
+        raise ValueError(f'conditioning={conditioning!r}: expected "modulation", "weights" or both, joined by "+"')
+    if "weights" in by and not any("e" in stage for stage in stages):
+        raise ValueError(f'conditioning={conditioning!r} makes weights of EfficientViT\'s blocks: stages need an "e"')
+    if kernels and "weights" not in by:
+        raise ValueError(f"kernels={kernels} are mixed for conditioning='weights', not for {conditioning!r}")
+    return by
+
+
 def _letters(stages: Sequence[int | str], scan: bool) -> list[str]:
     """The blocks of each stage, a letter each."""
     letters = ["c" * stage if isinstance(stage, int) else stage for stage in stages]
-    if len(letters) != len(LEVELS) or any(not stage or set(stage) - set(KINDS) for stage in letters):
+    odd = len(letters) % 2 and len(letters) > 1
+    if not odd or any(not stage or set(stage) - BLOCKS.keys() for stage in letters):
         raise ValueError(
-            f"stages={tuple(stages)}: expected five, of each the number of blocks (at least one), or a letter for each "
-            'block: "c" (convolution), "a" (attention) or "f" (AsCAN\'s convolution)'
+            f"stages={tuple(stages)}: expected an odd number of them, 3 or more, of each the number of blocks (at "
+            'least one), or a letter for each block: "c" (convolution), "a" (attention), "f" (AsCAN\'s convolution) or '
+            '"e" (EfficientViT\'s block)'
         )
     if scan and any(len(set(stage)) > 1 for stage in letters):
         raise ValueError(f"stages={tuple(stages)}: a stage of several kinds of blocks cannot be scanned: scan=False")

@@ -74,6 +74,8 @@ class DiT(ImageNetwork):
             of the condition (Hatamizadeh et al. 2023, "DiffiT"; alone it stands without a silu, and the last layer
             behind one); "weights": it makes for each example what is added to the weights of the first layer, of
             attention's last one (the same in all blocks) and of a convolution within the MLP (Cai et al. 2024, "CAN").
+        kernels: 0, or of how many base kernels "weights" mix those of each example, in the place of making them
+            (adaptive kernel selection; `layers.Generator`).
         relative: whether each head adds a learned bias for every difference of places (`layers.Attention`).
         closed_times: of the time's frequencies, `closed` of `layers.time_embedding`.
         label_noise: noise on the embedded labels when train=True (`layers.embed.Conditioner`).
@@ -130,6 +132,7 @@ class DiT(ImageNetwork):
         time: bool = True,
         qkv_bias: bool = False,
         conditioning: str = "modulation",
+        kernels: int = 0,
         relative: bool = False,
         closed_times: bool = False,
         label_noise: float = 0.0,
@@ -157,8 +160,10 @@ class DiT(ImageNetwork):
         cond_width = cond_width or width
         self.dropout = dropout
         by = check_conditioning(conditioning)
+        if kernels and "weights" not in by:
+            raise ValueError(f"kernels={kernels} are mixed for conditioning='weights', not for {conditioning!r}")
         self.embed = (
-            GeneratedLinear(self.features_in, width, cond_width, dtype=dtype, rngs=rngs)
+            GeneratedLinear(self.features_in, width, cond_width, kernels=kernels, dtype=dtype, rngs=rngs)
             if "weights" in by
             else Linear(self.features_in, width, dtype=dtype, rngs=rngs)
         )
@@ -178,7 +183,7 @@ class DiT(ImageNetwork):
         )  # fmt: skip
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
-            conditioning=conditioning, relative=self.grid if relative else None, qkv_bias=qkv_bias,
+            conditioning=conditioning, kernels=kernels, relative=self.grid if relative else None, qkv_bias=qkv_bias,
             dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
             context_width=context_width,
             merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
@@ -211,7 +216,8 @@ class DiT(ImageNetwork):
         self.nothing = (
             nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
         )
-        self.projection = Generator(cond_width, (width, width), dtype=dtype, rngs=rngs) if "weights" in by else None
+        shared = {"kernels": kernels, "dtype": dtype, "rngs": rngs}
+        self.projection = Generator(cond_width, (width, width), **shared) if "weights" in by else None
 
     def __call__(
         self,

@@ -33,6 +33,7 @@ class TokenRow(ImageNetwork):
         time_mlp: bool,
         context: tuple[int, int] | None = None,
         generated: bool = False,
+        kernels: int = 0,
         scan: bool,
         remat: bool | str,
         rngs: nnx.Rngs,
@@ -40,10 +41,11 @@ class TokenRow(ImageNetwork):
         """Make the embeddings and the blocks, each `block(skips=, rngs=)`. Raises ValueError as its parts do.
 
         context: of `ConditionTokens`. generated: whether what the network is told makes weights (`layers.generated`).
+        kernels: of `layers.Generator`.
         """
         self.generated = generated
         self.embed = (
-            GeneratedLinear(self.features_in, width, width, dtype=self.dtype, rngs=rngs)
+            GeneratedLinear(self.features_in, width, width, kernels=kernels, dtype=self.dtype, rngs=rngs)
             if generated
             else Linear(self.features_in, width, dtype=self.dtype, rngs=rngs)
         )

@@ -53,6 +53,7 @@ class UViT(TokenRow):
         generated: whether time, label and sequence also make, for each example, what is added to the weights of the
             first layer, of attention's last one (the same in all blocks) and of a convolution of the patches within
             the MLP (Cai et al. 2024, "CAN"; `layers.generated`).
+        kernels: 0, or of how many base kernels these are mixed in the place of being made (`layers.Generator`).
         conv: whether the convolution is there (not in the authors' models of latents); None: for continuous images (of
             tokens it would mix all logits).
         dropout: rate on each branch of each block, when train=True.
@@ -82,6 +83,7 @@ class UViT(TokenRow):
         time_mlp: bool = False,
         context: tuple[int, int] | None = None,
         generated: bool = False,
+        kernels: int = 0,
         conv: bool | None = None,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -98,9 +100,11 @@ class UViT(TokenRow):
         )  # fmt: skip
         conv = symbols_in is None if conv is None else conv
         self.dropout = dropout
+        if kernels and not generated:
+            raise ValueError(f"kernels={kernels} are mixed where weights are generated: generated=True")
         block = partial(
-            SkipBlock, width, heads, mlp_ratio=mlp_ratio, grid=self.grid if generated else None, dropout=dropout,
-            dtype=dtype, attention=attention,
+            SkipBlock, width, heads, mlp_ratio=mlp_ratio, grid=self.grid if generated else None, kernels=kernels,
+            dropout=dropout, dtype=dtype, attention=attention,
         )  # fmt: skip
         self.lay(
             width,
@@ -111,11 +115,13 @@ class UViT(TokenRow):
             time_mlp=time_mlp,
             context=context,
             generated=generated,
+            kernels=kernels,
             scan=scan,
             remat=remat,
             rngs=rngs,
         )
-        self.projection = Generator(width, (width, width), dtype=dtype, rngs=rngs) if generated else None
+        shared = {"kernels": kernels, "dtype": dtype, "rngs": rngs}
+        self.projection = Generator(width, (width, width), **shared) if generated else None
         self.norm = LayerNorm(width, epsilon=EPSILON)
         last = {"dtype": dtype, "out_dtype": at_least_float32(dtype), "rngs": rngs}
         self.out = Linear(width, self.features_out, **({} if conv else {"kernel_init": zeros}), **last)
@@ -164,6 +170,7 @@ class SkipBlock(nnx.Module):
 
     skips: it first takes what a long connection brings, concatenated, by a linear layer.
     grid: where a condition makes weights (`layers.GeneratedMLP`), of the patches; None: it makes none.
+    kernels: of `layers.Generator`.
     """
 
     def __init__(
@@ -174,6 +181,7 @@ class SkipBlock(nnx.Module):
         skips: bool,
         mlp_ratio: float = 4,
         grid: tuple[int, ...] | None = None,
+        kernels: int = 0,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
@@ -187,7 +195,11 @@ class SkipBlock(nnx.Module):
         self.norm_m = LayerNorm(width, epsilon=EPSILON)
         mlp = {"approximate": False, "dtype": dtype, "rngs": rngs}
         hidden = int(mlp_ratio * width)
-        self.mlp = MLP(width, hidden, **mlp) if grid is None else GeneratedMLP(width, hidden, grid, width, **mlp)
+        self.mlp = (
+            MLP(width, hidden, **mlp)
+            if grid is None
+            else GeneratedMLP(width, hidden, grid, width, kernels=kernels, **mlp)
+        )
 
     def __call__(
         self,

@@ -15,6 +15,8 @@ NETWORKS = {
     "dit": (DiT, {**DIT, "conditioning": "weights"}),
     "dit-modulated": (DiT, {**DIT, "conditioning": "modulation+weights"}),
     "uvit": (UViT, UVIT),
+    "dit-selected": (DiT, {**DIT, "conditioning": "weights", "kernels": 3}),
+    "uvit-selected": (UViT, {**UVIT, "kernels": 3}),
 }
 
 
@@ -39,6 +41,26 @@ def test_a_linear_layer_for_each_example(x64):
     want = [x[i] @ (kernel + (c[i] @ made).reshape(3, 4)) + bias for i in range(2)]
     np.testing.assert_allclose(layer(jnp.asarray(x), jnp.asarray(c)), want, rtol=1e-9)
     np.testing.assert_array_equal(with_weights(layer.linear, jnp.asarray(x), None), layer.linear(jnp.asarray(x)))
+
+
+def test_a_mixture_of_base_kernels_for_each_example(x64):
+    """Adaptive kernel selection: sum_i softmax(A c + b)_i K_i, K_i the layer's own weights and the i-th beside them."""
+    layer = layers.GeneratedLinear(3, 4, 5, kernels=3, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x, c, beside = rng.normal(size=(2, 6, 7, 3)), rng.normal(size=(2, 5)), rng.normal(size=(3, 3, 4))
+    choose = layer.generator.choose
+    layer.generator.weights.kernel[...], choose.bias[...] = beside.reshape(3, 12), rng.normal(size=3)
+    layer.linear.bias[...] = rng.normal(size=4)
+    own, bias, a, b, beside = (
+        np.asarray(v[...], np.float64)
+        for v in (layer.linear.kernel, layer.linear.bias, choose.kernel, choose.bias, layer.generator.weights.kernel)
+    )
+    bases = own + beside.reshape(3, 3, 4)
+    shares = np.exp(c @ a + b)
+    shares = shares / shares.sum(-1, keepdims=True)
+    want = [x[i] @ sum(shares[i, n] * bases[n] for n in range(3)) + bias for i in range(2)]
+    np.testing.assert_allclose(layer(jnp.asarray(x), jnp.asarray(c)), want, rtol=1e-9)
+    assert np.abs(shares - 1 / 3).max() > 0.1
 
 
 @pytest.mark.parametrize("grid", [(5,), (3, 4), (2, 3, 2)])
@@ -84,7 +106,7 @@ def test_each_example_has_a_network_of_its_own(name, noise, jit):
             return tree
         tree = {k: fixed(v, c, shared) for k, v in tree.items()}
         if "generator" in tree:
-            made = c @ params_of(tree["generator"])
+            made = made_of(tree["generator"], c)
             own = tree["linear"]["kernel"] if "linear" in tree else tree["kernel"]
             made = made.reshape(own.shape)
             if "linear" in tree:
@@ -100,14 +122,17 @@ def test_each_example_has_a_network_of_its_own(name, noise, jit):
     run = jit(apply)
     for i in range(3):
         width = options["width"]
-        shared = (c[i] @ params_of(params["projection"])).reshape(width, width)
+        shared = made_of(params["projection"], c[i]).reshape(width, width)
         own = fixed({k: v for k, v in params.items() if k != "projection"}, c[i], shared)
         own["projection"] = jax.tree.map(np.zeros_like, params["projection"])
         close(run(own, xt[i : i + 1], t[i : i + 1], labels[i : i + 1])[0], whole[i])
 
 
-def params_of(generator):
-    return np.asarray(generator["weights"]["kernel"])
+def made_of(generator, c):
+    if "choose" in generator:
+        c = np.exp(c @ generator["choose"]["kernel"] + generator["choose"]["bias"])
+        c = c / c.sum()
+    return c @ np.asarray(generator["weights"]["kernel"])
 
 
 @pytest.mark.slow
@@ -141,3 +166,13 @@ def test_a_new_network_is_told_nothing_by_its_weights(name, noise, jit):
 def test_what_cannot_be_is_refused(change):
     with pytest.raises(ValueError, match="conditioning='weights'"):
         functional_init(lambda rngs: DiT(**{**DIT, "conditioning": "weights", **change}, rngs=rngs))
+
+
+def test_kernels_are_chosen_where_weights_are_made():
+    for kind, options, message in (
+        (DiT, {**DIT, "kernels": 3}, "conditioning='weights'"),
+        (UViT, {**UVIT, "generated": False, "kernels": 3}, "generated=True"),
+        (DiT, {**DIT, "conditioning": "weights", "kernels": 1}, "2 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            functional_init(lambda rngs, kind=kind, options=options: kind(**options, rngs=rngs))

@@ -21,6 +21,7 @@ from ddjax.denoisers.layers.convolution import (
 )
 from ddjax.denoisers.layers.cross import CrossAttention
 from ddjax.denoisers.layers.diagonal_ssm import DiagonalSSM
+from ddjax.denoisers.layers.efficient import MBConv, MultiScaleAttention
 from ddjax.denoisers.layers.embed import (
     Conditioner,
     TokenBits,
@@ -59,7 +60,9 @@ __all__ = [
     "Linear",
     "LinearAttention",
     "LongSkips",
+    "MBConv",
     "Mamba",
+    "MultiScaleAttention",
     "PooledExperts",
     "RMSNorm",
     "ResBlock",

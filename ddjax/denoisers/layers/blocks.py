@@ -64,6 +64,7 @@ class Block(nnx.Module):
     conditioning: by what the block is told of it, one or several joined by "+": "modulation" (adaLN-zero); "attention"
         (`Attention(told=)`); "weights": those of the last layer of attention, which come from outside (`projection`),
         and of a convolution within the MLP (`layers.generated`; needs the grid of patches).
+    kernels: of `layers.Generator`, where weights are made.
     rotary, qkv_bias, out_bias, relative, kv_heads: of `layers.Attention`.
     activation: of a "gated" MLP.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
@@ -82,6 +83,7 @@ class Block(nnx.Module):
         mlp_width: int,
         cond_width: int,
         conditioning: str = "modulation",
+        kernels: int = 0,
         rotary: bool | float = False,
         qkv_bias: bool = False,
         out_bias: bool = True,
@@ -127,7 +129,7 @@ class Block(nnx.Module):
         )  # fmt: skip
         options = {"activation": activation} if mlp == "gated" else experts or {}
         self.mlp = (
-            GeneratedMLP(width, mlp_width, grid, cond_width, dtype=dtype, rngs=rngs)
+            GeneratedMLP(width, mlp_width, grid, cond_width, kernels=kernels, dtype=dtype, rngs=rngs)
             if self.generated
             else MLPS[mlp](width, mlp_width, dtype=dtype, **options, rngs=rngs)
         )
