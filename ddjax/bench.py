@@ -25,7 +25,8 @@ from ddjax import data as datasets
 from ddjax.chips import peak_flop_per_s
 from ddjax.config import Config, to_dict
 from ddjax.data.dataset import Dataset
-from ddjax.experiment import Experiment, build, load_data
+from ddjax.experiment import Experiment, build
+from ddjax.loading import load_data
 from ddjax.predictions import bind
 from ddjax.sampling import sample
 from ddjax.training.loop import labels_in_turn

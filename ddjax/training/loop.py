@@ -26,7 +26,8 @@ from ddjax.config import Config, ConfigError, differences, to_dict, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import describe, differing
 from ddjax.evaluation import label_accuracy
-from ddjax.experiment import Experiment, build, load_data
+from ddjax.experiment import Experiment, build
+from ddjax.loading import load_data
 from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
 from ddjax.training.backend import disk_full
 from ddjax.training.checkpoint import Checkpoints
