@@ -365,13 +365,18 @@ def load(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> R
 
     Raises FileNotFoundError where there is no run, `training.CheckpointError` where no checkpoint can be read.
     """
+    run = load_on_host(workdir, step=step)
+    return dataclasses.replace(run, params=jax.tree.map(jnp.asarray, run.params))
+
+
+def load_on_host(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> Run:
+    """As `load`, but parameters are NumPy's arrays, on no device."""
     from ddjax.training import load_ema
 
     workdir = Path(workdir)
     config, data = read_description(workdir)
-    experiment = build(config, data)
     params, extras = load_ema(workdir / CHECKPOINTS, step)
-    return Run(*experiment.trained(jax.tree.map(jnp.asarray, params)), int(extras["step"]))
+    return Run(*build(config, data).trained(params), int(extras["step"]))
 
 
 def read_description(workdir: str | Path) -> tuple[Config, Dataset]:

@@ -1,7 +1,10 @@
 """What networks hold (adapters' trunks, teachers) goes into compiled programs as inputs, not as constants."""
 
+import dataclasses
 import functools
+import gc
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +120,20 @@ def test_on_a_mesh_what_is_held_lies_in_pieces_and_nothing_else_changes(name, ax
     np.testing.assert_allclose(*results, rtol=1e-5)
     pieces = [(leaf.addressable_shards[0].data.size, leaf.size) for leaf in jax.tree.leaves(compiled.held)]
     assert sum(a for a, _ in pieces) < 0.5 * sum(b for _, b in pieces)
+
+
+def test_what_lies_on_the_mesh_is_not_kept_whole_besides():
+    network, params = adapted()
+    network = dataclasses.replace(network, held=jax.tree.map(jnp.copy, network.held))
+    whole = [weakref.ref(leaf) for leaf in jax.tree.leaves(network)]
+    mesh, state, step, compiled = setup(network, params, {"fsdp": 8}, 8)
+    shapes = compiled.lower(state, meshes.shard_batch(BATCH, mesh)).in_avals
+    assert len(jax.tree.leaves(compiled.held)) == len(whole)
+    del network, step
+    gc.collect()
+    assert not any(ref() is not None for ref in whole)
+    again = compiled.lower(state, meshes.shard_batch(BATCH, mesh)).in_avals
+    assert jax.tree.leaves(shapes) == jax.tree.leaves(again)
 
 
 @pytest.mark.slow

@@ -253,7 +253,7 @@ class Checkpoints:
             self._sweep()
         if jax.process_count() == 1:  # elsewhere opening waits for the others, whose saves may have gone well
             self._manager = self._open()  # the failed one would raise again
-        good = max((k for k in _steps(self.directory) if k != step), default=None)
+        good = max((k for k in stored_steps(self.directory) if k != step), default=None)
         last = f"the last good checkpoint is step {good}" if good is not None else "there is no older checkpoint"
         reason = f"no space left on {self.directory}" if disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(f"could not save checkpoint at step {step}: {reason}; {last}")
@@ -301,8 +301,8 @@ class _LatestAndBest:
         return [step == best or step in steps[-mine.keep :] for step in steps]
 
 
-def _steps(directory: Path) -> list[int]:
-    """The steps in a folder, ascending."""
+def stored_steps(directory: Path) -> list[int]:
+    """The steps in a folder, ascending, good or not."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
 
 
@@ -327,7 +327,7 @@ def load_ema(
     """
     ocp = orbax()
     directory = Path(directory).absolute()
-    steps = _steps(directory)
+    steps = stored_steps(directory)
     if step == "best":
         best, known = scores.read(directory)
         step = scores.best_of(best, {k: v for k, v in known.items() if k in steps})
