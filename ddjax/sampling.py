@@ -16,7 +16,7 @@ from ddjax import random
 from ddjax.grids import check_grids
 from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
-from ddjax.solvers.base import Solver, batched, check_own_times, first_carry
+from ddjax.solvers.base import Solver, batched, check_own_times, first_carry, told
 from ddjax.taps import record
 from ddjax.types import Denoise, Sample, State, left_broadcast
 
@@ -191,7 +191,7 @@ class Loop(NamedTuple):
         if observed is not None and not hasattr(process, "observe"):
             raise ValueError(f"{type(process).__name__} cannot show sites that are known: leave out observed")
         batch, own = rows.shape[0], times.ndim == 2  # a grid of its own for each example
-        solver = solver.told(observed) if hasattr(solver, "told") else solver
+        solver = solver if observed is None else told(solver, observed)
         prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
 
         def at(i):
