@@ -144,7 +144,7 @@ def stream(
 
 def checked(solver, shape, times, cond, init, observed, rows):
     """Grid, rows and shape. Raises ValueError for shapes that do not fit, and for a grid that the solver is not for."""
-    shape, parts = _hashable(shape)
+    shape, parts = hashable(shape)
     batches = {one[:1] for one in parts.values()}
     if len(batches) != 1:
         raise ValueError(f"shape={dict(parts)} has batches of several sizes: the first axis of all parts is the batch")
@@ -157,7 +157,7 @@ def checked(solver, shape, times, cond, init, observed, rows):
         ("observed.value", observed and observed.value),
     ):
         found = None if value is None else jax.tree.map(jnp.shape, value)
-        if found is not None and _hashable(found)[0] != shape:
+        if found is not None and hashable(found)[0] != shape:
             raise ValueError(f"{name} has shape {found}, but shape={shape} was asked for")
     for leaf in jax.tree.leaves(cond):
         if jnp.shape(leaf)[:1] != (batch,):
@@ -168,7 +168,7 @@ def checked(solver, shape, times, cond, init, observed, rows):
     return times, rows, shape
 
 
-def _hashable(shape: Any) -> tuple[tuple, dict[str, tuple[int, ...]]]:
+def hashable(shape: Any) -> tuple[tuple, dict[str, tuple[int, ...]]]:
     """A shape as `jax.jit` can hold it, pairs of a name and a shape for one of parts, and the shapes of all parts."""
     parts = {name: tuple(map(int, one)) for name, one in (shape if isinstance(shape, Mapping) else {"": shape}).items()}
     return tuple(sorted(parts.items())) if isinstance(shape, Mapping) else parts[""], parts
