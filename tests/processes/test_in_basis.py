@@ -288,8 +288,8 @@ def test_samplers_reach_the_law(x64, schedule, solver):
         mean, c = noisy_law(times[0])
         for t, s in itertools.pairwise(times):
             matrix, offset = affine(lambda x, t=t, s=s: step(x, jnp.asarray(t), jnp.asarray(s)), SITES)
-            law = process.reverse(Prediction(states(0), "x0"), states(0), jnp.asarray(s), jnp.asarray(t))
-            fresh = covariance(law.law.std)
+            reverse = process.reverse(Prediction(states(0), "x0"), states(0), jnp.asarray(s), jnp.asarray(t))
+            fresh = covariance(reverse.law.std)
             mean, c = matrix @ mean + offset, matrix @ c @ matrix.T + (fresh if solver is Ancestral else 0.0)
         errors.append(np.abs(c - noisy_law(times[-1])[1]).max() + np.abs(mean - noisy_law(times[-1])[0]).max())
     order = np.log2(errors[0] / errors[1])
