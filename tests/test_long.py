@@ -17,6 +17,7 @@ from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian, InBasis, Masked, Product
 from ddjax.processes.in_basis import DCT
 from ddjax.sampling import Observed
+from ddjax.schedules import VPCosine
 from ddjax.solvers import Ancestral, LeftToRight, Parts, Unmask
 
 STEP = np.array([[0.7, 0.3], [0.1, 0.9]])
@@ -76,7 +77,7 @@ def test_one_window_is_a_sample():
     np.testing.assert_array_equal(draw(7).x0[:, :3], plain.x0)  # and is how a longer one begins
 
 
-BESIDE = Product({"number": Gaussian(), "symbol": PROCESS})
+BESIDE = Product({"number": Gaussian(VPCosine(s=0.0)), "symbol": PROCESS})
 
 
 def beside(xt, t, cond=None):
@@ -86,6 +87,7 @@ def beside(xt, t, cond=None):
     return Prediction({"number": (1.0 + 2.0 * p).astype(xt["number"].dtype), "symbol": what.value}, f"x0+{what.kind}")
 
 
+@pytest.mark.slow
 def test_sequences_side_by_side():
     """Symbols have the chain's law; numbers that of the symbols beside them. A known symbol in a later window stays."""
     n, times = 4000, jnp.asarray([1.0, 2 / 3, 1 / 3, 1e-6, 0.0])
@@ -104,12 +106,6 @@ def test_sequences_side_by_side():
     mask = {"number": jnp.zeros((n, 5), bool), "symbol": jnp.zeros((n, 5), bool).at[:, 4].set(True)}
     known = Observed(mask, {"number": jnp.zeros((n, 5)), "symbol": jnp.zeros((n, 5), jnp.int32)})
     assert (run(observed=known).x0["symbol"][:, 4] == 0).all()
-    with pytest.raises(ValueError, match="all parts of one length"):
-        run({"number": (2, 5), "symbol": (2, 4)})
-    with pytest.raises(ValueError, match="observed has shapes"):
-        run(observed=Observed(mask["symbol"], known.value["symbol"]))
-    with pytest.raises(ValueError, match="stop tokens are for masked processes, not for Product"):
-        run(stop=0)
 
 
 @pytest.mark.slow
@@ -185,3 +181,16 @@ def test_bad_arguments():
     turned = InBasis(Gaussian(), DCT((1,)))
     with pytest.raises(ValueError, match="mixes sites"):
         ddjax.sample_long(None, WINDOW, turned, shape=(1, 4), window=2, stride=1, solver=None, times=None)
+
+
+def test_bad_arguments_of_several_parts():
+    both, solver = {"number": (2, 5), "symbol": (2, 5)}, Parts(BESIDE)
+    known = Observed(jnp.zeros((2, 5), bool), jnp.zeros((2, 5), jnp.int32))
+    for options, match in (
+        ({"shape": both | {"symbol": (2, 4)}}, "all parts of one length"),
+        ({"observed": known}, "observed has shapes"),
+        ({"stop": 0}, "stop tokens are for masked processes, not for Product"),
+    ):
+        settings = {"shape": both, "window": 3, "stride": 2, "solver": solver, "times": grids.uniform(2)}
+        with pytest.raises(ValueError, match=match):
+            ddjax.sample_long(None, beside, BESIDE, **settings | options)

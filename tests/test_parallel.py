@@ -233,6 +233,7 @@ def joined(xt, t, cond=None):
     return Prediction({"a": jnp.tanh(a + b.sum(-1, keepdims=True)), "b": jnp.tanh(b - a[:, :1])}, "x0")
 
 
+@pytest.mark.slow
 def test_parts_are_made_at_once_each_measured_by_its_own_noise(x64):
     """The sequential sampler's path; with a tolerance the part that needs more rounds decides."""
     shape, solver = {"a": (3, 2), "b": (3, 4)}, solvers.Parts(NUMBERS, {"b": DDIM(NUMBERS["b"])})
@@ -251,11 +252,6 @@ def test_parts_are_made_at_once_each_measured_by_its_own_noise(x64):
     assert (a > lax).all()
     assert (b > lax).all()
     np.testing.assert_array_equal(strict, found.rounds)
-    with pytest.raises(ValueError, match=r"scale must be of the state's parts \(a, b\)"):
-        run(scale=jnp.ones(STEPS))
-    tokens = Product({"x": Gaussian(), "y": Masked(3)})
-    with pytest.raises(ValueError, match="part 'y', Masked, has tokens"):
-        ddjax.sample_parallel(KEY, joined, tokens, **{**settings, "solver": solvers.Parts(tokens)}, window=2)
 
 
 WIDE = np.random.default_rng(0).normal(size=(3, 37)).astype(np.float32) / 6.0
@@ -307,8 +303,14 @@ def test_errors():
     settings = {"shape": (1, 2), "times": grids.uniform(2), "window": 2}
     with pytest.raises(ValueError, match="Masked has tokens"):
         ddjax.sample_parallel(KEY, Pair(process), tokens, solver=Ancestral(tokens), **settings)
-    joined = Interpolant(source_std=1.0)
+    parts = {**settings, "shape": {"a": (1, 2), "b": (1, 4)}}
+    with pytest.raises(ValueError, match=r"scale must be of the state's parts \(a, b\)"):
+        ddjax.sample_parallel(KEY, joined, NUMBERS, solver=solvers.Parts(NUMBERS), scale=jnp.ones(2), **parts)
+    mixed = Product({"a": Gaussian(), "b": Masked(3)})
+    with pytest.raises(ValueError, match="part 'b', Masked, has tokens"):
+        ddjax.sample_parallel(KEY, joined, mixed, solver=solvers.Parts(mixed), **parts)
+    joins = Interpolant(source_std=1.0)
     with pytest.raises(ValueError, match=r"Interpolant has no Gaussian schedule.*give scale"):
-        ddjax.sample_parallel(KEY, Pair(process), joined, solver=Heun(joined), **settings)
+        ddjax.sample_parallel(KEY, Pair(process), joins, solver=Heun(joins), **settings)
     with pytest.raises(ValueError, match="scale has shape"):
         ddjax.sample_parallel(KEY, Pair(process), process, solver=DDIM(process), scale=jnp.ones(3), **settings)

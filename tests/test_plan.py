@@ -51,7 +51,7 @@ def test_bytes_of_each_array_by_hand():
 def test_states_of_several_parts():
     """Numbers and symbols: the batch's parts, and the arithmetic of a table's network by hand."""
     network = {"name": "mixed_table", "kind": "noise+posterior", "options": {"width": 32, "hidden": [64]}}
-    process = {"name": "product", "options": {"symbols": "uniform"}}
+    process = {"name": "product", "schedule": "vp_cosine", "options": {"symbols": "uniform"}}
     values = {"denoiser": network, "process": process, "objective": {"name": "tabddpm"}, "train": {"batch_size": 16}}
     data = plan.described({"numbers": (3,), "colour": (1,)}, {"numbers": None, "colour": 5}, 2)
     p = plan.plan(typed(values), data, 1, compiler="none")
@@ -62,6 +62,7 @@ def test_states_of_several_parts():
     assert p.flops == 2 * 16 * (2 * forward + inputs)
 
 
+@pytest.mark.slow
 def test_what_is_read_of_a_config_stays():
     """Networks without attention, or with one of their own, can be planned too."""
     linear = {"name": "dit", "kind": "noise", "options": {"width": 16, "depth": 1, "heads": 1, "patch": 4}}

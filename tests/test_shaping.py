@@ -278,9 +278,16 @@ def test_parts_of_symbols_are_shaped_and_numbers_stay():
     tau, t, process = 0.4, 0.6, mixed_law.PROCESS
     a, b = (v.ravel() for v in np.meshgrid(np.arange(3), np.arange(3)))
     xt = {"x": np.linspace(-1, 1, 9, dtype=np.float32), "a": a.astype(np.int32), "b": b.astype(np.int32)}
-    state = jax.tree.map(lambda v: jnp.asarray(v)[:, None], xt)
-    plain = mixed_law.denoise(state, jnp.full(9, t))
-    cold = shaping.with_temperature(mixed_law.denoise, process, tau)(state, jnp.full(9, t))
+    state = jax.tree.map(lambda v: v[:, None], xt)
+
+    @jax.jit
+    def run(state):
+        shaped = (
+            shaping.with_temperature(mixed_law.denoise, process, tau), shaping.with_top_k(mixed_law.denoise, process, 2)
+        )  # fmt: skip
+        return [denoise(state, jnp.full(9, t)) for denoise in (mixed_law.denoise, *shaped)]
+
+    plain, cold, two = run(state)
     assert cold.kind == "x0+cavity"
     np.testing.assert_array_equal(cold.value["x"], plain.value["x"])
     schedule = process["x"].schedule
@@ -292,11 +299,10 @@ def test_parts_of_symbols_are_shaped_and_numbers_stay():
         expected = cavity ** (1 / tau) / (cavity ** (1 / tau)).sum(-1, keepdims=True)
         np.testing.assert_allclose(softmax(np.asarray(cold.value[name]))[asked, 0], expected[asked], atol=1e-5)
     assert shaping.with_top_k(mixed_law.denoise, process, 3) is mixed_law.denoise
-    two = shaping.with_top_k(mixed_law.denoise, process, 2)(state, jnp.full(9, t))
     assert ((softmax(np.asarray(two.value["a"])) > 0).sum(-1) == 2).all()
     masks = Product({"x": Gaussian(), "b": Masked(2)})
     said = lambda xt, t, cond=None: Prediction({"x": xt["x"], "b": jnp.zeros((9, 1, 2))}, "noise+posterior")
-    assert shaping.with_temperature(said, masks, tau)(state, jnp.full(9, t)).kind == "noise+posterior"
+    assert jax.eval_shape(shaping.with_temperature(said, masks, tau), state, xt["x"]).kind == "noise+posterior"
     with pytest.raises(ValueError, match="top_k shapes laws over symbols, and Product has none"):
         shaping.with_top_k(said, Product({"x": Gaussian()}), 2)
 
