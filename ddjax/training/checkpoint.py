@@ -32,6 +32,7 @@ from ddjax.types import Params, PyTree
 
 DAMAGED = "damaged"  # the folder where bad steps are put aside
 _TMP = ".orbax-checkpoint-tmp"
+WORTH_CUTTING = 2**20  # bytes of an array that devices hand over in parts
 
 
 class Checkpoints:
@@ -104,6 +105,8 @@ class Checkpoints:
                 "first, or use another directory"
             )
         self._saving = step
+        if jax.process_count() == 1:
+            state = jax.tree.map(_one_copy, state)
         try:
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extras=ocp.args.JsonSave(extras))
             if not self._manager.save(step, args=items):
@@ -304,6 +307,17 @@ class _LatestAndBest:
 def stored_steps(directory: Path) -> list[int]:
     """The steps in a folder, ascending, good or not."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+
+
+def _one_copy(array: Any) -> Any:
+    """Of a small array that every device holds, what the first has; other arrays as they are.
+
+    Orbax cuts an array up so that every device hands over a part of it: a program and a transfer for each of these.
+    """
+    whole = isinstance(array, jax.Array) and array.is_fully_replicated and array.nbytes < WORTH_CUTTING
+    if not whole or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    return array.addressable_shards[0].data
 
 
 def _plain(value: Any) -> Any:
