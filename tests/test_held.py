@@ -126,14 +126,11 @@ def test_what_lies_on_the_mesh_is_not_kept_whole_besides():
     network, params = adapted()
     network = dataclasses.replace(network, held=jax.tree.map(jnp.copy, network.held))
     whole = [weakref.ref(leaf) for leaf in jax.tree.leaves(network)]
-    mesh, state, step, compiled = setup(network, params, {"fsdp": 8}, 8)
-    shapes = compiled.lower(state, meshes.shard_batch(BATCH, mesh)).in_avals
+    _, _, step, compiled = setup(network, params, {"fsdp": 8}, 8)
     assert len(jax.tree.leaves(compiled.held)) == len(whole)
     del network, step
     gc.collect()
     assert not any(ref() is not None for ref in whole)
-    again = compiled.lower(state, meshes.shard_batch(BATCH, mesh)).in_avals
-    assert jax.tree.leaves(shapes) == jax.tree.leaves(again)
 
 
 @pytest.mark.slow

@@ -36,10 +36,9 @@ def test_a_step_is_the_reverse_step_times_the_likelihood(x64):
         said = denoise(xt, at)
         guided = FirstOrder(process).law(said, xt, s, t, denoise.slopes(xt, at)).laws
         laws = process.reverse(said, xt, s, t).laws, guided
-        log_p = {n: [[one[n].log_prob(jnp.full((1, 1), k))[0, 0] for k in range(3)] for one in laws] for n in "ab"}
-        return jax.tree.map(jnp.stack, log_p, is_leaf=lambda v: isinstance(v, list)), [
-            (one["x"].mean[0, 0], one["x"].std[0, 0]) for one in laws
-        ]
+        tell = lambda law: jnp.stack([law.log_prob(jnp.full((1, 1), k))[0, 0] for k in range(3)])
+        log_p = {name: jnp.stack([tell(one[name]) for one in laws]) for name in "ab"}
+        return log_p, [(one["x"].mean[0, 0], one["x"].std[0, 0]) for one in laws]
 
     log_p, ((mean, std), (guided_mean, guided_std)) = jax.tree.map(np.asarray, both(state(1)))
     for name in "ab":
