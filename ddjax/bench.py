@@ -25,7 +25,8 @@ from ddjax import data as datasets
 from ddjax.chips import peak_flop_per_s
 from ddjax.config import Config, to_dict
 from ddjax.data.dataset import Dataset
-from ddjax.experiment import Experiment, build, load_data
+from ddjax.experiment import Experiment, build
+from ddjax.loading import load_data
 from ddjax.predictions import bind
 from ddjax.sampling import sample
 from ddjax.training.loop import labels_in_turn
@@ -49,7 +50,7 @@ def bench_train(config: Config, *, steps: int = 20, warmup: int = 3) -> dict[str
     data, experiment = _load(config)
     stepper, size = _Stepper(experiment, data), config.train.batch_size
     seconds = _time(lambda _: stepper(), steps, warmup)
-    operations = step_flops(experiment, stepper.batch)
+    operations = step_flops(experiment, stepper.batch, stepper.teacher)
     devices = jax.devices()
     return {
         "benchmark": "train",
@@ -195,7 +196,8 @@ class _Stepper:
         start = time.perf_counter()
         setup = jax.block_until_ready(prepare(experiment))
         self.init_s = time.perf_counter() - start
-        self.experiment, self.state = experiment, setup.state  # the step donates the state: nobody else may hold it
+        self.experiment, self.teacher = experiment, setup.teacher
+        self.state = setup.state  # the step donates the state: nobody else may hold it
         self.parameters = _parameters(self.state.params)
         self.batch = shard_batch(_first_batch(experiment, data), setup.mesh)
         held = setup.step.held

@@ -38,10 +38,9 @@ def bench_data(
     bench._check(steps=steps, warmup=warmup)
     data, experiment = bench._load(config)
     size = config.train.batch_size
-    operations = step_flops(experiment, next(_batches(experiment, data)))
     if device is None:
         stepper = bench._Stepper(experiment, data)
-        mesh = make_mesh(config.train.mesh)
+        mesh, teacher = make_mesh(config.train.mesh), stepper.teacher
 
         def step(batch: Any) -> None:
             stepper.state, metrics = stepper.step(stepper.state, batch)
@@ -52,12 +51,13 @@ def bench_data(
             raise ValueError(f"unknown device {device!r}: one of {', '.join(name for name, _ in PEAK_FLOP_PER_S)}")
         if not 0 < mfu <= 1:
             raise ValueError(f"a utilisation lies between 0 and 1, got {mfu}")
-        mesh = make_mesh({"data": 1}, jax.devices()[:1])
+        mesh, teacher = make_mesh({"data": 1}, jax.devices()[:1]), None
 
         def step(batch: Any) -> None:
             jax.block_until_ready(batch)
             time.sleep(operations / (peak * mfu))
 
+    operations = step_flops(experiment, next(_batches(experiment, data)), teacher)
     alone = _alone(_batches(experiment, data), steps, warmup)
     ahead = datasets.Ahead(_batches(experiment, data), lambda b: shard_batch(b, mesh), config.train.device_prefetch)
     waits, seconds = np.zeros(warmup + steps), np.zeros(warmup + steps)

@@ -47,7 +47,7 @@ def sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     from ddjax import cluster, companions
     from ddjax.animation import SUFFIXES, animate, check_animation
-    from ddjax.experiment import load_data
+    from ddjax.loading import load_data
     from ddjax.training.loop import labels_in_turn, samples_path, write_samples
 
     run = _load_over_all(arguments)
@@ -429,7 +429,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     jax.config.update("jax_enable_compilation_cache", False)  # programs for devices that are absent cannot be read back
     from ddjax import plan as plans
     from ddjax.config import load
-    from ddjax.experiment import load_data
+    from ddjax.loading import load_data
 
     config = load(arguments.config, overrides)
     if arguments.shape is None and (arguments.symbols or arguments.classes):

@@ -15,22 +15,13 @@ from ddjax import gaussian_law, names, naming, objective_names, random
 from ddjax.config import Config, ConfigError
 from ddjax.data.beside import PLAIN
 from ddjax.data.dataset import Dataset
+from ddjax.loading import load_data
 
 if TYPE_CHECKING:
     from ddjax.experiment import Experiment
 
 # Numbers that no row has, for streams of their own; `Experiment.to_sample` has 2**31 - 1.
 _DEGRADE, _DEPART = 2**31 - 3, 2**31 - 2
-
-
-def marginals(config: Config, data: Dataset) -> Dataset:
-    """The classes that the config names as the ends of an interpolant; without any, the data as they are."""
-    c = config.data
-    if not c.classes:
-        return data
-    name = "ends" if config.objective.name == "multimarginal" else "x1"
-    made = {"classes": datasets.by_class}
-    return naming.make(made, "classes", "config.data.classes", data, c.classes, name)
 
 
 def check_coherence(config: Config, data: Dataset, process: Any) -> None:
@@ -125,7 +116,7 @@ def _in_condition(data: Dataset, name: str) -> Dataset:
 def starts(experiment: Experiment, key: Key[Array, ""], items: Mapping[str, Any]) -> Array:
     """The ends x_1 of items of a data set, from which `run.sample(init=...)` goes to x_0.
 
-    items: such as `ddjax.experiment.load_data(config, "test")[:64]`. key: of the degradation, where it is random.
+    items: such as `ddjax.loading.load_data(config, "test")[:64]`. key: of the degradation, where it is random.
     Raises ValueError where sampling starts from a prior.
     """
     if not starts_from_data(experiment):
@@ -168,7 +159,6 @@ __all__ = [
     "depart",
     "held_out_conditions",
     "held_out_starts",
-    "marginals",
     "starts",
     "starts_from_data",
 ]
@@ -198,8 +188,6 @@ def with_law(experiment: Experiment, solver: str, options: Mapping[str, Any]) ->
 
 def fitted_law(experiment: Experiment) -> gaussian_law.GaussianLaw:
     """The Gaussian law of the training data, for each label where they have labels."""
-    from ddjax.experiment import load_data  # here: it makes everything else
-
     data = experiment.data if len(experiment.data) else load_data(experiment.config, "train")
     try:
         return gaussian_law.fit(data, labels=bool(data.num_classes))

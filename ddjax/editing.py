@@ -192,7 +192,7 @@ def command(arguments: argparse.Namespace) -> int:
 
 def _items(run: Run, arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
     """What to edit, and its labels."""
-    from ddjax.experiment import load_data
+    from ddjax.loading import load_data
 
     text = arguments.text
     if arguments.text_file is not None:

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from ddjax import flops
 from ddjax.chips import chip, slice_shape
 from ddjax.collectives import Collective, by_axes, collectives
 from ddjax.config import Config
@@ -31,8 +30,9 @@ from ddjax.data.dataset import Dataset
 from ddjax.experiment import Experiment, build
 from ddjax.training.loop import check_batch_size
 from ddjax.training.mesh import compile_step, make_mesh, mesh_sizes, path_name
-from ddjax.training.setup import initial_state, places, train_step
+from ddjax.training.setup import initial_state, places, step_flops, train_step
 from ddjax.training.state import TrainState
+from ddjax.training.teacher import teacher_of
 
 COMPILERS = ("auto", "tpu", "cpu", "none")
 STAND_IN = "v5p"  # compiled for in the place of chips without a compiler here
@@ -121,8 +121,10 @@ def plan(config: Config, data: Dataset, devices: int, *, chip_name: str | None =
     batch = _batch(experiment, data)
     check_batch_size(config, mesh)
     found: dict[str, Any] = {"compiler": "not compiled", "temporary": None, "arguments": None, "collectives": ()}
+    teacher = teacher_of(experiment)
+    teacher = teacher and teacher.shapes
     if compiler != "none":
-        lowered = compile_step(train_step(experiment), shardings, mesh).lower(state, batch)
+        lowered = compile_step(train_step(experiment, teacher), shardings, mesh).lower(state, batch)
         words = f"TPU topology {target}" if target else f"{devices} fake CPU devices: float32, sums unscattered"
         if target and known and not known.topology:
             words += f", in the place of {chip_name}"
@@ -148,22 +150,24 @@ def plan(config: Config, data: Dataset, devices: int, *, chip_name: str | None =
         Row(path_name(path), leaf.shape, _spec(place), _bytes(leaf, place))
         for (path, leaf), place in zip(paths, places_of, strict=True)
     )
-    model = _without_remat(experiment)
     with _no_warnings():
-        operations = flops.count(train_step(model), state, batch)
+        operations = step_flops(experiment, batch, teacher)
     return Plan(
         dict(mesh.shape), chip_name, config.train.batch_size, sum(math.prod(leaf.shape) for _, leaf in paths), rows,
         _state_bytes(state, shardings), flops=operations, **found,
     )  # fmt: skip
 
 
-def described(shape: tuple[int, ...], symbols: int | None, classes: int) -> Dataset:
-    """Data that are not there: of tokens (symbols) or values (None)."""
+def described(
+    shape: tuple[int, ...] | Mapping[str, tuple[int, ...]], symbols: int | Mapping[str, int | None] | None, classes: int
+) -> Dataset:
+    """Data that are not there: of tokens (symbols) or values (None). Of several parts both by name."""
     from ddjax.data.describe import from_description
 
     nothing = dict.fromkeys(("levels", "vocabulary", "counts"))
-    about = {"name": "described", "shape": list(shape), "num_symbols": symbols, "num_classes": classes}
-    return from_description({**nothing, **about})
+    return from_description(
+        {**nothing, "name": "described", "shape": shape, "num_symbols": symbols, "num_classes": classes}
+    )
 
 
 def spans(one: Collective, mesh: Mapping[str, int]) -> int:
@@ -233,14 +237,10 @@ def _mesh(axes: Mapping[str, int], devices: int, target: str, compiler: str) -> 
 
 def _plannable(config: Config) -> Config:
     """Attention as XLA computes it: a fused kernel compiles for its own device only."""
+    if config.denoiser.options.get("attention") != "cudnn":
+        return config
     options = {**config.denoiser.options, "attention": "xla"}
     return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, options=options))
-
-
-def _without_remat(experiment: Experiment) -> Experiment:
-    options = {**experiment.config.denoiser.options, "remat": False}
-    denoiser = dataclasses.replace(experiment.config.denoiser, options=options)
-    return build(dataclasses.replace(experiment.config, denoiser=denoiser), experiment.data)
 
 
 def _batch(experiment: Experiment, data: Dataset) -> dict[str, Any]:
@@ -248,9 +248,13 @@ def _batch(experiment: Experiment, data: Dataset) -> dict[str, Any]:
     if len(data):
         first = next(experiment.batches(data))
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), first)
-    kind = jnp.float32 if data.num_symbols is None else jnp.int32
-    batch = {"x0": jax.ShapeDtypeStruct((size, *data.shape), kind)}
-    return {**batch, "cond": jax.ShapeDtypeStruct((size,), jnp.int32)} if data.num_classes else batch
+
+    def part(shape: tuple[int, ...], symbols: int | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), jnp.float32 if symbols is None else jnp.int32)
+
+    shape, symbols = data.shape, data.num_symbols
+    x0 = {name: part(shape[name], symbols[name]) for name in shape} if data.parts else part(shape, symbols)
+    return {"x0": x0, "cond": jax.ShapeDtypeStruct((size,), jnp.int32)} if data.num_classes else {"x0": x0}
 
 
 def _state_bytes(state: TrainState, shardings: TrainState) -> dict[str, int]:

@@ -375,7 +375,7 @@ def for_run(
     Raises ValueError for data without labels, an unknown quality, and "fine" with a solver that draws.
     """
     from ddjax.evaluation import label_judge
-    from ddjax.experiment import load_data  # here: it makes everything else
+    from ddjax.loading import load_data  # here: the mathematics needs no data sets
 
     classes = run.data.num_classes
     if quality not in QUALITIES:

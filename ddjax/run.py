@@ -7,32 +7,30 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
-from ddjax import companions, compensation, editing, likelihood, policies, prompts
+from ddjax import companions, compensation, editing, policies, prompts, scoring
 from ddjax.batching import chunks, seeds
 from ddjax.config import Config, ConfigError, typed
 from ddjax.data import conditions
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import from_description
 from ddjax.experiment import Experiment, build
-from ddjax.likelihood import FlowLikelihood
 from ddjax.long import extended, sample_long
 from ddjax.parallel import sample_parallel
 from ddjax.policies import Policy
-from ddjax.predictions import BoundDenoiser, bind, check_bound
+from ddjax.predictions import BoundDenoiser, bind
 from ddjax.sampling import Observed, Partial, padded, sample, stream
 from ddjax.shaping import shaped
 from ddjax.solvers import Stopping, learned
 from ddjax.training.mesh import state_shardings
 from ddjax.training.spread import Spread
-from ddjax.types import Bound, Params, Rows, Sample, State
-from ddjax.types import batch_size as number_of
+from ddjax.types import Params, Sample, State
 
 DESCRIPTION = "run.json"  # config and data description, written once at the start of a training
 CHECKPOINTS = "checkpoints"
@@ -314,139 +312,7 @@ class Run:
             raise ValueError(f"{unfit[0]} is for one window: leave it out, or the length")
         return extended(observed, length)
 
-    def nelbo(
-        self,
-        key: Key[Array, ""],
-        x0: State,
-        *,
-        cond: Int[Array, " n"] | None = None,
-        segments: Int[Array, "n length"] | None = None,
-        size: Int[Array, " n"] | None = None,
-        known: Bool[Array, batch * sites] | None = None,
-        num_times: int | None = None,
-        batch_size: int | None = None,
-    ) -> Bound:
-        """The bound on -log p(x0) of each example, nats: prior, diffusion and reconstruction (`likelihood.nelbo`).
-
-        Of a network trained with the objective `grouped` that of as many steps as its sampler makes.
-
-        x0: `(n, *shape)`. cond: labels `(n,)`, or None for the unconditional bound. segments: of packed documents, each
-        of which is scored by itself (`data.packing`). known: sites that are given and cost nothing, such as padding.
-        size: numbers of nodes, of graphs of several sizes; `known` are then the sites of nodes that there are not.
-        `.bits_per_dim` of the result is in bits per site. `batch_size` does not change the result.
-        """
-        check_bound(self.process)
-        number = self.config.eval.num_times if num_times is None else num_times
-        bound = self.experiment.named.bound
-
-        def score(x0: State, given: Any, rows: Rows) -> Bound:
-            cond, segments, size, known = given
-            cond = cond if segments is None else {"segments": segments, "cond": cond}
-            cond = cond if size is None else {"size": size, "cond": cond}
-            if bound is not None:
-                steps = {"steps": self.config.sample.steps, "num_draws": number, "known": known, "rows": rows}
-                return bound(key, self.denoise, self.process, x0, cond, **steps)
-            return likelihood.nelbo(
-                key,
-                self.denoise,
-                self.process,
-                x0,
-                self.experiment.shown(x0, cond),
-                num_times=number,
-                t_range=self.experiment.t_range,
-                reconstruction=self.experiment.reconstruction(),
-                known=known,
-                rows=rows,
-            )
-
-        return self._scored(score, x0, (cond, segments, size, known), batch_size)
-
-    def ode(
-        self,
-        key: Key[Array, ""],
-        x0: State,
-        *,
-        cond: Int[Array, " n"] | None = None,
-        num_steps: int | None = None,
-        num_probes: int | None = None,
-        batch_size: int | None = None,
-    ) -> FlowLikelihood:
-        """The log-likelihood of each example under the probability-flow ODE, nats (`likelihood.ode`).
-
-        Data with levels are dequantised by uniform noise of a bin's width, and the result bounds the log-probability of
-        the levels; otherwise it is a density, or a bound on one where the process has a latent or auxiliary variables
-        (`.bound`). The divergence is estimated with `num_probes` (Hutchinson's).
-
-        x0, cond, batch_size: as in `nelbo`. num_steps: of the integrator.
-        Raises ValueError for processes without such an ODE, and for levels that are not evenly spaced.
-        """
-        if self.process.state != "gaussian":
-            raise ValueError(
-                f"the process {self.config.process.name!r} corrupts tokens, which have no density and no flow of "
-                "densities; use the bound (nelbo, --likelihood bound)"
-            )
-        noise = None
-        if (levels := self.data.levels) is not None:
-            widths = np.diff(np.asarray(levels, np.float64))
-            if not np.allclose(widths, widths.mean(), rtol=1e-3):
-                raise ValueError(f"uniform noise is for evenly spaced levels, got {np.asarray(levels)}; use the bound")
-            noise = likelihood.UniformNoise(float(widths.mean()), *getattr(self.process, "support", ()))
-
-        def score(x0: State, cond: Any, rows: Rows) -> FlowLikelihood:
-            return likelihood.ode(
-                key,
-                self.denoise,
-                self.process,
-                x0,
-                cond,
-                divergence="hutchinson",
-                num_probes=self.config.eval.probes if num_probes is None else num_probes,
-                num_steps=self.config.eval.steps if num_steps is None else num_steps,
-                dequantise=noise,
-                rows=rows,
-            )
-
-        return self._scored(score, x0, cond, batch_size)
-
-    def marginals(
-        self,
-        x0: State,
-        shown: Bool[Array, batch * sites],
-        *,
-        cond: Int[Array, " n"] | None = None,
-        batch_size: int | None = None,
-    ) -> Float[Array, " n"]:
-        """Log p(x_S), nats, S the sites shown of each example, in one pass of the network (`likelihood.marginals`).
-
-        x0, shown: `(n, *shape)`; what x0 has at other sites is not looked at. cond, batch_size: as in `nelbo`.
-        Raises ValueError for a network that was not trained with `objective.name=marginals`.
-        """
-        if (name := self.config.objective.name) != "marginals":
-            raise ValueError(
-                f"log p of any subset of sites is learned by config.objective.name='marginals', not {name!r}"
-            )
-        whole = self.experiment.apply.apply  # with the output that sampling cuts off (`Experiment.trained`)
-        denoise = bind(whole, self.params, self.process, self.experiment.kind)
-        x0, shown, parts = self.checked(x0), self.checked(shown), []
-        for rows in chunks(len(x0), self.config.eval.batch_size if batch_size is None else batch_size):
-            labels = None if cond is None else jnp.asarray(np.asarray(cond)[rows])
-            states = jnp.asarray(x0[rows]), jnp.asarray(shown[rows])
-            parts.append(likelihood.marginals(denoise, self.process, *states, self.experiment.shown(states[0], labels)))
-        return jnp.concatenate(parts)[: len(x0)]
-
-    def _scored(
-        self, score: Callable[[State, Any, Rows], NamedTuple], x0: State, cond: Any, batch_size: int | None
-    ) -> Any:
-        """What `score(x0, cond, rows)` says of all examples: chunk by chunk, its arrays joined."""
-        x0, parts, spread = self.checked(x0), [], Spread(self.mesh)
-        batch_size = self.config.eval.batch_size if batch_size is None else batch_size
-        count = number_of(x0)
-        for rows in chunks(count, batch_size, spread.ways):
-            own, labels = jax.tree.map(lambda v, rows=rows: np.asarray(v)[rows], (x0, cond))
-            own, labels, index = spread.rows((own, labels, rows))
-            found = score(own, labels, Rows(index, len(rows)))
-            parts.append(spread.whole({n: v for n, v in found._asdict().items() if isinstance(v, jax.Array)}))
-        return found._replace(**{n: jnp.concatenate([part[n] for part in parts])[:count] for n in parts[0]})
+    nelbo, ode, marginals = scoring.nelbo, scoring.ode, scoring.marginals
 
     @property
     def alone(self) -> Run:
@@ -499,13 +365,18 @@ def load(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> R
 
     Raises FileNotFoundError where there is no run, `training.CheckpointError` where no checkpoint can be read.
     """
+    run = load_on_host(workdir, step=step)
+    return dataclasses.replace(run, params=jax.tree.map(jnp.asarray, run.params))
+
+
+def load_on_host(workdir: str | Path, *, step: int | Literal["best"] | None = None) -> Run:
+    """As `load`, but parameters are NumPy's arrays, on no device."""
     from ddjax.training import load_ema
 
     workdir = Path(workdir)
     config, data = read_description(workdir)
-    experiment = build(config, data)
     params, extras = load_ema(workdir / CHECKPOINTS, step)
-    return Run(*experiment.trained(jax.tree.map(jnp.asarray, params)), int(extras["step"]))
+    return Run(*build(config, data).trained(params), int(extras["step"]))
 
 
 def read_description(workdir: str | Path) -> tuple[Config, Dataset]:

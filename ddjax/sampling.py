@@ -16,7 +16,7 @@ from ddjax import random
 from ddjax.grids import check_grids
 from ddjax.predictions import evaluations
 from ddjax.pytrees import as_pytree
-from ddjax.solvers.base import Solver, batched, check_own_times, first_carry
+from ddjax.solvers.base import Solver, batched, check_own_times, first_carry, told
 from ddjax.taps import record
 from ddjax.types import Denoise, Sample, State, left_broadcast
 
@@ -144,7 +144,7 @@ def stream(
 
 def checked(solver, shape, times, cond, init, observed, rows):
     """Grid, rows and shape. Raises ValueError for shapes that do not fit, and for a grid that the solver is not for."""
-    shape, parts = _hashable(shape)
+    shape, parts = hashable(shape)
     batches = {one[:1] for one in parts.values()}
     if len(batches) != 1:
         raise ValueError(f"shape={dict(parts)} has batches of several sizes: the first axis of all parts is the batch")
@@ -157,7 +157,7 @@ def checked(solver, shape, times, cond, init, observed, rows):
         ("observed.value", observed and observed.value),
     ):
         found = None if value is None else jax.tree.map(jnp.shape, value)
-        if found is not None and _hashable(found)[0] != shape:
+        if found is not None and hashable(found)[0] != shape:
             raise ValueError(f"{name} has shape {found}, but shape={shape} was asked for")
     for leaf in jax.tree.leaves(cond):
         if jnp.shape(leaf)[:1] != (batch,):
@@ -168,7 +168,7 @@ def checked(solver, shape, times, cond, init, observed, rows):
     return times, rows, shape
 
 
-def _hashable(shape: Any) -> tuple[tuple, dict[str, tuple[int, ...]]]:
+def hashable(shape: Any) -> tuple[tuple, dict[str, tuple[int, ...]]]:
     """A shape as `jax.jit` can hold it, pairs of a name and a shape for one of parts, and the shapes of all parts."""
     parts = {name: tuple(map(int, one)) for name, one in (shape if isinstance(shape, Mapping) else {"": shape}).items()}
     return tuple(sorted(parts.items())) if isinstance(shape, Mapping) else parts[""], parts
@@ -191,7 +191,7 @@ class Loop(NamedTuple):
         if observed is not None and not hasattr(process, "observe"):
             raise ValueError(f"{type(process).__name__} cannot show sites that are known: leave out observed")
         batch, own = rows.shape[0], times.ndim == 2  # a grid of its own for each example
-        solver = solver.told(observed) if hasattr(solver, "told") else solver
+        solver = solver if observed is None else told(solver, observed)
         prior_keys, step_keys, observed_keys = random.split(random.example_keys(key, rows), 3)
 
         def at(i):

@@ -373,7 +373,7 @@ def for_run(
         iteration by, and as many again for the losses reported. options: those of `search`.
     Raises ValueError for names that are unknown, and for what does not go together.
     """
-    from ddjax.experiment import load_data  # here: it makes everything else
+    from ddjax.loading import load_data  # here: the mathematics needs no data sets
 
     for name, value, table in (("loss", loss, LOSSES), ("family", family, FAMILIES)):
         if value not in table:

@@ -1,4 +1,4 @@
-"""Temperature, top-k, top-p and repetition: from a denoiser to a denoiser, for categorical states.
+"""Temperature, top-k, top-p and repetition: from a denoiser to a denoiser, for categorical states or parts of states.
 
 **What is shaped is the cavity**, p(x_0^i | x_t without site i), whatever the network predicts: what the other sites say
 about a site. What the site itself shows counts as it did, for that is the forward process, which nobody wants to
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from ddjax.predictions import Prediction
 from ddjax.predictions import evaluations as cost
-from ddjax.processes import Masked, staggered
+from ddjax.processes import Masked, Product, staggered
 from ddjax.pytrees import as_pytree
 from ddjax.types import Denoise
 
@@ -66,11 +66,23 @@ class Shaped:
         return self.shape(self.base(xt, t, cond), xt, t)
 
     def shape(self, prediction: Prediction, xt: Tokens, t: Array) -> Prediction:
-        """What a prediction becomes: a cavity; under `Masked` a posterior stays one, and the time is not asked for."""
-        if not (prediction.kind == "posterior" and _masks(self.process)):
-            prediction = self.process.convert(prediction, "cavity", xt, t)
-        shaped = self.rule(jax.nn.log_softmax(prediction.value), xt)
-        return Prediction(jnp.maximum(jax.nn.log_softmax(shaped), _NEVER), prediction.kind)
+        """What a prediction becomes: a cavity; under `Masked` a posterior stays one, and the time is not asked for.
+
+        Of a `Product` each part of symbols is shaped by itself, the others stay.
+        """
+        kind = _kind(self.process, prediction.kind)
+        prediction = prediction if kind == prediction.kind else self.process.convert(prediction, kind, xt, t)
+        if not isinstance(self.process, Product):
+            return Prediction(self._law(prediction.value, xt), kind)
+        value = {
+            name: self._law(law, xt[name]) if _has_laws(self.process[name]) else law
+            for name, law in prediction.value.items()
+        }
+        return Prediction(value, kind)
+
+    def _law(self, logits: Array, xt: Tokens) -> LogLaw:
+        shaped = self.rule(jax.nn.log_softmax(logits), xt)
+        return jnp.maximum(jax.nn.log_softmax(shaped), _NEVER)
 
 
 @jax.tree_util.register_dataclass
@@ -187,7 +199,8 @@ def with_temperature(denoise: Denoise, process: Any, value: float) -> Denoise:
 def with_top_k(denoise: Denoise, process: Any, k: int) -> Denoise:
     """Only the k likeliest symbols of each cavity; as many as there are is off. A new k compiles anew."""
     _check(process, "top_k", k, isinstance(k, int) and k >= 1, "a whole number, 1 or more")
-    return denoise if k >= process.num_symbols else _shaped(denoise, process, TopK(k))
+    symbols = max(one.num_symbols for one in _with_laws(process))
+    return denoise if k >= symbols else _shaped(denoise, process, TopK(k))
 
 
 def with_top_p(denoise: Denoise, process: Any, p: float) -> Denoise:
@@ -238,6 +251,27 @@ def _masks(process: Any) -> bool:
     return isinstance(staggered.common(process), Masked)
 
 
+def _kind(process: Any, kind: str) -> str:
+    """The kind of prediction that is shaped, in the place of this one: in a `Product` of each family of parts."""
+    if not isinstance(process, Product):
+        return "posterior" if kind == "posterior" and _masks(process) else "cavity"
+    families = {tuple(one.kinds): process.kind_of(kind, name) for name, one in process.parts}
+    for _, one in process.parts:
+        if _has_laws(one) and not (families[tuple(one.kinds)] == "posterior" and _masks(one)):
+            families[tuple(one.kinds)] = "cavity"
+    return "+".join(families.values())
+
+
+def _has_laws(process: Any) -> bool:
+    """Whether it says laws over symbols, which can be shaped."""
+    return process.state == "categorical" and "cavity" in process.kinds
+
+
+def _with_laws(process: Any) -> list[Any]:
+    """The process, or those parts of it, that say laws over symbols."""
+    return list(filter(_has_laws, process.processes.values() if isinstance(process, Product) else [process]))
+
+
 def _both(shaped: Shaped, both: Callable, xt: Tokens, t: Array, cond: Any = None) -> tuple[Prediction, Prediction]:
     what, where = both(xt, t, cond)
     return shaped.shape(what, xt, t), where
@@ -262,7 +296,7 @@ def _is(value: Any, off: float) -> bool:
 
 
 def _check(process: Any, name: str, value: Any, good: bool, wanted: str) -> None:
-    if process.state != "categorical" or "cavity" not in process.kinds:
+    if not _with_laws(process):
         raise ValueError(f"{name} shapes laws over symbols, and {type(process).__name__} has none: leave it out")
     if not good or (_known(value) and not math.isfinite(value)):
         raise ValueError(f"{name} must be {wanted}, got {value}")

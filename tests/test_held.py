@@ -1,7 +1,10 @@
 """What networks hold (adapters' trunks, teachers) goes into compiled programs as inputs, not as constants."""
 
+import dataclasses
 import functools
+import gc
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +122,17 @@ def test_on_a_mesh_what_is_held_lies_in_pieces_and_nothing_else_changes(name, ax
     assert sum(a for a, _ in pieces) < 0.5 * sum(b for _, b in pieces)
 
 
+def test_what_lies_on_the_mesh_is_not_kept_whole_besides():
+    network, params = adapted()
+    network = dataclasses.replace(network, held=jax.tree.map(jnp.copy, network.held))
+    whole = [weakref.ref(leaf) for leaf in jax.tree.leaves(network)]
+    _, _, step, compiled = setup(network, params, {"fsdp": 8}, 8)
+    assert len(jax.tree.leaves(compiled.held)) == len(whole)
+    del network, step
+    gc.collect()
+    assert not any(ref() is not None for ref in whole)
+
+
 @pytest.mark.slow
 def test_sampling_has_no_constant_of_its_size_and_does_not_compile_again():
     network, params = adapted()
@@ -153,5 +167,6 @@ def test_functions_around_others_are_pytrees_of_what_these_hold():
     assert len(jax.tree.leaves(around)) == len(jax.tree.leaves(network))
     xt = BATCH["x0"][:2]
     jitted = jax.jit(lambda f, p: f(p, xt, jnp.full(2, 0.5)))(around, params)
-    np.testing.assert_allclose(jitted, network(params, xt, jnp.full(2, 0.5))[..., :-2], atol=1e-5)
+    plain = jax.jit(lambda p: network(p, xt, jnp.full(2, 0.5)))(params)
+    np.testing.assert_allclose(jitted, plain[..., :-2], atol=1e-5)
     assert as_pytree(around) is around

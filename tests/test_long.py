@@ -13,10 +13,12 @@ import ddjax
 from ddjax import grids
 from ddjax.fixtures import Categorical
 from ddjax.fixtures.categorical import all_states
-from ddjax.processes import Gaussian, InBasis, Masked
+from ddjax.predictions import Prediction
+from ddjax.processes import Gaussian, InBasis, Masked, Product
 from ddjax.processes.in_basis import DCT
 from ddjax.sampling import Observed
-from ddjax.solvers import LeftToRight, Unmask
+from ddjax.schedules import VPCosine
+from ddjax.solvers import Ancestral, LeftToRight, Parts, Unmask
 
 STEP = np.array([[0.7, 0.3], [0.1, 0.9]])
 FIRST = np.array([0.25, 0.75])  # stationary, so that every window has one law
@@ -73,6 +75,37 @@ def test_one_window_is_a_sample():
     plain = ddjax.sample(jax.random.key(2), WINDOW, PROCESS, **settings)
     np.testing.assert_array_equal(draw(7, 3).x0, plain.x0)
     np.testing.assert_array_equal(draw(7).x0[:, :3], plain.x0)  # and is how a longer one begins
+
+
+BESIDE = Product({"number": Gaussian(VPCosine(s=0.0)), "symbol": PROCESS})
+
+
+def beside(xt, t, cond=None):
+    """Symbols of the chain; each number is 1 + 2 times the symbol beside it, given the symbol, else their mean."""
+    what = WINDOW(xt["symbol"], t, None)
+    p = jnp.exp(jax.nn.log_softmax(what.value))[..., 1]
+    return Prediction({"number": (1.0 + 2.0 * p).astype(xt["number"].dtype), "symbol": what.value}, f"x0+{what.kind}")
+
+
+@pytest.mark.slow
+def test_sequences_side_by_side():
+    """Symbols have the chain's law; numbers that of the symbols beside them. A known symbol in a later window stays."""
+    n, times = 4000, jnp.asarray([1.0, 2 / 3, 1 / 3, 1e-6, 0.0])
+    both = dict.fromkeys(("number", "symbol"), (n, 5))
+    solver = Parts(BESIDE, {"symbol": ONE_BY_ONE, "number": Ancestral(BESIDE["number"])})
+    settings = {"window": 3, "stride": 2, "solver": solver, "times": times}
+
+    def run(shape=both, **more):
+        with jax.debug_key_reuse(False):
+            return ddjax.sample_long(jax.random.key(5), beside, BESIDE, shape=shape, **settings, **more)
+
+    x = jax.tree.map(np.asarray, run().x0)
+    assert pvalue(x["symbol"], chain(5)) > 1e-3
+    # All symbols are written before the last step, which ends in the number that the network then says.
+    np.testing.assert_allclose(x["number"], 1.0 + 2.0 * x["symbol"], atol=1e-5)
+    mask = {"number": jnp.zeros((n, 5), bool), "symbol": jnp.zeros((n, 5), bool).at[:, 4].set(True)}
+    known = Observed(mask, {"number": jnp.zeros((n, 5)), "symbol": jnp.zeros((n, 5), jnp.int32)})
+    assert (run(observed=known).x0["symbol"][:, 4] == 0).all()
 
 
 @pytest.mark.slow
@@ -148,3 +181,16 @@ def test_bad_arguments():
     turned = InBasis(Gaussian(), DCT((1,)))
     with pytest.raises(ValueError, match="mixes sites"):
         ddjax.sample_long(None, WINDOW, turned, shape=(1, 4), window=2, stride=1, solver=None, times=None)
+
+
+def test_bad_arguments_of_several_parts():
+    both, solver = {"number": (2, 5), "symbol": (2, 5)}, Parts(BESIDE)
+    known = Observed(jnp.zeros((2, 5), bool), jnp.zeros((2, 5), jnp.int32))
+    for options, match in (
+        ({"shape": both | {"symbol": (2, 4)}}, "all parts of one length"),
+        ({"observed": known}, "observed has shapes"),
+        ({"stop": 0}, "stop tokens are for masked processes, not for Product"),
+    ):
+        settings = {"shape": both, "window": 3, "stride": 2, "solver": solver, "times": grids.uniform(2)}
+        with pytest.raises(ValueError, match=match):
+            ddjax.sample_long(None, beside, BESIDE, **settings | options)

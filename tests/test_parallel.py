@@ -1,6 +1,7 @@
 """Parallel sampling over time: it is the sequential sampler, what a tolerance costs and saves, devices."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,7 +14,7 @@ from ode_laws import Pair, pair
 import ddjax
 from ddjax import grids, guidance, solvers
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian, InBasis, Interpolant, Masked, Orthogonal
+from ddjax.processes import Gaussian, InBasis, Interpolant, Masked, Orthogonal, Product
 from ddjax.schedules import EDM, VE, CondOT, VPCosine
 from ddjax.solvers import DDIM, Ancestral, EulerMaruyama, Heun
 from ddjax.training.mesh import make_mesh
@@ -223,6 +224,36 @@ def test_processes_in_a_basis_and_interpolants(x64):
             np.testing.assert_allclose(found.x0, plain.x0, rtol=0, atol=atol)
 
 
+NUMBERS = Product({"a": Gaussian(VPCosine()), "b": Gaussian(CondOT())})
+
+
+def joined(xt, t, cond=None):
+    """Each part is told the other."""
+    a, b = xt["a"], xt["b"]
+    return Prediction({"a": jnp.tanh(a + b.sum(-1, keepdims=True)), "b": jnp.tanh(b - a[:, :1])}, "x0")
+
+
+@pytest.mark.slow
+def test_parts_are_made_at_once_each_measured_by_its_own_noise(x64):
+    """The sequential sampler's path; with a tolerance the part that needs more rounds decides."""
+    shape, solver = {"a": (3, 2), "b": (3, 4)}, solvers.Parts(NUMBERS, {"b": DDIM(NUMBERS["b"])})
+    known = jax.tree.map(lambda one: jnp.zeros(one, bool).at[:, 0].set(True), shape, is_leaf=lambda v: type(v) is tuple)
+    observed = ddjax.Observed(known, jax.tree.map(lambda mask: jnp.full(mask.shape, 0.25), known))
+    settings = {"shape": shape, "solver": solver, "times": grids.uniform(STEPS), "observed": observed}
+    plain = ddjax.sample(KEY, joined, NUMBERS, trajectory=True, **settings)
+    run = functools.partial(ddjax.sample_parallel, KEY, joined, NUMBERS, window=5, **settings)
+    found = run(tolerance=0.0, trajectory=True)
+    for name in shape:
+        np.testing.assert_allclose(found.trajectory[name], plain.trajectory[name], rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(found.x0[name], found.trajectory[name][-1])
+    scales = [{"a": jnp.full(STEPS, a), "b": jnp.full(STEPS, b)} for a, b in ((1e9, 1e9), (0, 1e9), (1e9, 0), (0, 0))]
+    lax, a, b, strict = (np.asarray(run(tolerance=1.0, scale=scale).rounds) for scale in scales)
+    np.testing.assert_array_equal(lax, 3)  # 12 steps by 5
+    assert (a > lax).all()
+    assert (b > lax).all()
+    np.testing.assert_array_equal(strict, found.rounds)
+
+
 WIDE = np.random.default_rng(0).normal(size=(3, 37)).astype(np.float32) / 6.0
 
 
@@ -272,8 +303,14 @@ def test_errors():
     settings = {"shape": (1, 2), "times": grids.uniform(2), "window": 2}
     with pytest.raises(ValueError, match="Masked has tokens"):
         ddjax.sample_parallel(KEY, Pair(process), tokens, solver=Ancestral(tokens), **settings)
-    joined = Interpolant(source_std=1.0)
+    parts = {**settings, "shape": {"a": (1, 2), "b": (1, 4)}}
+    with pytest.raises(ValueError, match=r"scale must be of the state's parts \(a, b\)"):
+        ddjax.sample_parallel(KEY, joined, NUMBERS, solver=solvers.Parts(NUMBERS), scale=jnp.ones(2), **parts)
+    mixed = Product({"a": Gaussian(), "b": Masked(3)})
+    with pytest.raises(ValueError, match="part 'b', Masked, has tokens"):
+        ddjax.sample_parallel(KEY, joined, mixed, solver=solvers.Parts(mixed), **parts)
+    joins = Interpolant(source_std=1.0)
     with pytest.raises(ValueError, match=r"Interpolant has no Gaussian schedule.*give scale"):
-        ddjax.sample_parallel(KEY, Pair(process), joined, solver=Heun(joined), **settings)
+        ddjax.sample_parallel(KEY, Pair(process), joins, solver=Heun(joins), **settings)
     with pytest.raises(ValueError, match="scale has shape"):
         ddjax.sample_parallel(KEY, Pair(process), process, solver=DDIM(process), scale=jnp.ones(3), **settings)

@@ -48,6 +48,37 @@ def test_bytes_of_each_array_by_hand():
     assert "least times" not in plan.format_plan(p)
 
 
+def test_states_of_several_parts():
+    """Numbers and symbols: the batch's parts, and the arithmetic of a table's network by hand."""
+    network = {"name": "mixed_table", "kind": "noise+posterior", "options": {"width": 32, "hidden": [64]}}
+    process = {"name": "product", "schedule": "vp_cosine", "options": {"symbols": "uniform"}}
+    values = {"denoiser": network, "process": process, "objective": {"name": "tabddpm"}, "train": {"batch_size": 16}}
+    data = plan.described({"numbers": (3,), "colour": (1,)}, {"numbers": None, "colour": 5}, 2)
+    p = plan.plan(typed(values), data, 1, compiler="none")
+    assert p.parameters == sum(math.prod(row.shape) for row in p.rows)
+    assert p.state["ema"] == p.state["params"] == 4 * p.parameters
+    time, numbers, hidden, out = 32 * 32, 3 * 32, 32 * 64, 64 * (3 + 5)  # symbols are looked up
+    forward, inputs = 2 * time + numbers + hidden + out, time + hidden + out  # numbers and the clock need no gradient
+    assert p.flops == 2 * 16 * (2 * forward + inputs)
+
+
+@pytest.mark.slow
+def test_what_is_read_of_a_config_stays():
+    """Networks without attention, or with one of their own, can be planned too."""
+    linear = {"name": "dit", "kind": "noise", "options": {"width": 16, "depth": 1, "heads": 1, "patch": 4}}
+    values = {
+        "process": {"name": "gaussian", "schedule": "vp_cosine"}, "objective": {"name": "gaussian"},
+        "sample": {"solver": "ddim"}, "train": {"batch_size": 4, "eval_every": 0},
+    }  # fmt: skip
+    rows = {}
+    for attention in (None, "linear"):
+        options = linear["options"] | ({} if attention is None else {"attention": attention})
+        config = typed({**values, "denoiser": {**linear, "options": options}})
+        made = plan.plan(config, plan.described((8, 8, 1), None, 0), 1, compiler="none")
+        rows[attention] = {row.path for row in made.rows}
+    assert rows["linear"] > rows[None]
+
+
 def test_times_by_hand():
     """16 devices in nodes of 8: sums over `fsdp` stay inside, those over `data` go between."""
     sums = [

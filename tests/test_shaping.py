@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mixed_law
 import numpy as np
 import pytest
 from enumerated import LAW, exact, softmax
@@ -13,7 +14,7 @@ import ddjax
 from ddjax import grids, shaping
 from ddjax.fixtures.categorical import all_states
 from ddjax.predictions import Prediction, evaluations
-from ddjax.processes import Gaussian, Masked, Uniform
+from ddjax.processes import Gaussian, Masked, Product, Uniform
 from ddjax.schedules import Cosine, Polynomial
 from ddjax.solvers import Ancestral
 
@@ -270,6 +271,40 @@ def test_masks_that_ignore_the_time_go_on_ignoring_it():
         xt = jnp.full((1, 4), 3)
         program = jax.make_jaxpr(lambda t, xt=xt, shaped=shaped: shaped(xt, t).value)(jnp.ones(1))
         assert program.jaxpr.invars[0] not in [v for e in program.jaxpr.eqns for v in e.invars if hasattr(v, "aval")]
+
+
+def test_parts_of_symbols_are_shaped_and_numbers_stay():
+    """The law by enumeration: each symbol's cavity, given the number and the other symbol, to the power 1 / tau."""
+    tau, t, process = 0.4, 0.6, mixed_law.PROCESS
+    a, b = (v.ravel() for v in np.meshgrid(np.arange(3), np.arange(3)))
+    xt = {"x": np.linspace(-1, 1, 9, dtype=np.float32), "a": a.astype(np.int32), "b": b.astype(np.int32)}
+    state = jax.tree.map(lambda v: v[:, None], xt)
+
+    @jax.jit
+    def run(state):
+        shaped = (
+            shaping.with_temperature(mixed_law.denoise, process, tau), shaping.with_top_k(mixed_law.denoise, process, 2)
+        )  # fmt: skip
+        return [denoise(state, jnp.full(9, t)) for denoise in (mixed_law.denoise, *shaped)]
+
+    plain, cold, two = run(state)
+    assert cold.kind == "x0+cavity"
+    np.testing.assert_array_equal(cold.value["x"], plain.value["x"])
+    schedule = process["x"].schedule
+    alpha, sigma = (np.full(9, f(jnp.asarray(t))) for f in (schedule.alpha, schedule.sigma))
+    q_a, q_b = mixed_law.transition("a", 0, t)[:, a].T, np.where((b == 2)[:, None], 1.0, b[:, None] == np.arange(2))
+    cavity_a = mixed_law.posterior(np, xt["x"].astype(np.float64), alpha, sigma, np.ones((9, 3)), q_b)[0]
+    cavity_b = mixed_law.posterior(np, xt["x"].astype(np.float64), alpha, sigma, q_a, np.ones((9, 2)))[1]
+    for name, cavity, asked in (("a", cavity_a, a >= 0), ("b", cavity_b, b == 2)):
+        expected = cavity ** (1 / tau) / (cavity ** (1 / tau)).sum(-1, keepdims=True)
+        np.testing.assert_allclose(softmax(np.asarray(cold.value[name]))[asked, 0], expected[asked], atol=1e-5)
+    assert shaping.with_top_k(mixed_law.denoise, process, 3) is mixed_law.denoise
+    assert ((softmax(np.asarray(two.value["a"])) > 0).sum(-1) == 2).all()
+    masks = Product({"x": Gaussian(), "b": Masked(2)})
+    said = lambda xt, t, cond=None: Prediction({"x": xt["x"], "b": jnp.zeros((9, 1, 2))}, "noise+posterior")
+    assert jax.eval_shape(shaping.with_temperature(said, masks, tau), state, xt["x"]).kind == "noise+posterior"
+    with pytest.raises(ValueError, match="top_k shapes laws over symbols, and Product has none"):
+        shaping.with_top_k(said, Product({"x": Gaussian()}), 2)
 
 
 def test_errors():

@@ -33,7 +33,8 @@ class Taught:
         if not train:
             return out
         with taps.unheard(), auxiliary.collect():  # nobody listens to the teacher, and its own losses are not learned
-            target = jax.lax.stop_gradient(self.teacher(self.teacher_params, xt, t, cond))
+            teacher_params = jax.tree.map(jnp.asarray, self.teacher_params)  # NumPy's would be indexed by tracers
+            target = jax.lax.stop_gradient(self.teacher(teacher_params, xt, t, cond))
         if target.shape != out.shape:
             raise ValueError(f"the teacher says {target.shape}, the network {out.shape}: build both alike")
         squared = jnp.square(out - target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -37,6 +38,41 @@ def first_carry(
     return solver.begin(xt, cond, denoise, known) if hasattr(solver, "begin") else solver.init(xt, cond)
 
 
+def told(solver: Any, observed: Any) -> Any:
+    """The solver, knowing what is observed (`sampling.Observed`): by its own `told`, or that of those it is made of.
+
+    Those are the values of its fields, alone or in tuples, and what a field `make` makes.
+    """
+    if hasattr(solver, "told"):
+        return solver.told(observed)
+    if not dataclasses.is_dataclass(solver):
+        return solver
+    fields = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver) if field.init}
+    new = {name: _told(name, value, observed) for name, value in fields.items()}
+    new = {name: value for name, value in new.items() if value is not fields[name]}
+    return dataclasses.replace(solver, **new) if new else solver
+
+
+def _told(name: str, value: Any, observed: Any) -> Any:
+    if name == "make":
+        return _Telling(value, observed)
+    if isinstance(value, tuple):
+        new = tuple(_told("", one, observed) for one in value)
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else new
+    return told(value, observed) if hasattr(value, "step") else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Telling:
+    """Makes solvers that know what is observed."""
+
+    make: Any
+    observed: Any
+
+    def __call__(self, process: Any) -> Any:
+        return told(self.make(process), self.observed)
+
+
 class Solver(Protocol):
     """A frozen dataclass: hashable, compared by value, so that samplers compile once.
 
@@ -44,7 +80,7 @@ class Solver(Protocol):
     solver also has `begin(xt, cond, denoise, known)`, which is then called in the place of `init` (`base.first_carry`).
     One that has a whole sample before the last step has `shown(carry)`, which gives it (`sampling.stream`). One that
     says what each step is has `grid_steps`, their number. One that puts known sites in itself has `told(observed)`,
-    which gives the solver that knows them.
+    which gives the solver that knows them; one made of others needs none (`base.told`), unless it cuts states up.
     """
 
     def init(self, xt: State, cond: Any = None) -> Any:

@@ -10,7 +10,7 @@ from ddjax import random
 from ddjax.predictions import Prediction
 from ddjax.processes.product import Product
 from ddjax.solvers.ancestral import Ancestral
-from ddjax.solvers.base import Info, batched, first_carry
+from ddjax.solvers.base import Info, batched, first_carry, told
 from ddjax.types import Denoise, State, Time
 
 
@@ -51,6 +51,12 @@ class Parts:
             )
             for name, solver in self.solvers
         }
+
+    def told(self, observed: Any) -> Parts:
+        """The same, each part's solver knowing what is observed of the part."""
+        mask, value = observed
+        own = {name: told(one, observed._replace(mask=mask[name], value=value[name])) for name, one in self.solvers}
+        return Parts(self.process, own)
 
     def step(
         self, keys: Any, carry: dict[str, Any], xt: State, t: Time, s: Time, denoise: Denoise, cond: Any = None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ddjax import random
 from ddjax.processes.gaussian import Gaussian
-from ddjax.solvers.base import Info, Solver, first_carry
+from ddjax.solvers.base import Info, Solver, batched, first_carry, told
 from ddjax.solvers.renoised import diffuse
 
 
@@ -26,7 +26,8 @@ class Resampled:
 
     solver: of a `processes.Gaussian`, e.g. `Ancestral`; a multistep solver's memory is that of its last round.
     rounds: 1 is the solver itself. Each costs the solver's evaluations.
-    observed: `sample` says it (`told`); without known sites rounds change nothing but the draws.
+    observed: `sample` says it (`told`), through solvers made of this one too; without known sites rounds change nothing
+        but the draws.
 
     Raises ValueError for another process, and fewer rounds than one.
     """
@@ -42,9 +43,14 @@ class Resampled:
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}: expected 1 or more")
 
+    @property
+    def process(self) -> Gaussian:
+        """The solver's."""
+        return self.solver.process
+
     def told(self, observed: Any) -> Resampled:
         """The same, knowing what is observed."""
-        return dataclasses.replace(self, observed=observed)
+        return dataclasses.replace(self, solver=told(self.solver, observed), observed=observed)
 
     def init(self, xt, cond=None):
         """The solver's."""
@@ -56,18 +62,21 @@ class Resampled:
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """The solver's steps, one for each round."""
-        process, known = self.solver.process, self.observed
+        process, known = self.process, self.observed
+
+        def show(shown_keys, xs):
+            if known is None:
+                return xs
+            return jnp.where(known.mask, process.observe(shown_keys, known.value, batched(s, xs)), xs)
 
         def back(i, x):
             step_keys, shown_keys, noise_keys = random.split(random.fold_in(keys, i), 3)
-            xs = self.solver.step(step_keys, carry, x, t, s, denoise, cond)[0]
-            if known is not None:
-                at = jnp.full(xs.shape[:1], s) if jnp.ndim(s) == 0 else s
-                xs = jnp.where(known.mask, process.observe(shown_keys, known.value, at), xs)
+            xs = show(shown_keys, self.solver.step(step_keys, carry, x, t, s, denoise, cond)[0])
             z = random.normal(noise_keys, x.shape[1:], x.dtype)
             return diffuse(process, xs.astype(x.dtype), s, t, z).astype(x.dtype)
 
         xt = jax.lax.fori_loop(0, self.rounds - 1, back, xt)
         last = random.fold_in(keys, self.rounds - 1)
         xs, carry, info = self.solver.step(last, carry, xt, t, s, denoise, cond)
-        return xs, carry, Info(self.rounds * info.nfe)
+        # `sample` shows known sites after its own steps; this may be one of a solver around it.
+        return show(random.fold_in(keys, self.rounds), xs), carry, Info(self.rounds * info.nfe)

@@ -32,6 +32,7 @@ from ddjax.types import Params, PyTree
 
 DAMAGED = "damaged"  # the folder where bad steps are put aside
 _TMP = ".orbax-checkpoint-tmp"
+WORTH_CUTTING = 2**20  # bytes of an array that devices hand over in parts
 
 
 class Checkpoints:
@@ -104,6 +105,8 @@ class Checkpoints:
                 "first, or use another directory"
             )
         self._saving = step
+        if jax.process_count() == 1:
+            state = jax.tree.map(_one_copy, state)
         try:
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extras=ocp.args.JsonSave(extras))
             if not self._manager.save(step, args=items):
@@ -253,7 +256,7 @@ class Checkpoints:
             self._sweep()
         if jax.process_count() == 1:  # elsewhere opening waits for the others, whose saves may have gone well
             self._manager = self._open()  # the failed one would raise again
-        good = max((k for k in _steps(self.directory) if k != step), default=None)
+        good = max((k for k in stored_steps(self.directory) if k != step), default=None)
         last = f"the last good checkpoint is step {good}" if good is not None else "there is no older checkpoint"
         reason = f"no space left on {self.directory}" if disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(f"could not save checkpoint at step {step}: {reason}; {last}")
@@ -301,9 +304,20 @@ class _LatestAndBest:
         return [step == best or step in steps[-mine.keep :] for step in steps]
 
 
-def _steps(directory: Path) -> list[int]:
-    """The steps in a folder, ascending."""
+def stored_steps(directory: Path) -> list[int]:
+    """The steps in a folder, ascending, good or not."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+
+
+def _one_copy(array: Any) -> Any:
+    """Of a small array that every device holds, what the first has; other arrays as they are.
+
+    Orbax cuts an array up so that every device hands over a part of it: a program and a transfer for each of these.
+    """
+    whole = isinstance(array, jax.Array) and array.is_fully_replicated and array.nbytes < WORTH_CUTTING
+    if not whole or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    return array.addressable_shards[0].data
 
 
 def _plain(value: Any) -> Any:
@@ -327,7 +341,7 @@ def load_ema(
     """
     ocp = orbax()
     directory = Path(directory).absolute()
-    steps = _steps(directory)
+    steps = stored_steps(directory)
     if step == "best":
         best, known = scores.read(directory)
         step = scores.best_of(best, {k: v for k, v in known.items() if k in steps})

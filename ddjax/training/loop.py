@@ -26,10 +26,11 @@ from ddjax.config import Config, ConfigError, differences, to_dict, typed
 from ddjax.data.dataset import Dataset
 from ddjax.data.describe import describe, differing
 from ddjax.evaluation import label_accuracy
-from ddjax.experiment import Experiment, build, load_data
+from ddjax.experiment import Experiment, build
+from ddjax.loading import load_data
 from ddjax.run import CHECKPOINTS, DESCRIPTION, Run
 from ddjax.training.backend import disk_full
-from ddjax.training.checkpoint import Checkpoints
+from ddjax.training.checkpoint import Checkpoints, stored_steps
 from ddjax.training.heartbeat import Heartbeat
 from ddjax.training.lock import locked
 from ddjax.training.manifest import write_atomically
@@ -40,6 +41,7 @@ from ddjax.training.report import Report, Work, require_writers
 from ddjax.training.setup import prepare, step_flops
 from ddjax.training.spread import Spread
 from ddjax.training.state import TrainState
+from ddjax.training.teacher import Teacher
 from ddjax.types import batch_size, per_example
 
 BAD_STEP_POLICIES = ("stop", "skip", "roll_back")
@@ -71,7 +73,8 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
     held_out = load_data(config, config.data.eval_split) if config.train.eval_every else None
     experiment = build(config, train_data)
 
-    mesh, state, shardings, step_fn = prepare(experiment)
+    fresh = not cluster.agreed(bool(stored_steps(workdir / CHECKPOINTS)))
+    mesh, state, shardings, step_fn, teacher = prepare(experiment, fresh=fresh)
     check_batch_size(config, mesh)
     batches = experiment.batches(train_data, process_index=jax.process_index(), process_count=jax.process_count())
     batches = datasets.Ahead(batches, lambda batch: shard_batch(batch, mesh), config.train.device_prefetch)
@@ -198,7 +201,7 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
                 profile.after(step, metrics)
                 pending.append((step, metrics))
                 if step == first + 1 and cluster.first():
-                    report.work = _work(experiment, batch)
+                    report.work = _work(experiment, batch, teacher)
                 try:
                     settle(keep=IN_FLIGHT if step < config.train.steps else 0)
                     if _due(step, config.train.checkpoint_every):
@@ -457,12 +460,12 @@ def _run(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> 
     return Run(*experiment.trained(params), int(state.step), mesh)
 
 
-def _work(experiment: Experiment, batch: dict[str, Any]) -> Work:
+def _work(experiment: Experiment, batch: dict[str, Any], teacher: Teacher | None) -> Work:
     """What a step on such batches does."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         try:
-            operations = step_flops(experiment, batch)
+            operations = step_flops(experiment, batch, teacher)
         except (
             RuntimeWarning
         ):  # loops of unknown length, kernels without a program: no number is better than a wrong one

@@ -191,11 +191,13 @@ class OnMesh:
 
     def __init__(self, jitted: Any, step: Step, shardings: PyTree):
         self.jitted, self._step, self._shardings = jitted, step, shardings
+        self._shapes = shapes_of(step)
 
     @functools.cached_property
     def held(self) -> PyTree:
-        """The step with its arrays in place on the mesh."""
-        return jax.tree.map(_placed, self._step, self._shardings)
+        """The step with its arrays in place on the mesh; as they were given they are let go."""
+        step, self._step = self._step, None
+        return jax.tree.map(_placed, step, self._shardings)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Make the step. The given state is gone afterwards."""
@@ -203,8 +205,12 @@ class OnMesh:
 
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """The program for arrays of such shapes, of the step, state and batch."""
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._step)
-        return self.jitted.lower(shapes, state, batch)
+        return self.jitted.lower(self._shapes, state, batch)
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """Shapes and dtypes in the place of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
 def compile_step(step: Step, shardings: PyTree, mesh: Mesh) -> OnMesh:

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from ddjax import flops
 from ddjax.config import ConfigError
 from ddjax.experiment import Experiment, build
-from ddjax.training.mesh import OnMesh, check_axes, compile_step, make_mesh, on_host, state_shardings
+from ddjax.training.mesh import OnMesh, check_axes, compile_step, make_mesh, on_host, shapes_of, state_shardings
 from ddjax.training.state import TrainState, init_state
 from ddjax.training.step import Step, make_train_step
-from ddjax.training.teacher import inheriting, taught
+from ddjax.training.teacher import Teacher, inheriting, load, taught, teacher_of
 from ddjax.types import PyTree
 
 
@@ -23,23 +23,27 @@ class Setup(NamedTuple):
     """A training about to begin."""
 
     mesh: Mesh
-    state: TrainState  # initial, in place on the mesh
+    state: TrainState  # initial, in place on the mesh; its shapes where it is to come from a checkpoint
     shardings: TrainState  # of the state
     step: OnMesh  # jitted; donates the state
+    teacher: Teacher | None  # whom the step holds: shapes
 
 
-def prepare(experiment: Experiment) -> Setup:
+def prepare(experiment: Experiment, *, fresh: bool = True) -> Setup:
     """Lay out the mesh, initialise the state on it, and jit the step (nothing of the step is compiled yet).
 
+    fresh: False where the state is to come from a checkpoint: it is not made, and nothing is inherited.
     Raises ValueError where the mesh does not fit the devices, or has an axis with nothing to cut.
     """
     mesh = make_mesh(experiment.config.train.mesh)
-    key = jax.random.key(experiment.config.train.seed)
-    shardings = places(experiment, mesh)
-    state = jax.jit(functools.partial(initial_state, experiment), out_shardings=shardings)(key)
-    if experiment.config.train.inherit:
-        state = inheriting(experiment, state)
-    return Setup(mesh, state, shardings, compile_step(train_step(experiment), shardings, mesh))
+    shardings, initial = places(experiment, mesh), functools.partial(initial_state, experiment)
+    key, read = jax.random.key(experiment.config.train.seed), functools.cache(load)  # who teaches may be inherited too
+    teacher = teacher_of(experiment, read)
+    state = jax.jit(initial, out_shardings=shardings)(key) if fresh else jax.eval_shape(initial, key)
+    if fresh and experiment.config.train.inherit:
+        state = inheriting(experiment, state, read)
+    step = compile_step(train_step(experiment, teacher), shardings, mesh)
+    return Setup(mesh, state, shardings, step, teacher and teacher.shapes)
 
 
 def places(experiment: Experiment, mesh: Mesh) -> TrainState:
@@ -59,11 +63,14 @@ def initial_state(experiment: Experiment, key: jax.Array) -> TrainState:
     return init_state(experiment.init, experiment.optimizer(), key)
 
 
-def train_step(experiment: Experiment) -> Step:
-    """The step as the pure function it is, without devices (`make_train_step`)."""
+def train_step(experiment: Experiment, teacher: Teacher | None = None) -> Step:
+    """The step as the pure function it is, without devices (`make_train_step`).
+
+    teacher: of a config that has one, what `teacher_of` gave, or its `shapes`; default: read now.
+    """
     return make_train_step(
         experiment.objective(),
-        taught(experiment) if experiment.config.objective.teacher else experiment.apply,
+        taught(experiment, teacher) if experiment.config.objective.teacher else experiment.apply,
         experiment.optimizer(),
         accumulate=experiment.config.train.accumulate,
         ema=experiment.ema(),
@@ -72,12 +79,15 @@ def train_step(experiment: Experiment) -> Step:
     )
 
 
-def step_flops(experiment: Experiment, batch: PyTree) -> int:
-    """FLOPs of one training step of the model on such a batch, without what `remat` computes again."""
+def step_flops(experiment: Experiment, batch: PyTree, teacher: Teacher | None = None) -> int:
+    """FLOPs of one training step of the model on such a batch, without what `remat` computes again.
+
+    teacher: as in `train_step`.
+    """
     model = as_model(experiment)
     state = jax.eval_shape(functools.partial(initial_state, model), jax.random.key(0))
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
-    return flops.count(train_step(model), state, batch)
+    step, batch = shapes_of((train_step(model, teacher), batch))
+    return flops.count(lambda step, *rest: step(*rest), step, state, batch)
 
 
 def as_model(experiment: Experiment) -> Experiment:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddjax import denoisers, interop, naming
@@ -26,28 +25,42 @@ class Teacher(NamedTuple):
     process: Any
     kind: str
 
+    @property
+    def shapes(self) -> Teacher:
+        """The same without its numbers: shapes and dtypes."""
+        return self._replace(params=jax.eval_shape(lambda params: params, self.params))
+
 
 def load(path: str | os.PathLike) -> Teacher:
     """The network of a run's folder, with its averaged parameters, or of published weights (`interop.load`).
 
+    Parameters are NumPy's arrays: where they are to lie is not known here.
     Raises what `ddjax.load` and `interop.load` raise.
     """
     from ddjax import run  # which needs this package
 
     if (Path(path) / run.DESCRIPTION).is_file():
-        found = run.load(path)
+        found = run.load_on_host(path)
         return Teacher(found.experiment.apply, found.params, found.process, found.experiment.kind)
     found = interop.load(path)
-    return Teacher(found.apply, jax.tree.map(jnp.asarray, found.params), found.process, found.kind)
+    return Teacher(found.apply, jax.tree.map(np.asarray, found.params), found.process, found.kind)
 
 
-def taught(experiment: Experiment) -> Apply:
+def teacher_of(experiment: Experiment, read: Callable[[str], Teacher] = load) -> Teacher | None:
+    """The network that `config.objective.teacher` names; None where it names none. read: in the place of `load`."""
+    options = dict(experiment.config.objective.teacher)
+    return read(_path(options, "config.objective.teacher")) if options else None
+
+
+def taught(experiment: Experiment, teacher: Teacher | None = None) -> Apply:
     """The experiment's network, which learns from `config.objective.teacher` beside its objective.
 
+    teacher: what `teacher_of` gave, or its `shapes`; default: read now.
     Raises ConfigError where the teacher does not say the same of the same states.
     """
     key, options = "config.objective.teacher", dict(experiment.config.objective.teacher)
-    teacher = load(_path(options, key))
+    path = _path(options, key)
+    teacher = load(path) if teacher is None else teacher
     if teacher.kind != experiment.kind or teacher.process != experiment.process:
         raise ConfigError(
             f"{key}: the teacher says {teacher.kind!r} under {teacher.process}, the network {experiment.kind!r} under "
@@ -57,13 +70,14 @@ def taught(experiment: Experiment) -> Apply:
     return naming.make(made, "teacher", key, experiment.apply, teacher.apply, teacher.params, **options)
 
 
-def inheriting(experiment: Experiment, state: TrainState) -> TrainState:
+def inheriting(experiment: Experiment, state: TrainState, read: Callable[[str], Teacher] = load) -> TrainState:
     """The initial state with parameters of `config.train.inherit` (`denoisers.inherited`), where its own lie.
 
+    read: in the place of `load`.
     Raises ConfigError for parameters that do not fit.
     """
     key, options = "config.train.inherit", dict(experiment.config.train.inherit)
-    theirs = load(_path(options, key)).params
+    theirs = read(_path(options, key)).params
     alone = not experiment.learns_process and experiment.named.parameters is None
     own = state.params if alone else state.params["network"]
     new = naming.make({"inherit": denoisers.inherited}, "inherit", key, own, theirs, **options)
@@ -80,6 +94,8 @@ def inheriting(experiment: Experiment, state: TrainState) -> TrainState:
 def _path(options: dict[str, Any], key: str) -> str:
     if not isinstance(options, Mapping) or not isinstance(options.get("path"), str):
         raise ConfigError(f"{key} needs path, the folder of a run or published weights; got {options!r}")
+    if not Path(options["path"]).exists():
+        raise ConfigError(f"{key}.path={options['path']!r}: there is no such folder or file")
     return options.pop("path")
 
 

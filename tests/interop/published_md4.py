@@ -6,6 +6,7 @@ In evaluation, in float32: dropout, casts and initial values are not here.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 GATES = {"glu": nn.sigmoid, "swiglu": nn.swish, "geglu": nn.gelu}
 bare = lambda x: nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False)(x)
@@ -195,6 +196,5 @@ class MD4(nn.Module):
 def random_params(module, *inputs, scale=0.3):
     """Every parameter normal."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [scale * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
+    rng = np.random.default_rng(1)  # not JAX's, which would compile a program for every shape
+    return jax.tree.map(lambda v: (scale * rng.normal(size=v.shape)).astype(np.float32), shapes)

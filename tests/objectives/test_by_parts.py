@@ -15,19 +15,28 @@ from ddjax.schedules import Cosine, VPCosine
 PROCESS, N = law.PROCESS, 6
 
 
-def captured(objective, x0, weights=None, kind="noise+posterior"):
-    """The loss, and what the network was shown and said."""
-    seen = {}
+def capturing(objective):
+    """A function of x0 and weights: the loss, and what the network was shown and said."""
     rng = np.random.default_rng(3)
     said = {name: rng.normal(size=(N, 1, k)) for name, k in (("a", 3), ("b", 2))}
     said["x"] = rng.normal(size=(N, 1))
 
-    def apply(params, xt, t, cond=None, **_):
-        seen.update(xt=jax.tree.map(np.asarray, xt), t=np.asarray(t, np.float64))
-        return jax.tree.map(jnp.asarray, said)
+    @jax.jit
+    def run(x0, weights):
+        seen = []
 
-    loss, metrics = objective(jax.random.key(0), apply, {}, x0, weights=weights)
-    return float(loss), seen["xt"], seen["t"], said, metrics
+        def apply(params, xt, t, cond=None, **_):
+            seen.append((xt, t))
+            return jax.tree.map(jnp.asarray, said)
+
+        loss, _ = objective(jax.random.key(0), apply, {}, x0, weights=weights)
+        return loss, *seen[0]
+
+    def captured(x0, weights=None):
+        loss, xt, t = jax.tree.map(np.asarray, run(x0, weights))
+        return float(loss), xt, t.astype(np.float64), said
+
+    return captured
 
 
 def schedule(name, t):
@@ -53,7 +62,7 @@ def test_tabddpm_is_the_published_loss(x64):
     """Squared errors of the noise, mean over numbers, and nats of a random step times their number, over columns."""
     x0, steps = law.draw(0, N), 10
     times = np.asarray(grids.uniform(steps))
-    loss, xt, t, said, _ = captured(objectives.tabddpm(PROCESS, "noise+posterior", times=times), x0)
+    loss, xt, t, said = capturing(objectives.tabddpm(PROCESS, "noise+posterior", times=times))(x0)
     alpha, sigma = schedule("x", t)
     noise = (xt["x"][:, 0] - alpha * np.asarray(x0["x"])[:, 0]) / sigma
     squared = (noise - said["x"][:, 0]) ** 2
@@ -77,13 +86,18 @@ def test_digress_is_the_published_loss(x64):
     }
     weights = {name: jnp.asarray(rng.uniform(size=v.shape) < 0.7, float) for name, v in x0.items()}
     said = {"nodes": rng.normal(size=(N, 4, 3)), "edges": rng.normal(size=(N, 6, 2))}
-    shown = {}
 
-    def apply(params, xt, t, cond=None, **_):
-        shown.update(xt)
-        return jax.tree.map(jnp.asarray, said)
+    @jax.jit
+    def run(x0, weights):
+        shown = {}
 
-    loss, _metrics = objectives.digress(process, edges=3.0)(jax.random.key(0), apply, {}, x0, weights=weights)
+        def apply(params, xt, t, cond=None, **_):
+            shown.update(xt)
+            return jax.tree.map(jnp.asarray, said)
+
+        return objectives.digress(process, edges=3.0)(jax.random.key(0), apply, {}, x0, weights=weights)[0], shown
+
+    loss, shown = run(x0, weights)
     want = 0.0
     for name, share in (("nodes", 1.0), ("edges", 3.0)):
         log_p = said[name] - np.log(np.exp(said[name]).sum(-1, keepdims=True))
@@ -113,13 +127,12 @@ def test_the_bound_is_the_sum_of_the_parts(x64):
 
 
 def test_examples_of_no_weight_cost_nothing():
-    x0 = law.draw(0, N)
-    objective = objectives.tabddpm(PROCESS, "noise+posterior")
+    x0, captured = law.draw(0, N), capturing(objectives.tabddpm(PROCESS, "noise+posterior"))
     w = jnp.asarray([1.0, 0, 1, 0, 1, 1])
-    loss, *_ = captured(objective, x0, weights=w)
+    loss, *_ = captured(x0, w)
     other = jax.tree.map(lambda v: v.at[1].set(v[0]).at[3].set(v[0]), x0)
-    np.testing.assert_allclose(captured(objective, other, weights=w)[0], loss, rtol=1e-6)
-    assert abs(captured(objective, other)[0] - captured(objective, x0)[0]) > 1e-4
+    np.testing.assert_allclose(captured(other, w)[0], loss, rtol=1e-6)
+    assert abs(captured(other)[0] - captured(x0)[0]) > 1e-4
 
 
 @pytest.mark.parametrize(

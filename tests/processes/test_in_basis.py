@@ -39,9 +39,9 @@ def moments(schedule, t):
     return U @ np.diag(alpha) @ U.T, U @ np.diag(sigma**2) @ U.T
 
 
-def covariance(law):
-    """Of a state of shape (sites,), whatever the example."""
-    return U @ np.diag(np.asarray(law.law.std)[0] ** 2) @ U.T
+def covariance(std):
+    """Of a state of shape (sites,) whose coordinates have these deviations, whatever the example."""
+    return U @ np.diag(np.asarray(std)[0] ** 2) @ U.T
 
 
 def states(seed, batch=3):
@@ -62,30 +62,34 @@ def test_bases_are_what_they_say(x64):
 
 @both
 def test_marginal_bridge_and_reverse_are_matrices(x64, schedule):
-    process, x0, xt = InBasis(Gaussian(schedule), DCT((1,))), states(0), states(1)
+    process, (x0, xt, guess) = InBasis(Gaussian(schedule), DCT((1,))), (np.asarray(states(i)) for i in range(3))
+
+    @jax.jit
+    def ours(s, t):
+        at = jnp.full(3, s), jnp.full(3, t)
+        marginal, bridge = process.marginal(x0, at[1]), process.bridge(x0, xt, *at)
+        known, guessed = (process.reverse(Prediction(x, "x0"), xt, s, t) for x in (x0, guess))
+        laws = [(law.mean, law.law.std) for law in (marginal, bridge, known, guessed)]
+        return laws, marginal.log_prob(xt), process.step_kl(x0, Prediction(guess, "x0"), xt, *at)
+
     for s, t in ((0.2, 0.7), (0.55, 0.56)):
         (a_s, v_s), (a_t, v_t) = moments(schedule, s), moments(schedule, t)
-        marginal = process.marginal(x0, jnp.full(3, t))
-        np.testing.assert_allclose(marginal.mean, x0 @ a_t.T, atol=1e-12)
-        np.testing.assert_allclose(covariance(marginal), v_t, atol=1e-12)
+        (marginal, *laws, (guessed, _)), log_prob, step_kl = ours(jnp.asarray(s), jnp.asarray(t))
+        np.testing.assert_allclose(marginal[0], x0 @ a_t.T, atol=1e-12)
+        np.testing.assert_allclose(covariance(marginal[1]), v_t, atol=1e-12)
         density = -0.5 * np.einsum("bi,ij,bj->b", xt - x0 @ a_t.T, np.linalg.inv(v_t), xt - x0 @ a_t.T)
         density -= 0.5 * np.linalg.slogdet(2 * np.pi * v_t)[1]
-        np.testing.assert_allclose(marginal.log_prob(xt).sum(-1), density, rtol=1e-10)
+        np.testing.assert_allclose(log_prob.sum(-1), density, rtol=1e-10)
         step = a_t @ np.linalg.inv(a_s)
         gain = np.linalg.solve(v_t, step @ v_s).T
         mean, rest = x0 @ a_s.T + (xt - x0 @ a_t.T) @ gain.T, v_s - gain @ step @ v_s
-        for law in (
-            process.bridge(x0, xt, jnp.full(3, s), jnp.full(3, t)),
-            process.reverse(Prediction(x0, "x0"), xt, jnp.asarray(s), jnp.asarray(t)),
-        ):
-            np.testing.assert_allclose(law.mean, mean, atol=1e-10)
-            np.testing.assert_allclose(covariance(law), rest, atol=1e-10)
+        for found, std in laws:
+            np.testing.assert_allclose(found, mean, atol=1e-10)
+            np.testing.assert_allclose(covariance(std), rest, atol=1e-10)
         # A step of the chain costs the KL of two normals of equal covariance.
-        guess = states(2)
-        off = (mean - process.reverse(Prediction(guess, "x0"), xt, jnp.asarray(s), jnp.asarray(t)).mean) @ U
+        off = (mean - guessed) @ U
         kl = 0.5 * (off**2 / np.diag(U.T @ rest @ U)).sum(-1)
-        ours = process.step_kl(x0, Prediction(guess, "x0"), xt, jnp.full(3, s), jnp.full(3, t))
-        np.testing.assert_allclose(ours.sum(-1), kl, rtol=1e-8)
+        np.testing.assert_allclose(step_kl.sum(-1), kl, rtol=1e-8)
 
 
 def test_prior_draws_and_times_are_those_of_the_coordinates(x64):
@@ -95,7 +99,7 @@ def test_prior_draws_and_times_are_those_of_the_coordinates(x64):
     z = np.asarray(random.normal(keys(), (SITES,), jnp.float64))
     a, v = moments(SCHEDULES[0], 0.6)
     prior = process.prior((3, SITES), 0.6)
-    np.testing.assert_allclose(covariance(prior), v + 0.49 * a @ a.T, atol=1e-12)
+    np.testing.assert_allclose(covariance(prior.law.std), v + 0.49 * a @ a.T, atol=1e-12)
     np.testing.assert_allclose(
         prior.sample(keys()), z * np.sqrt(np.diag(U.T @ (v + 0.49 * a @ a.T) @ U)) @ U.T, atol=1e-12
     )
@@ -284,7 +288,8 @@ def test_samplers_reach_the_law(x64, schedule, solver):
         mean, c = noisy_law(times[0])
         for t, s in itertools.pairwise(times):
             matrix, offset = affine(lambda x, t=t, s=s: step(x, jnp.asarray(t), jnp.asarray(s)), SITES)
-            fresh = covariance(process.reverse(Prediction(states(0), "x0"), states(0), jnp.asarray(s), jnp.asarray(t)))
+            reverse = process.reverse(Prediction(states(0), "x0"), states(0), jnp.asarray(s), jnp.asarray(t))
+            fresh = covariance(reverse.law.std)
             mean, c = matrix @ mean + offset, matrix @ c @ matrix.T + (fresh if solver is Ancestral else 0.0)
         errors.append(np.abs(c - noisy_law(times[-1])[1]).max() + np.abs(mean - noisy_law(times[-1])[0]).max())
     order = np.log2(errors[0] / errors[1])

@@ -231,11 +231,16 @@ def test_solvers_that_ask_again_are_refused():
 
 def test_predictions_are_converted_part_by_part():
     xt, t = law.draw(2, 5), jnp.full(5, 0.4)
-    said = law.denoise(xt, t)
-    other = PROCESS.convert(said, "noise+cavity", xt, t)
+
+    @jax.jit
+    def there_and_back(xt):
+        said = law.denoise(xt, t)
+        other = PROCESS.convert(said, "noise+cavity", xt, t)
+        return said, other, PROCESS.convert(other, law.KIND, xt, t)
+
+    said, other, back = there_and_back(xt)
     alpha, sigma = (float(f(jnp.float32(0.4))) for f in (PROCESS["x"].schedule.alpha, PROCESS["x"].schedule.sigma))
     np.testing.assert_allclose(other.value["x"], (xt["x"] - alpha * said.value["x"]) / sigma, rtol=1e-5)
-    back = PROCESS.convert(other, law.KIND, xt, t)
     np.testing.assert_allclose(back.value["x"], said.value["x"], atol=1e-4)
     for name in ("a", "b"):
         np.testing.assert_allclose(np.exp(back.value[name]), np.exp(said.value[name]), atol=1e-5)

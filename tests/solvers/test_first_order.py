@@ -26,25 +26,30 @@ def state(n):
 
 def test_a_step_is_the_reverse_step_times_the_likelihood(x64):
     """Symbols reweighed by exp(slope), numbers moved by the variance times the slope: exact for a linear likelihood."""
-    process, xt, (t, s) = law.PROCESS, state(1), (0.7, 0.4)
-    at = jnp.full(1, t)
+    process, (t, s) = law.PROCESS, (0.7, 0.4)
     denoise = regressed(law.denoise, process, linear, scale=SCALE)
-    said = denoise(xt, at)
-    guided = FirstOrder(process).law(said, xt, s, t, denoise.slopes(xt, at)).laws
-    plain = process.reverse(said, xt, s, t).laws
-    for name, states in (("a", 3), ("b", 3)):
-        log_p = np.array([float(plain[name].log_prob(jnp.full((1, 1), k))[0, 0]) for k in range(states)])
-        want = np.exp(log_p + SCALE * SLOPE[name])
-        found = np.exp([float(guided[name].log_prob(jnp.full((1, 1), k))[0, 0]) for k in range(states)])
-        np.testing.assert_allclose(found, want / want.sum(), atol=1e-12)
-    mean, std = float(plain["x"].mean[0, 0]), float(plain["x"].std[0, 0])
+
+    @jax.jit
+    def both(xt):
+        """Log-probabilities of symbols, and moments of the number: of the plain step and the guided one."""
+        at = jnp.full(1, t)
+        said = denoise(xt, at)
+        guided = FirstOrder(process).law(said, xt, s, t, denoise.slopes(xt, at)).laws
+        laws = process.reverse(said, xt, s, t).laws, guided
+        tell = lambda law: jnp.stack([law.log_prob(jnp.full((1, 1), k))[0, 0] for k in range(3)])
+        log_p = {name: jnp.stack([tell(one[name]) for one in laws]) for name in "ab"}
+        return log_p, [(one["x"].mean[0, 0], one["x"].std[0, 0]) for one in laws]
+
+    log_p, ((mean, std), (guided_mean, guided_std)) = jax.tree.map(np.asarray, both(state(1)))
+    for name in "ab":
+        plain, guided = log_p[name]
+        want = np.exp(plain + SCALE * SLOPE[name])
+        np.testing.assert_allclose(np.exp(guided), want / want.sum(), atol=1e-12)
     x = np.linspace(mean - 8 * std, mean + 8 * std, 4001)
     density = np.exp(-0.5 * ((x - mean) / std) ** 2 + SCALE * SLOPE["x"] * x)
     density /= density.sum()
-    np.testing.assert_allclose(float(guided["x"].mean[0, 0]), (density * x).sum(), rtol=1e-9)
-    np.testing.assert_allclose(
-        float(guided["x"].std[0, 0]) ** 2, (density * x**2).sum() - (density * x).sum() ** 2, rtol=1e-6
-    )
+    np.testing.assert_allclose(guided_mean, (density * x).sum(), rtol=1e-9)
+    np.testing.assert_allclose(guided_std**2, (density * x**2).sum() - (density * x).sum() ** 2, rtol=1e-6)
 
 
 def test_slopes_are_those_of_a_regressor_by_hand(x64):
@@ -53,7 +58,8 @@ def test_slopes_are_those_of_a_regressor_by_hand(x64):
     target = jnp.asarray([0.2, 1.5])
     says = lambda xt: jnp.tanh(xt["x"][:, 0]) * xt["a"][:, 0, 2] + xt["b"][:, 0, 1] - 0.5 * xt["b"][:, 0, 2]
     wanted = lambda xt, t, cond: -0.5 * (says(xt) - cond) ** 2
-    slopes = regressed(law.denoise, process, wanted, scale=2.0).slopes(xt, jnp.full(2, 0.5), target)
+    denoise = regressed(law.denoise, process, wanted, scale=2.0)
+    slopes = jax.jit(lambda xt, target: denoise.slopes(xt, jnp.full(2, 0.5), target))(xt, target)
     said = np.tanh(0.3) - 0.5
     off = -2.0 * (said - np.asarray(target))
     np.testing.assert_allclose(slopes["x"][:, 0], off / np.cosh(0.3) ** 2, rtol=1e-12)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import ddjax
+from ddjax import random
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian, Uniform
+from ddjax.processes import Gaussian, Product, Uniform
 from ddjax.sampling import Observed
 from ddjax.schedules import VPCosine
-from ddjax.solvers import Ancestral, Resampled
+from ddjax.solvers import Ancestral, Churned, DenoisingChain, Nested, Parts, Resampled, StepsDown, Switched
+from ddjax.solvers.base import told
 
 PROCESS = Gaussian(VPCosine())
 POINTS = np.linspace(-1.0, 1.0, 6)
@@ -71,10 +73,13 @@ def exact():
     return gain @ VALUES[known], KERNEL[np.ix_(other, other)] - gain @ KERNEL[np.ix_(known, other)]
 
 
+def shown(n):
+    return Observed(jnp.tile(KNOWN, (n, 1)), jnp.tile(jnp.asarray(VALUES, jnp.float32), (n, 1)))
+
+
 def draw(solver, times, n):
-    observed = Observed(jnp.tile(KNOWN, (n, 1)), jnp.tile(jnp.asarray(VALUES, jnp.float32), (n, 1)))
     return ddjax.sample(
-        jax.random.key(0), denoise, PROCESS, shape=(n, 6), solver=solver, times=times, observed=observed
+        jax.random.key(0), denoise, PROCESS, shape=(n, 6), solver=solver, times=times, observed=shown(n)
     )
 
 
@@ -116,6 +121,44 @@ def test_without_known_sites_and_with_one_round_it_is_the_solver():
     assert abs(many.std() - plain.std()) < 0.1
     seen = draw(Resampled(Ancestral(PROCESS), 1), times, 4)
     assert seen.nfe.tolist() == [4] * 4
+
+
+def resampled(process):
+    return Resampled(Ancestral(process), 3)
+
+
+AROUND = {  # solvers that are the one inside, here
+    "switched": lambda s: Switched((s, s), (0.5,)),
+    "steps down": lambda s: StepsDown(s, eta=0.0),
+    "churned": lambda s: Churned(Switched((s,), ()), gamma=0.0),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["switched", *(pytest.param(n, marks=pytest.mark.slow) for n in AROUND if n != "switched")]
+)
+def test_it_hears_what_is_known_inside_other_solvers(name):
+    """It draws what it draws by itself."""
+    times, solver = np.linspace(1.0, 0.0, 4), resampled(PROCESS)
+    alone, inside = draw(solver, times, 8), draw(AROUND[name](solver), times, 8)
+    np.testing.assert_allclose(inside.x0, alone.x0, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(inside.nfe, alone.nfe)
+
+
+def test_inner_chains_end_at_the_known_values_and_made_solvers_and_parts_hear():
+    n, keys = 4, random.example_keys(jax.random.key(3), jnp.arange(4))
+    observed, xt = shown(n), jax.random.normal(jax.random.key(4), (n, 6))
+    nested = told(Nested(resampled(Gaussian(VPCosine(s=0.0))), 2), observed)  # without noise at t = 0
+    _, carry, info = jax.jit(lambda x: nested.step(keys, nested.init(x), x, 1.0, 0.5, denoise))(xt)
+    np.testing.assert_allclose(np.asarray(carry.x0)[:, KNOWN], np.asarray(observed.value)[:, KNOWN], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(info.nfe, 6)
+    assert told(DenoisingChain(PROCESS, make=resampled), observed).make(PROCESS).observed is observed
+    product = Product({"a": PROCESS, "b": PROCESS})
+    both = Observed({"a": observed.mask, "b": ~observed.mask}, {"a": observed.value, "b": observed.value})
+    heard = dict(told(Parts(product, {"b": Resampled(Ancestral(PROCESS), 1)}), both).solvers)["b"].observed
+    np.testing.assert_array_equal(heard.mask, ~observed.mask)
+    plain = Switched((Ancestral(PROCESS),), ())
+    assert told(plain, observed) is plain
 
 
 def test_what_cannot_be_is_refused():

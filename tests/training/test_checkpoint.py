@@ -16,6 +16,7 @@ import pytest
 from ddjax import training
 from ddjax.training import CheckpointError, Checkpoints, abstract_state, load_ema
 from ddjax.training.manifest import problem
+from ddjax.training.mesh import make_mesh
 
 from . import toy
 
@@ -74,6 +75,26 @@ def spoil_manifest(directory, step):
 
 
 DAMAGE = [truncate, delete, flip, unvouch, spoil_manifest]
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")
+def test_small_arrays_are_not_cut_up_over_devices(tmp_path, monkeypatch):
+    """One of the eight that hold it hands it over, and all have it again; a large one comes in parts."""
+    everywhere = jax.sharding.NamedSharding(make_mesh(), jax.sharding.PartitionSpec())
+    values = {"small": np.arange(64.0, dtype=np.float32).reshape(8, 8), "large": np.ones((2**18,), np.float32)}
+    state = jax.device_put({**values, "key": jax.random.key(3)}, everywhere)
+    cut, slices = [], jax.lax.slice_in_dim
+    monkeypatch.setattr(
+        jax.lax, "slice_in_dim", lambda x, *args, **more: cut.append(x.shape) or slices(x, *args, **more)
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        found, _ = checkpoints.restore(abstract_state(state))
+    assert set(cut) == {values["large"].shape}
+    for name, value in values.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].sharding == everywhere
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(jax.random.key(3))).all()
 
 
 def test_round_trip_is_bitwise(tmp_path):

@@ -1,17 +1,19 @@
 """A network that begins with the parameters of another, and learns from it: by config."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
+import ddjax
 from ddjax import auxiliary
 from ddjax.config import ConfigError
 from ddjax.experiment import build, load_data
 from ddjax.run import load
-from ddjax.training import setup
+from ddjax.training import loop, setup
 from ddjax.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,51 @@ def test_it_learns_from_the_teacher_and_samples_without_it(teacher, tmp_path):
         moved.rename(teacher)
 
 
+def test_a_teacher_is_read_once(teacher, tmp_path, monkeypatch):
+    """Though it is also inherited, and its arithmetic counted."""
+    found, read = [], ddjax.run.load_on_host
+    monkeypatch.setattr(ddjax.run, "load_on_host", lambda path, **more: found.append(path) or read(path, **more))
+    train(tiny.config(**values(teacher)), tmp_path / "run", show=False)
+    assert found == [str(teacher)]
+    config = tiny.config(**values(teacher))
+    experiment = build(config, load_data(config, "train"))
+    ready, batch = setup.prepare(experiment), next(experiment.batches(load_data(config, "train")))
+    counted = setup.step_flops(experiment, batch, ready.teacher)
+    assert counted == setup.step_flops(experiment, batch)
+    alone = build(tiny.config(**{**values(teacher), "objective": VALUES["objective"]}), experiment.data)
+    assert counted > setup.step_flops(alone, batch)
+    assert tiny.metrics(tmp_path / "run")[-1]["distillation"] > 0
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_goes_on_without_what_it_inherited(teacher, tmp_path, monkeypatch):
+    """Bit for bit, and without making a state of its own; one that begins says that it needs it."""
+    old, seen, place = shutil.copytree(teacher, tmp_path / "old"), [], loop.shard_batch
+    more = {"steps": 6, "inherit": {"path": str(old)}}
+    config = tiny.config(**{**VALUES, "denoiser": LINEAR, "train": VALUES["train"] | more})
+    train(config, tmp_path / "whole", show=False)
+
+    def shard_batch(batch, mesh):
+        seen.append(batch)
+        if len(seen) == 6:
+            raise Killed
+        return place(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "shard_batch", shard_batch)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run", show=False)
+    shutil.rmtree(old)
+    train(config, tmp_path / "run", show=False)
+    tiny.assert_same_run(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"config\.train\.inherit\.path='.*old': there is no such folder or file"):
+        train(config, tmp_path / "new", show=False)
+    assert not (tmp_path / "new").exists()  # which another config may have
+
+
 def test_published_weights_teach_too(tmp_path):
     """A file of the authors' layout, under the process that they were trained under."""
     from safetensors.numpy import save_file
@@ -124,6 +171,8 @@ def test_what_does_not_fit_is_refused(teacher):
 
     with pytest.raises(ConfigError, match=r"config\.objective\.teacher needs path"):
         setup.taught(changed("objective", teacher={"prediction": 1.0}))
+    with pytest.raises(ConfigError, match=r"config\.objective\.teacher\.path='nowhere': there is no such folder"):
+        setup.taught(changed("objective", teacher={"path": "nowhere"}))
     with pytest.raises(ConfigError, match=r"no option 'predictions'; did you mean 'prediction'"):
         setup.taught(changed("objective", teacher={"path": str(teacher), "predictions": 1.0}))
     with pytest.raises(ConfigError, match=r"config\.train\.inherit: 'inherit': the teacher has no"):

@@ -181,7 +181,7 @@ def test_a_bad_batch_is_passed_over_from_the_checkpoint_before_it(tmp_path, monk
     assert [m["step"] for m in tiny.metrics(tmp_path / "run")] == [4, 8, 10]
     # By hand: three good steps, then with batches 6 to 12.
     experiment = ddjax.experiment.build(config, loop.load_data(config, "train"))
-    _, state, _, step = setup.prepare(experiment)
+    _, state, _, step, _ = setup.prepare(experiment)
     batches = experiment.batches(loop.load_data(config, "train"), process_index=0, process_count=1)
     for number in range(13):
         batch = next(batches)
