@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddjax.training.mesh import path_name
+from ddjax.training.mesh import SCANNED, path_name
 from ddjax.types import Params, PyTree
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -52,8 +52,13 @@ def learning_rate_schedule(
 
 
 def decays(params: Params) -> PyTree:
-    """Which parameters weight decay shrinks: those with two axes or more (not biases, scales, scalars)."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    """Which parameters weight decay shrinks: those with two axes or more (not biases, scales, scalars).
+
+    The axis of scanned layers does not count, nor do the slopes and offsets of times (`layers.TimeVector`), which are
+    vectors: a network decays as it does unrolled.
+    """
+    layers = lambda path: 1 if SCANNED.search(path_name(path)) else 0  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim - layers(path) >= 2, params)
 
 
 def adamw(learning_rate: float, steps: int, **options: Any) -> optax.GradientTransformation:
@@ -82,7 +87,7 @@ def optimizer(
         parameter); "lion" (Chen et al. 2023; wants a rate 3 to 10 times lower, and b2 = 0.99); "muon" (Jordan et al.
         2024), for the matrices inside blocks, layer by layer, at the RMS of AdamW's updates, with AdamW
         (and Nesterov's momentum) for the rest.
-    weight_decay: decoupled, times the learning rate; on parameters of two axes or more only.
+    weight_decay: decoupled, times the learning rate; on parameters of two axes or more only (`decays`).
     clip: bound on the gradient's global norm, applied before all else; None or 0 for none.
     moments: dtype of the first moment, "float32" or "bfloat16". The second moment stays float32: it moves by
         (1 - b2) of itself a step, and bfloat16 does not resolve less than 1/256.

@@ -225,3 +225,23 @@ def test_forced_weights_change_no_output(build):
     np.testing.assert_allclose(out, again, atol=1e-3 * largest(out))  # the epsilon of the norm acts again
     kernel = forced(params)["encoder"]["0"]["conv_in"]["kernel"]
     np.testing.assert_allclose(np.sqrt((kernel**2).mean((0, 1, 2))), 1, atol=1e-3)
+
+
+def test_edm2_tells_its_uncertainty():
+    """u(t), by equations 47 and 75 in NumPy; the output does not depend on it."""
+    init, apply = functional_init(
+        lambda rngs: EDM2(**{**SMALL, "head_width": 8, "time_scale": 0.7, "uncertainty": 6}, rngs=rngs)
+    )
+    params = init(jax.random.key(0))
+    own = params["uncertainty"] = jax.tree.map(lambda x: 3.0 * x + 0.1, params["uncertainty"])
+    xt, t, labels = inputs()
+    with taps.record("uncertainty") as seen:
+        apply(params, xt, t, labels)
+    kernel, frequencies, phases = (np.asarray(v, np.float64) for v in jax.tree.leaves(
+        (own["linear"]["kernel"], own["frequencies"], own["phases"])))  # fmt: skip
+    unit = kernel[:, 0] / (1e-4 + np.sqrt((kernel**2).mean()))
+    expected = np.sqrt(2) * np.cos(0.7 * t.astype(np.float64)[:, None] * frequencies + phases) @ unit / np.sqrt(6)
+    np.testing.assert_allclose(seen["uncertainty"], expected, rtol=0, atol=2e-5)
+    assert np.ptp(expected) > 0.1
+    with pytest.raises(ValueError, match="uncertainty=6"):
+        functional_init(lambda rngs: EDM2(**SMALL, time=False, uncertainty=6, rngs=rngs))
