@@ -200,9 +200,8 @@ def test_the_uncertainty_of_edm2_stays(tmp_path, prefix):
     with taps.record("uncertainty") as seen:
         out = model.apply(model.params, xt, t, labels)
     np.testing.assert_array_equal(out, net.apply(net.params, xt, t, labels))
-    _, u = module(
-        torch.from_numpy(xt.transpose(0, 3, 1, 2)), torch.from_numpy(np.exp(4 * t))[:, None, None, None], None
-    )
+    sigma = torch.from_numpy(np.exp(4 * t))[:, None, None, None]
+    _, u = module(torch.from_numpy(xt.transpose(0, 3, 1, 2)), sigma, torch.zeros(BATCH, CLASSES))
     np.testing.assert_allclose(seen["uncertainty"], u.detach().numpy()[:, 0, 0, 0], rtol=0, atol=2e-5)
     assert np.ptp(seen["uncertainty"]) > 0.1
     missing = {k: v for k, v in tensors.items() if k != "logvar_fourier.phases"}

@@ -80,7 +80,7 @@ def test_it_is_of_the_network_alone():
 
 def test_the_networks_own_uncertainty_is_learned_and_stays():
     built, items = experiment("edm2", "own_uncertainty", uncertainty=16)
-    (state, losses), (spread, others) = (train(built, items, *m) for m in ((None, 1), ({"data": 2, "fsdp": 4}, 8)))
+    (state, losses), (_, others) = (train(built, items, *m) for m in ((None, 1), ({"data": 2, "fsdp": 4}, 8)))
     np.testing.assert_allclose(others, losses, atol=2e-4)
     np.testing.assert_allclose(norms(state.params), 1, atol=2e-4)
     begun, now = (p["uncertainty"] for p in (initial_state(built, jax.random.key(0)).params, state.params))
