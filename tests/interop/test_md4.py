@@ -32,7 +32,7 @@ CASES = {
 }
 GIVEN = {"labelled": {"mlp_type": "swiglu"}, "geglu": {"mlp_type": "geglu"}, "untimed": {"heads": 2}}
 GIVEN |= {"transformer": {"heads": 3}, "labelled transformer": {"heads": 2}}
-FAST = ("characters", "untimed", "transformer")
+FAST = ("characters", "untimed")
 every = pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES])
 
 
@@ -109,6 +109,7 @@ def test_the_same_network_scanned(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked), model.params)
 
 
+@pytest.mark.slow
 def test_who_knows_the_heads(tmp_path):
     _, _, params = made("transformer")
     path = saved(params, tmp_path)
