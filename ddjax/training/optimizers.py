@@ -113,16 +113,16 @@ def optimizer(
     elif name == "lion":
         update = optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays, mu_dtype=dtype)
     elif name == "muon":
-        update = optax.contrib.muon(
-            rate,
-            weight_decay=weight_decay,
-            weight_decay_mask=decays,
-            mu_dtype=dtype,
-            adam_b1=b1,
-            adam_b2=b2,
-            adam_weight_decay=weight_decay,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=MUON_RMS,
+        options = {"weight_decay": weight_decay, "mu_dtype": dtype}
+        update = optax.partition(
+            {
+                "muon": optax.contrib.muon(
+                    rate, muon_weight_dimension_numbers=matrices, consistent_rms=MUON_RMS, **options
+                ),
+                # Not optax's own, which decays vectors, too.
+                "adamw": optax.adamw(rate, b1=b1, b2=b2, nesterov=True, mask=decays, **options),
+            },
+            _of_muon,
         )
     else:
         raise ValueError(f"unknown optimizer {name!r}; it is one of adamw, adafactor, lion, muon")
@@ -154,6 +154,11 @@ def matrices(params: Params) -> PyTree:
         return optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix else None
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def _of_muon(params: Params) -> PyTree:
+    places = matrices(params)
+    return jax.tree.map(lambda p, place: "muon" if place else "adamw", params, places)
 
 
 def scale_groups(groups: Groups) -> optax.GradientTransformation:

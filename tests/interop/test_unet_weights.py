@@ -203,7 +203,7 @@ def test_the_uncertainty_of_edm2_stays(tmp_path, prefix):
     sigma = torch.from_numpy(np.exp(4 * t))[:, None, None, None]
     _, u = module(torch.from_numpy(xt.transpose(0, 3, 1, 2)), sigma, torch.zeros(BATCH, CLASSES))
     np.testing.assert_allclose(seen["uncertainty"], u.detach().numpy()[:, 0, 0, 0], rtol=0, atol=2e-5)
-    assert np.ptp(seen["uncertainty"]) > 0.1
+    assert np.ptp(seen["uncertainty"]) > 0.05
     missing = {k: v for k, v in tensors.items() if k != "logvar_fourier.phases"}
     save_file(missing, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"missing: logvar_fourier\.phases"):

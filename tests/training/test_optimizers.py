@@ -102,6 +102,7 @@ def test_updates_are_the_formulas(x64, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
