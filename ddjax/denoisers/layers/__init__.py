@@ -34,6 +34,7 @@ from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.layers.generated import GeneratedDepthwise, GeneratedLinear, GeneratedMLP, Generator
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.patch_transformer import PatchTransformer
 from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
 from ddjax.denoisers.layers.stacking import stack_blocks, unstack_blocks
@@ -61,6 +62,7 @@ __all__ = [
     "LinearAttention",
     "LongSkips",
     "Mamba",
+    "PatchTransformer",
     "PooledExperts",
     "RMSNorm",
     "ResBlock",
