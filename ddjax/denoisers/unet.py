@@ -53,7 +53,8 @@ class UNet(UShaped):
         dropout: rate between the convolutions of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
-        scan: neighbouring blocks that are equal are scanned (`UShaped.lay`; `stack_blocks` turns the parameters).
+        scan: neighbouring blocks that are equal are scanned (`UShaped.lay`; `stack_blocks` turns the parameters): a
+            smaller program; on a CPU steps are slower, and compiling is not faster.
         remat: of each block, see `layers.Stack`.
         rngs: keys of the initial parameters.
 
