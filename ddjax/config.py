@@ -117,18 +117,18 @@ class ObjectiveConfig:
     """What is minimised."""
 
     # elbo, any_order, cross_entropy, score_entropy, generalised_kl, d3pm_hybrid, ddpd, genmd4, glauber, duo,
-    # block_elbo, grouped, diffusion_forcing, marginals; of values elbo, gaussian, learned_uncertainty, adaptive,
-    # fokker_planck, contrastive_flow_matching, ddpm_hybrid, ambient, interpolant, multimarginal, mixture_steps,
-    # soft_mixture; of a product elbo, tabddpm, digress, by_parts; with the process's parameters learned_elbo,
-    # learned_process, adaptive_noise (adaptive_gaussian's)
+    # block_elbo, grouped, diffusion_forcing, marginals; of values elbo, gaussian, learned_uncertainty, own_uncertainty,
+    # adaptive, fokker_planck, contrastive_flow_matching, ddpm_hybrid, ambient, interpolant, multimarginal,
+    # mixture_steps, soft_mixture; of a product elbo, tabddpm, digress, by_parts; with the process's parameters
+    # learned_elbo, learned_process, adaptive_noise (adaptive_gaussian's)
     name: str = "elbo"
     condition_dropout: float = 0.1  # chance that an example's label is hidden, for classifier-free guidance
     # tabddpm: t_range, or steps and end; digress: edges; by_parts: losses, weights, and as tabddpm;
     # elbo: t_range, or steps and end (of a chain), weighting (clipped, dynamic) and w_max; cross_entropy: at;
     # genmd4: every; marginals: weight; d3pm_hybrid: steps, ce_weight; block_elbo: clip; duo: tau, log_snr, top;
-    # grouped: numbers (of steps); diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty: error,
-    # weighting, density and their arguments; fokker_planck: these and weight; learned_process: t_range, curvature;
-    # adaptive_noise: draws, t_range;
+    # grouped: numbers (of steps); diffusion_forcing: t_range, frame_axes; gaussian, learned_uncertainty,
+    # own_uncertainty: error, weighting, density and their arguments; fokker_planck: these and weight; learned_process:
+    # t_range, curvature; adaptive_noise: draws, t_range;
     # elbo, gaussian: uniforms (stratified, antithetic, independent: how times are spread over a batch);
     # mixture_steps, soft_mixture: steps, end; multimarginal: concentration; interpolant: error, density, coupling
     # (independent; transported and group; and with x1 from the data paired, coarse and factor, blurred and width, holes

@@ -191,6 +191,7 @@ OBJECTIVES = {
     "learned_uncertainty": Named(
         objectives.learned_uncertainty, _FACTORS, parameters=objectives.uncertainty_parameters
     ),
+    "own_uncertainty": Named(objectives.own_uncertainty, _FACTORS, listens=True),
     "adaptive": Named(objectives.adaptive, {"weighting": WEIGHTINGS}, parameters=objectives.adaptive_parameters),
     "contrastive_flow_matching": Named(objectives.contrastive_flow_matching, {"density": DENSITIES}),
     "ddpm_hybrid": Named(objectives.ddpm_hybrid),

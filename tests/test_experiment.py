@@ -42,6 +42,7 @@ def blocks(process="masked", kind="posterior", **sections):
 EDM = {"weighting": "unit", "density": "log_normal_sigma", "mean": -1.0}
 LEARNED = {"name": "gaussian", "schedule": "monotone"}
 BRANCHES = {"widths": [8, 4], "depths": [3, 3], "heads": 2, "output_heads": True}
+UNCERTAIN = {"width": 8, "multipliers": [1], "blocks": 1, "head_width": 8, "uncertainty": 4}
 TRAINABLE = {
     "masked": (config(), IMAGES),
     "any_order": (config(objective={"name": "any_order"}), IMAGES),
@@ -111,6 +112,15 @@ TRAINABLE = {
     "v": (gaussian("v", "vp_cosine", objective={"name": "gaussian", "options": {"error": "noise"}}), FLOATS),
     "x0": (gaussian("x0", "vp_linear", objective={"name": "elbo"}), FLOATS),
     "learned uncertainty": (gaussian("edm", "edm", objective={"name": "learned_uncertainty", "options": EDM}), FLOATS),
+    "own uncertainty": (
+        gaussian(
+            "edm",
+            "edm",
+            denoiser={"name": "edm2", "kind": "edm", "options": UNCERTAIN},
+            objective={"name": "own_uncertainty", "options": EDM},
+        ),
+        FLOATS,
+    ),
     "adaptive": (
         gaussian(objective={"name": "adaptive", "options": {"weighting": "sigmoid", "bias": 1.0, "floor": 0.1}}),
         FLOATS,

@@ -1,4 +1,4 @@
-"""What networks hold (adapters' trunks, teachers) goes into compiled programs as inputs, not as constants."""
+"""What networks and objectives hold (adapters' trunks, teachers, LPIPS) goes into compiled programs as inputs."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from ddjax import bind, grids, lora, sample, sampling
+from ddjax.autoencoders import KLAutoencoder, KLObjective, perceptual
 from ddjax.denoisers import TextTransformer, functional_init, taught
 from ddjax.denoisers.outputs import FirstHeads
 from ddjax.objectives import elbo
@@ -156,6 +157,45 @@ def test_sampling_has_no_constant_of_its_size_and_does_not_compile_again():
     other, more = adapted()
     sample(jax.random.key(1), bind(other, noise(more, seed=8), PROCESS, "posterior"), PROCESS, **options)
     assert sampling._sample._cache_size() == before
+
+
+def photographs(seed=4):
+    """LPIPS with as many parts, a convolution of 32 features in each."""
+    shapes = tuple(((3, 3, 3 if i == 0 else 32, 32),) for i in range(5))
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)
+    kernels = tuple((draw(shape),) for (shape,) in shapes)
+    return perceptual.Perceptual(kernels, tuple((draw(32),) for _ in kernels), tuple(draw(32) ** 2 for _ in kernels))
+
+
+@pytest.mark.slow
+def test_the_perceptual_loss_of_an_autoencoder_goes_in_as_well():
+    autoencoder = KLAutoencoder((16, 16, 1), channels=2, width=4, multipliers=(1,), blocks=1, groups=2)
+    objective = KLObjective(autoencoder, photographs(), width=4, layers=1)
+    held = size(objective)
+    assert held > 1e5
+    rule, mesh = optax.sgd(1e-3), meshes.make_mesh(None, jax.devices()[:1])
+    step = make_train_step(objective, None, rule)
+    start = functools.partial(init_state, objective.init, rule)
+    state, shardings = meshes.init_sharded(start, mesh, (), jax.random.key(2))
+    batch = {"x0": np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 1)).astype(np.float32)}
+    compiled = meshes.compile_step(step, shardings, mesh)
+    assert constants(compiled.lower(state, batch)) < 1000
+    closed = jax.jit(lambda state, batch: step(state, batch))
+    assert constants(closed.lower(state, batch)) > held
+    wanted, wanted_metrics = closed(state, batch)
+    # Other weights, the same program.
+    taking = jax.jit(lambda step, *rest: step(*rest)[1]["loss"])
+    losses = [
+        taking(jax.tree.unflatten(jax.tree.structure(step), jax.tree.leaves(photographs(seed))), state, batch)
+        for seed in (4, 5)
+    ]
+    assert taking._cache_size() == 1
+    np.testing.assert_allclose(losses[0], wanted_metrics["loss"], rtol=2e-6)
+    assert abs(losses[1] - losses[0]) > 1e-3 * abs(losses[0])
+    new, metrics = compiled(state, batch)
+    found = (new.params, metrics), (wanted.params, wanted_metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *found)
 
 
 def test_functions_around_others_are_pytrees_of_what_these_hold():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from ddjax import random
 from ddjax.denoisers.functional import Functional, functional_init
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock
-from ddjax.denoisers.unet import check_sides
+from ddjax.denoisers.u_shaped import check_sides
 from ddjax.types import Keys, Params
 
 Latents = Float[Array, "batch h w channels"]

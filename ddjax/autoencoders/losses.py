@@ -17,7 +17,10 @@ from ddjax.autoencoders.perceptual import Perceptual
 from ddjax.denoisers.functional import Functional, functional_init
 from ddjax.types import Params, Rows
 
+STATIC = {"static": True}
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class KLObjective:
     """The loss of Rombach et al. 2022 (CompVis/latent-diffusion, `LPIPSWithDiscriminator`), of an autoencoder.
@@ -30,17 +33,19 @@ class KLObjective:
     kernel, up to 1e4, so that they pull alike. D is trained at once, by half of the sum of mean relu(1 - D(x)) and mean
     relu(1 + D(y)). One loss holds all of it: no part's gradient reaches the parameters of the other.
 
+    It is a pytree, the weights of the perceptual loss its leaves: inputs of a compiled step (`make_train_step`).
+
     perceptual_loss: None for none. perceptual, kl, adversarial: weights; adversarial 0 leaves the discriminator alone.
     width, layers: of the discriminator.
     """
 
-    autoencoder: KLAutoencoder
+    autoencoder: KLAutoencoder = dataclasses.field(metadata=STATIC)
     perceptual_loss: Perceptual | None = None
-    perceptual: float = 1.0
-    kl: float = 1e-6
-    adversarial: float = 0.5
-    width: int = 64
-    layers: int = 3
+    perceptual: float = dataclasses.field(default=1.0, metadata=STATIC)
+    kl: float = dataclasses.field(default=1e-6, metadata=STATIC)
+    adversarial: float = dataclasses.field(default=0.5, metadata=STATIC)
+    width: int = dataclasses.field(default=64, metadata=STATIC)
+    layers: int = dataclasses.field(default=3, metadata=STATIC)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Parameters: "autoencoder", "discriminator", and "log_variance", s."""
@@ -92,10 +97,9 @@ class KLObjective:
             metrics |= {"discriminator": hinge, "adversarial_weight": weight}
         return loss, metrics
 
-    @functools.cached_property
+    @property
     def _discriminator(self) -> Functional:
-        channels = self.autoencoder.shape[2]
-        return functional_init(lambda rngs: PatchGAN(channels, width=self.width, layers=self.layers, rngs=rngs))
+        return _discriminator(self.autoencoder.shape[2], self.width, self.layers)
 
     def _weight(self, own: Params, z: Array, likelihood: Any, fooled: Any) -> Float[Array, ""]:
         """How much the discriminator counts beside the likelihood."""
@@ -110,3 +114,9 @@ class KLObjective:
 
         ratio = length(likelihood) / (length(fooled) + 1e-4)
         return jax.lax.stop_gradient(self.adversarial * jnp.clip(ratio, 0.0, 1e4))
+
+
+@functools.cache
+def _discriminator(channels: int, width: int, layers: int) -> Functional:
+    """Traced once for each architecture."""
+    return functional_init(lambda rngs: PatchGAN(channels, width=width, layers=layers, rngs=rngs))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def train(
     if objective is not None and objective.autoencoder != autoencoder:
         raise ValueError("objective is of another autoencoder than the one to be trained: build it with this one")
     optimizer = adamw(learning_rate, steps, warmup=min(warmup, steps), clip=1.0, b1=b1, b2=b2)
-    making = lambda loss: jax.jit(make_train_step(loss, None, optimizer, ema=Ema(ema)), donate_argnums=0)  # noqa: E731
+    taking = jax.jit(lambda step, *rest: step(*rest), donate_argnums=1)  # what the step holds goes in, too
+    making = lambda loss: partial(taking, make_train_step(loss, None, optimizer, ema=Ema(ema)))  # noqa: E731
     if isinstance(autoencoder, KLAutoencoder):
         objective = KLObjective(autoencoder, adversarial=0.0) if objective is None else objective
         init, later = objective.init, making(objective)

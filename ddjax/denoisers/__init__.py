@@ -20,7 +20,7 @@ from ddjax.denoisers.graph import GraphTransformer
 from ddjax.denoisers.graph_features import graph_features
 from ddjax.denoisers.inf_dit import InfDiT
 from ddjax.denoisers.inheritance import inherited
-from ddjax.denoisers.layers.blocks import stack_blocks, unstack_blocks
+from ddjax.denoisers.layers.stacking import stack_blocks, unstack_blocks
 from ddjax.denoisers.logistic import TruncatedLogistic, truncated_logistic_logits
 from ddjax.denoisers.low_rank import LowRankGaussian
 from ddjax.denoisers.multi_resolution import MultiResolution

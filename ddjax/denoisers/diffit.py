@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int, Key
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Attention
 from ddjax.denoisers.layers.basic import MLP, DType, check_rate, dropout, dropout_keys, layer_norm
-from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Image, Resampling
+from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Image, Resampling, unwindowed, windows
 from ddjax.denoisers.layers.embed import Conditioner
-from ddjax.denoisers.unet import FinalConv, Stage, UShaped, check_sides
+from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides
+from ddjax.denoisers.unet import FinalConv
 from ddjax.placement import constrain
 from ddjax.random import split
 from ddjax.taps import Below, tap
@@ -49,7 +50,7 @@ class DiffiT(UShaped):
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
         attention: None, "xla" or "cudnn" (`layers.dot_product_attention`).
-        remat: of each block, see `layers.Stack`.
+        scan, remat: see `UNet`.
         rngs: keys of the initial parameters.
 
     Raises:
@@ -77,6 +78,7 @@ class DiffiT(UShaped):
         embed_width: int | None = None,
         bits: int = 0,
         attention: str | None = None,
+        scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
@@ -103,7 +105,7 @@ class DiffiT(UShaped):
             )  # fmt: skip
 
         self.embed = Conv(self.features_in, encoder[0].features_in, dtype=dtype, rngs=rngs)
-        self.lay(encoder, decoder, block, middle_attends=None, remat=remat)
+        self.lay(encoder, [], decoder, block, remat=remat, scan=scan)
         norm = partial(GroupNorm, least=4)
         self.final = FinalConv(decoder[-1].features_out, self.features_out, norm=norm, dtype=dtype, rngs=rngs)
 
@@ -165,9 +167,9 @@ class DiffiTBlock(nnx.Module):
         c: Float[Array, "batch cond"],
         *,
         keys: Key[Array, " batch"] | None = None,
-        name: str = "block",
+        name: str | None = None,
     ) -> Image:
-        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps."""
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
         named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else split(keys)
         x = constrain(x, "batch", None, None, None)
@@ -181,22 +183,6 @@ class DiffiTBlock(nnx.Module):
         h = h + dropout(named("/mlp", self.mlp(layer_norm(h))), self.dropout, keys_m)
         x = (x if self.shortcut is None else self.shortcut(x)) + h
         return named("", constrain(x, "batch", None, None, None))
-
-
-def windows(x: Image, grid: tuple[int, int]) -> Float[Array, "windows sites features"]:
-    """The windows of all images, row by row, those of an image one behind the other."""
-    batch, height, width, features = x.shape
-    rows, columns = grid
-    x = x.reshape(batch, height // rows, rows, width // columns, columns, features)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, features)
-
-
-def unwindowed(x: Float[Array, "windows sites features"], shape: tuple[int, ...], grid: tuple[int, int]) -> Image:
-    """The images, of this shape, whose windows these are."""
-    batch, height, width, _ = shape
-    rows, columns = grid
-    x = x.reshape(batch, height // rows, width // columns, rows, columns, x.shape[-1])
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, x.shape[-1])
 
 
 def _plan(widths: Sequence[int], blocks: int) -> tuple[list[Stage], list[Stage]]:

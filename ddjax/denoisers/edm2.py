@@ -16,9 +16,9 @@ from ddjax.denoisers.layers.attention import check_implementation, dot_product_a
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
-from ddjax.denoisers.unet import Stage, UShaped, check_sides, plan
+from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.placement import constrain
-from ddjax.taps import tap
+from ddjax.taps import Below, tap
 from ddjax.types import Params, SoftTokens
 
 EPSILON = 1e-4
@@ -45,6 +45,19 @@ def mp_concatenate(a: Array, b: Array, t: float) -> Array:
     sizes = a.shape[-1], b.shape[-1]
     whole = math.sqrt(sum(sizes)) / math.hypot(1 - t, t)
     return jnp.concatenate([a * (whole * (1 - t) / sizes[0] ** 0.5), b * (whole * t / sizes[1] ** 0.5)], axis=-1)
+
+
+def mp_fourier(
+    t: Float[Array, " batch"], frequencies: Float[Array, " waves"], phases: Float[Array, " waves"]
+) -> Float[Array, "batch waves"]:
+    """sqrt(2) cos(frequency t + phase), of unit magnitude (equation 75); frequencies and phases get no gradient."""
+    return 2**0.5 * jnp.cos(t[:, None] * jax.lax.stop_gradient(frequencies) + jax.lax.stop_gradient(phases))
+
+
+def random_waves(waves: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
+    """Frequencies, normal, and phases, uniform, of `mp_fourier`; both times 2 pi."""
+    normal, uniform = (f(rngs.params(), (waves,)) for f in (jax.random.normal, jax.random.uniform))
+    return nnx.Param(2 * jnp.pi * normal), nnx.Param(2 * jnp.pi * uniform)
 
 
 class MPConv(nnx.Module):
@@ -85,13 +98,13 @@ class MPAttention(nnx.Module):
         self.qkv = MPConv(features, 3 * features, 1, dtype=dtype, rngs=rngs)
         self.out = MPConv(features, features, 1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Image, name: str = "attention") -> Image:
-        """The branch. name: the prefix of the taps."""
+    def __call__(self, x: Image, named: Below = Below()) -> Image:
+        """The branch. named: taps keys and values."""
         batch, height, width, features = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, self.heads, 3, features // self.heads)
         heads = "heads" if self.heads > 1 else None  # a single one is on every device
         q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, heads, None) for i in range(3))
-        k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
+        k, v = named("/keys", k), named("/values", v)
         return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
 
 
@@ -127,10 +140,15 @@ class MPBlock(nnx.Module):
         self.attention = MPAttention(b, heads, dtype=dtype, implementation=attention, rngs=rngs) if heads else None
 
     def __call__(
-        self, x: Image, c: Float[Array, "batch cond"], *, keys: Key[Array, " batch"] | None = None, name: str = "block"
+        self,
+        x: Image,
+        c: Float[Array, "batch cond"],
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        name: str | None = None,
     ) -> Image:
-        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps."""
-        x = constrain(x, "batch", None, None, None)
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        x, named = constrain(x, "batch", None, None, None), Below(name)
         if self.resample is not None:
             x = downsample(x) if self.resample == "down" else upsample(x)
         if self.encodes:
@@ -142,8 +160,24 @@ class MPBlock(nnx.Module):
             x = self.shortcut(x)
         x = mp_sum(x, h, self.balance)
         if self.attention is not None:
-            x = mp_sum(x, tap(f"{name}/attention", self.attention(x, f"{name}/attention")), self.balance)
-        return tap(name, constrain(jnp.clip(x, -self.clip, self.clip), "batch", None, None, None))
+            y = named("/attention", self.attention(x, Below(name and f"{name}/attention")))
+            x = mp_sum(x, y, self.balance)
+        return named("", constrain(jnp.clip(x, -self.clip, self.clip), "batch", None, None, None))
+
+
+class Uncertainty(nnx.Module):
+    """u(t), the logarithm of the squared error to be expected at a time (Karras et al. 2024, equations 14 and 21).
+
+    A layer with normalised weights, and no bias, of so many waves of the time.
+    """
+
+    def __init__(self, waves: int, *, rngs: nnx.Rngs):
+        self.frequencies, self.phases = random_waves(waves, rngs)
+        self.linear = MPConv(waves, 1, 0, rngs=rngs)
+
+    def __call__(self, t: Float[Array, " batch"]) -> Float[Array, " batch"]:
+        """Of each time."""
+        return self.linear(mp_fourier(t, self.frequencies[...], self.phases[...]))[:, 0]
 
 
 class EDM2(UShaped):
@@ -152,17 +186,20 @@ class EDM2(UShaped):
     No norm with statistics of the data, no bias: every layer keeps the magnitude of its input. It is made for inputs of
     unit magnitude and told EDM's c_noise as the time (`kind="edm"`). A gain that starts at zero scales the output.
     While it trains, its kernels should be normalised after each update (`forced`): the learning rate then means
-    something. Its taps are those of `UNet`.
+    something. Its taps are those of `UNet`, and "uncertainty", `(batch,)`.
 
     Args:
         shape, symbols_in, symbols_out, out_channels, embed_width, bits: see `DiT`.
-        width, multipliers, blocks, attend_at, num_classes, time, dropout, dtype, attention, remat: see `UNet`.
+        width, multipliers, blocks, attend_at, num_classes, time, dropout, dtype, attention, scan, remat: see
+            `UNet`.
         head_width: features of each head.
         time_scale: the random waves are those of time_scale * t.
         balance: weight of each branch against its shortcut, 0 to 1.
         label_balance: weight of the label against the time.
         skip_balance: weight of the skip connection against the backbone.
         clip: largest number behind a block.
+        uncertainty: waves of the time of which the network makes its uncertainty, told at the tap alone, for
+            `objectives.own_uncertainty` (theirs: 128). 0: it has none.
         rngs: keys of the initial parameters.
 
     Raises:
@@ -189,10 +226,12 @@ class EDM2(UShaped):
         label_balance: float = 0.5,
         skip_balance: float = 0.5,
         clip: float = 256.0,
+        uncertainty: int = 0,
         dtype: DType = jnp.float32,
         embed_width: int | None = None,
         bits: int = 0,
         attention: str | None = None,
+        scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
@@ -206,9 +245,7 @@ class EDM2(UShaped):
         levels = [(round(m * width), shape[0] >> i in attend_at) for i, m in enumerate(multipliers)]
         first, cond_width = levels[0][0], max(size for size, _ in levels)
 
-        normal, uniform = (f(rngs.params(), (first,)) for f in (jax.random.normal, jax.random.uniform))
-        self.frequencies = nnx.Param(2 * jnp.pi * normal)  # fixed: they get no gradient
-        self.phases = nnx.Param(2 * jnp.pi * uniform)
+        self.frequencies, self.phases = random_waves(first, rngs)
         self.time_in = MPConv(first, cond_width, 0, rngs=rngs)
         self.labels = MPConv(num_classes, cond_width, 0, rngs=rngs) if num_classes else None
 
@@ -223,11 +260,15 @@ class EDM2(UShaped):
                 clip=clip, dtype=dtype, attention=attention, rngs=rngs,
             )  # fmt: skip
 
-        encoder, decoder = plan(levels, first, blocks, "all")
+        encoder, middle, decoder = plan(levels, first, blocks, "all")
         self.embed = MPConv(self.features_in + 1, first, 3, dtype=dtype, rngs=rngs)
-        self.lay(encoder, decoder, block, middle_attends=True, remat=remat)
+        self.lay(encoder, middle, decoder, block, remat=remat, scan=scan)
         self.final = MPConv(first, self.features_out, 3, dtype=at_least_float32(dtype), rngs=rngs)
         self.gain = nnx.Param(jnp.zeros((), jnp.float32))
+        if uncertainty and not time:
+            raise ValueError(f"uncertainty={uncertainty} is a function of the time, which time=False ignores")
+        # Last, so that a network without it has the initial weights that it had.
+        self.uncertainty = Uncertainty(uncertainty, rngs=rngs) if uncertainty else None
 
     def __call__(
         self,
@@ -241,7 +282,11 @@ class EDM2(UShaped):
         """Run the network: arguments, result and errors are those of `UNet`, without a latent."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = constrain(tap("condition", self._condition(batch, t, cond)), "batch", None)
+        t = check_time(t, batch, None).astype(jnp.float32) if self.time else jnp.zeros((), jnp.float32)
+        t = jnp.broadcast_to(self.time_scale * t, (batch,))
+        c = constrain(tap("condition", self._condition(t, cond)), "batch", None)
+        if self.uncertainty is not None:
+            tap("uncertainty", self.uncertainty(t))
         tap("sites", self.places())
         x = self.features(self.patches(xt)).reshape(batch, *self.grid, -1)
         h = tap("embed", self.embed(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)))
@@ -249,15 +294,11 @@ class EDM2(UShaped):
         y = self.final(tap("final", h), self.gain[...])
         return self.images(y.reshape(batch, -1, self.features_out))
 
-    def _condition(self, batch: int, t: Array | None, cond: Any) -> Float[Array, "batch cond"]:
+    def _condition(self, t: Float[Array, " batch"], cond: Any) -> Float[Array, "batch cond"]:
         if isinstance(cond, Mapping):
             raise ValueError(f"cond has entries {', '.join(cond)}; this network takes labels alone, or None")
-        labels = check_labels(cond, self.num_classes, batch)
-        angles = jax.lax.stop_gradient(self.phases[...])
-        if self.time:
-            t = self.time_scale * check_time(t, batch, None).astype(jnp.float32)
-            angles = angles + t[:, None] * jax.lax.stop_gradient(self.frequencies[...])
-        c = self.time_in(2**0.5 * jnp.cos(jnp.broadcast_to(angles, (batch, angles.shape[-1]))))
+        labels = check_labels(cond, self.num_classes, len(t))
+        c = self.time_in(mp_fourier(t, self.frequencies[...], self.phases[...]))
         if self.labels is not None:
             known = (labels != self.num_classes)[:, None]
             rows = self.labels.weights(self.num_classes**0.5)

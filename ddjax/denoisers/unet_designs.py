@@ -18,6 +18,8 @@ class UNetDesign:
         project: shortcuts of those blocks have a convolution though the width stays.
         scale_shift: the condition scales and shifts, or is added (`layers.ResBlock`).
         modulation_bias: the layers that do this have biases.
+        told_norms: the condition acts in their place on every norm, of both halves of a block and the last, which have
+            no parameters of their own (`layers.GroupNorm`).
         gain: times every sum of a branch and its shortcut.
         groups, least, epsilon: of the norms (`layers.GroupNorm`).
         up_attention: of the blocks on the way up "all" attend where those on the way down do, or the "last" of each
@@ -42,6 +44,7 @@ class UNetDesign:
     project: bool = False
     scale_shift: bool = True
     modulation_bias: bool = True
+    told_norms: bool = False
     gain: float = 1.0
     groups: int = 32
     least: int = 1
@@ -85,6 +88,7 @@ _VDM = UNetDesign(
     scale_shift=False, modulation_bias=False, epsilon=1e-6, input_waves=(6, 7), add_input=True, time="sin_cos",
     endpoint=True,
 )  # fmt: skip
+_MD4 = dataclasses.replace(_VDM, input_waves=(), add_input=False, cond_multiple=1, cond_silu=False, labels="beside")
 
 UNET_DESIGNS = {
     # Ho et al. 2020, appendix B.
@@ -101,9 +105,9 @@ UNET_DESIGNS = {
     # Kingma et al. 2021, appendix B: one resolution.
     "vdm": _VDM,
     # Shi et al. 2024, appendix F: VDM's for tokens, the conditioning vector narrow and without silu.
-    "md4": dataclasses.replace(
-        _VDM, input_waves=(), add_input=False, cond_multiple=1, cond_silu=False, labels="beside"
-    ),
+    "md4": _MD4,
+    # The same for ImageNet-64 (google-deepmind/md4, networks/uvit.py), with `UNet(transformer=)`.
+    "md4_transformer": dataclasses.replace(_MD4, told_norms=True, scaled_input=False),
 }
 
 # Arguments of `UNet` for published networks, without the shape, labels and states.
@@ -149,5 +153,9 @@ UNET_SIZES: dict[str, dict[str, Any]] = {
     "vdm-cifar10": {"design": "vdm", "width": 128, "multipliers": (1,), "blocks": 32, "dropout": 0.1},
     "md4-cifar10": {
         "design": "md4", "width": 128, "multipliers": (1,), "blocks": 32, "dropout": 0.1, "embed_width": 128,
+    },
+    "md4-imagenet64": {
+        "design": "md4_transformer", "width": 256, "multipliers": (1,), "blocks": 8, "dropout": 0.1, "embed_width": 256,
+        "transformer": {"width": 768, "depth": 20, "heads": 12},
     },
 }  # fmt: skip

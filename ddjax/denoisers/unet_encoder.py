@@ -15,7 +15,7 @@ from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropou
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock
 from ddjax.denoisers.layers.embed import TIME_SCALE
 from ddjax.denoisers.layers.noise import NoiseConditioner
-from ddjax.denoisers.unet import Stage, UShaped, check_sides, plan
+from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNetDesign
 from ddjax.taps import tap
 
@@ -29,7 +29,8 @@ class UNetEncoder(UShaped):
     Args:
         shape: (H, W, C) of one image.
         classes: how many logits.
-        design, width, multipliers, blocks, attend_at, head_width, time_scale, dropout, dtype, remat, rngs: see `UNet`.
+        design, width, multipliers, blocks, attend_at, head_width, time_scale, dropout, dtype, scan, remat, rngs: see
+            `UNet`.
 
     Raises:
         ValueError: for sizes that do not divide.
@@ -49,6 +50,7 @@ class UNetEncoder(UShaped):
         time_scale: float = TIME_SCALE,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
+        scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
@@ -71,9 +73,9 @@ class UNetEncoder(UShaped):
             )  # fmt: skip
 
         levels = [(round(m * width), shape[0] >> i in attend_at) for i, m in enumerate(multipliers)]
-        encoder, _ = plan(levels, levels[0][0], blocks, d.up_attention)
+        encoder, middle, _ = plan(levels, levels[0][0], blocks, d.up_attention)
         self.embed = Conv(shape[2], levels[0][0], dtype=dtype, rngs=rngs)
-        self.lay(encoder, [], block, middle_attends=True, remat=remat)
+        self.lay(encoder, middle, [], block, remat=remat, scan=scan)
         sites = (shape[0] >> (len(levels) - 1)) * (shape[1] >> (len(levels) - 1))
         self.norm = norm(levels[-1][0])
         self.pool = AttentionPool(sites, levels[-1][0], classes, levels[-1][0] // head_width, dtype=dtype, rngs=rngs)

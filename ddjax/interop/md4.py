@@ -1,7 +1,8 @@
-"""MD4, simplified masked diffusion (Shi et al. 2024): its transformer of texts and its U-Net of images, in Orbax."""
+"""MD4, simplified masked diffusion (Shi et al. 2024): its transformer of texts and its U-Nets of images, in Orbax."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ddjax import denoisers, grids
-from ddjax.interop.images import count
+from ddjax.interop.images import count, known_heads
 from ddjax.interop.mapping import SAME, Change, Entry, Fixed, reshaped
 from ddjax.interop.published import Family, Model
 from ddjax.interop.tensors import Tensors
@@ -18,6 +19,8 @@ from ddjax.processes import Masked
 from ddjax.schedules import Cosine, Linear, Polynomial, Survival
 
 TEXT, IMAGE, TOLD = "classifier.Transformer_0", "classifier.UNet5DWrapper_0.UNet_0", "classifier.CondEmbedding_0"
+DIT = f"{IMAGE}.DiT_0"  # the middle of the network of ImageNet-64
+DIT_HEADS = {768: 12}  # of the authors' width; nothing in a checkpoint says how many heads there are
 ACTIVATIONS = {"glu": "sigmoid", "swiglu": "silu", "geglu": "gelu"}
 
 
@@ -38,15 +41,16 @@ def _settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, A
         "steps": known.get("steps", known.get("timesteps", 1000 if text else 256)),
     }
     if not text:
-        last = max(int(n.split("ResBlock_")[1].split(".")[0]) for n in tensors if n.startswith(f"{IMAGE}.ResBlock_"))
-        sides = known.get("data_shape", (32,))
-        return settings | {
-            "size": known.get("size", sides[0]),
+        settings |= {
             "channels": tensors.shape_of(f"{IMAGE}.Conv_0.kernel")[2] // features,
             "width": tensors.shape_of(f"{TOLD}.Dense_0.bias")[0],
             "embed_width": features,
-            "blocks": (last - 2) // 2,  # so many down, one more up, two in the middle
         }
+        number = count(tensors, f"{IMAGE}.ResBlock_")
+        if f"{DIT}.pos_embed" in tensors:
+            return settings | _transformer_settings(tensors, config, given, number)
+        # So many blocks down, one more up, two in the middle.
+        return settings | {"size": known.get("size", known.get("data_shape", (32,))[0]), "blocks": (number - 3) // 2}
     width = tensors.shape_of(f"{TEXT}.TransformerBlock_0.attention.wo.kernel")[1]
     cond = tensors.shape_of(f"{TOLD}.Dense_0.bias")[0] if told else features if outside else None
     heads = known.get("heads", known.get("num_heads", width // cond if cond else None))
@@ -61,6 +65,27 @@ def _settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, A
         "mlp_type": known.get("mlp_type", "glu"),
         "embed_width": features if outside else None,
         "cond_width": cond if told else None,
+    }
+
+
+def _transformer_settings(
+    tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, Any], number: int
+) -> dict[str, Any]:
+    """Of a network with `number` residual blocks and a transformer in the middle."""
+    seen, made = ([tensors.shape_of(f"{IMAGE}.ResBlock_{i}.Conv_{j}.kernel") for i in range(number)] for j in (0, 1))
+    widths = [tensors.shape_of(f"{IMAGE}.Conv_0.kernel")[3], *(shape[3] for shape in made)]
+    # Behind the way down a block sees more than the last one gave: a skip connection stands beside it.
+    down = next(i for i in range(number) if seen[i][2] != widths[i])
+    levels = number - 2 * down  # at each one block more on the way up, and as many that resample
+    blocks = (down + 1) // levels - 1
+    places, width = tensors.shape_of(f"{DIT}.pos_embed")
+    told = {"num_heads": config["dit_num_heads"]} if "dit_num_heads" in config else {}
+    return {
+        "size": 2**levels * math.isqrt(places),  # patches of two pixels at the last level
+        "blocks": blocks,
+        "multipliers": [widths[1 + i * (blocks + 1)] / widths[0] for i in range(levels)],
+        "transformer": {"width": width, "depth": count(tensors, f"{DIT}.blocks_")},
+        "heads": known_heads(told, given, width, DIT_HEADS),
     }
 
 
@@ -190,43 +215,89 @@ def _attention(ours: str, theirs: str, width: int) -> list[Entry]:
     ]
 
 
+def _by_heads(heads: int) -> Change:
+    """The last axes of queries, keys and values as that of one layer: (head, q/k/v, feature)."""
+
+    def load(*parts: np.ndarray) -> np.ndarray:
+        rows = parts[0].shape[:-1]
+        return np.stack([w.reshape(*rows, heads, -1) for w in parts], axis=-2).reshape(*rows, -1)
+
+    def save(w: np.ndarray) -> tuple[np.ndarray, ...]:
+        rows = w.shape[:-1]
+        return tuple(part.reshape(*rows, -1) for part in np.moveaxis(w.reshape(*rows, heads, 3, -1), -2, 0))
+
+    return Change(load, save)
+
+
+def _transformer_entries(s: Mapping[str, Any]) -> list[Entry]:
+    ours, width = "middle/0", s["transformer"]["width"]
+    features = int(s["multipliers"][-1] * s["width"])
+    patches = reshaped((2, 2, features, width), (4 * features, width))
+    entries = [
+        Entry(f"{ours}/embed/kernel", f"{DIT}.x_embedder.proj.kernel", patches),
+        Entry(f"{ours}/embed/bias", f"{DIT}.x_embedder.proj.bias"),
+        Entry(f"{ours}/position", f"{DIT}.pos_embed"),
+        *_dense(f"{ours}/modulation", f"{DIT}.final_layer.Dense_0"),
+        *_dense(f"{ours}/out", f"{DIT}.final_layer.linear"),
+    ]
+    for i in range(s["transformer"]["depth"]):
+        block, theirs = f"{ours}/stack/blocks/{i}", f"{DIT}.blocks_{i}"
+        names = [tuple(f"{theirs}.attn.w{name}.{part}" for name in "qkv") for part in ("kernel", "bias")]
+        entries += [
+            Entry(f"{block}/attention/qkv/kernel", names[0], _by_heads(s["heads"])),
+            Entry(f"{block}/attention/qkv/bias", names[1], _by_heads(s["heads"])),
+            *_dense(f"{block}/attention/out", f"{theirs}.attn.wo", bias=False),
+            *_dense(f"{block}/mlp/up", f"{theirs}.mlp.fc1"),
+            *_dense(f"{block}/mlp/down", f"{theirs}.mlp.fc2"),
+            *_dense(f"{block}/modulation", f"{theirs}.Dense_0"),
+        ]
+    return entries
+
+
 def _image_entries(s: Mapping[str, Any], net: denoisers.UNet) -> list[Entry | Fixed]:
+    told = "transformer" in s  # norms are, and there is a transformer in the middle
     entries: list[Entry | Fixed] = [
         Entry("tokens/table", "classifier.Embed_0.embedding", _shared(s["channels"])),
         *_told(s),
         *_dense("embed", f"{IMAGE}.Conv_0"),
-        *_norm("final/norm", f"{IMAGE}.GroupNorm_0"),
+        *(_dense("final/norm/modulation", f"{IMAGE}.CondGroupNorm_0.Dense_0") if told else []),
+        *(_transformer_entries(s) if told else _norm("final/norm", f"{IMAGE}.GroupNorm_0")),
         *_dense("final/out", f"{IMAGE}.Conv_1"),
-        *_attention("middle/0/attention", f"{IMAGE}.SelfAttention_0", s["width"]),
+        *([] if told else _attention("middle/0/attention", f"{IMAGE}.SelfAttention_0", s["width"])),
     ]
-    ours = [f"{part}/{i}" for part in ("encoder", "middle", "decoder") for i in range(len(getattr(net, part)))]
-    for i, name in enumerate(ours):
-        theirs, module = f"{IMAGE}.ResBlock_{i}", getattr(net, name.split("/")[0])[int(name.split("/")[1])]
-        entries += [
-            *_norm(f"{name}/norm_in", f"{theirs}.GroupNorm_0"),
-            *_dense(f"{name}/conv_in", f"{theirs}.Conv_0"),
-            *_dense(f"{name}/modulation", f"{theirs}.Dense_0", bias=False),
-            *_norm(f"{name}/norm_out", f"{theirs}.GroupNorm_1"),
-            *_dense(f"{name}/conv_out", f"{theirs}.Conv_1"),
-        ]
-        if module.shortcut is not None:
-            entries.append(Entry(f"{name}/shortcut/kernel", f"{theirs}.Dense_1.kernel", _POINT))
-            entries.append(Entry(f"{name}/shortcut/bias", f"{theirs}.Dense_1.bias", SAME))
+    parts = [part for part in ("encoder", "middle", "decoder") if not (told and part == "middle")]
+    blocks = [(f"{part}/{i}", block) for part in parts for i, block in enumerate(getattr(net, part))]
+    for i, (name, block) in enumerate(blocks):
+        theirs = f"{IMAGE}.ResBlock_{i}"
+        entries += [*_dense(f"{name}/conv_in", f"{theirs}.Conv_0"), *_dense(f"{name}/conv_out", f"{theirs}.Conv_1")]
+        if told:
+            entries += _dense(f"{name}/norm_in/modulation", f"{theirs}.CondGroupNorm_0.Dense_0")
+            entries += _dense(f"{name}/norm_out/modulation", f"{theirs}.CondGroupNorm_1.Dense_0")
+        else:
+            entries += _norm(f"{name}/norm_in", f"{theirs}.GroupNorm_0")
+            entries += _dense(f"{name}/modulation", f"{theirs}.Dense_0", bias=False)
+            entries += _norm(f"{name}/norm_out", f"{theirs}.GroupNorm_1")
+        if block.shortcut is not None:
+            shortcut = f"{theirs}.Dense_{int(not told)}"  # Flax numbers layers as they are called
+            entries.append(Entry(f"{name}/shortcut/kernel", f"{shortcut}.kernel", _POINT))
+            entries.append(Entry(f"{name}/shortcut/bias", f"{shortcut}.bias", SAME))
     return entries
 
 
 def _image(s: Mapping[str, Any]) -> Any:
+    middle = {"transformer": {**s["transformer"], "heads": s["heads"]}} if "transformer" in s else {}
     return partial(
         denoisers.UNet,
         shape=(s["size"], s["size"], s["channels"]),
         symbols_in=s["vocabulary"] + 1,
         symbols_out=s["vocabulary"],
-        design="md4",
+        design="md4_transformer" if middle else "md4",
         width=s["width"],
-        multipliers=(1,),
+        multipliers=s.get("multipliers", (1,)),
         blocks=s["blocks"],
         embed_width=s["embed_width"],
         num_classes=s["num_classes"],
+        **middle,
     )
 
 

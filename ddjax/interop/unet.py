@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -129,7 +130,7 @@ def edm(net: UNet) -> Entries:
 
 
 def edm2(net: EDM2) -> Entries:
-    """NVlabs/edm2 (`UNet`)."""
+    """NVlabs/edm2: `UNet`, and `Precond` of a network with an uncertainty."""
 
     def conv(ours: str, theirs: str, change: Change = SAME) -> Entry:
         return Entry(f"{ours}/kernel", f"{theirs}.weight", change.then(CONVOLUTION))
@@ -157,7 +158,16 @@ def edm2(net: EDM2) -> Entries:
         Entry("gain", "out_gain"),
     ]
     entries += linear("labels", "emb_label", bias=False) if net.num_classes else []
-    return entries + _by_side(net, block)
+    entries += _by_side(net, block)
+    if net.uncertainty is None:
+        return entries
+    # Of their `Precond`, in which the network is a part.
+    return [
+        *(dataclasses.replace(entry, theirs=f"unet.{entry.theirs}") for entry in entries),
+        Entry("uncertainty/frequencies", "logvar_fourier.freqs"),
+        Entry("uncertainty/phases", "logvar_fourier.phases"),
+        *linear("uncertainty/linear", "logvar_linear", bias=False),
+    ]
 
 
 def diffusers(net: UNet) -> Entries:

@@ -22,7 +22,7 @@ from ddjax.processes import Gaussian, LearnedVariance
 from ddjax.schedules import EDM, Table
 
 NETWORK = ("shape", "out_channels", "design", "width", "multipliers", "blocks", "attend_at", "num_classes",
-           "heads", "head_width", "latent", "time_scale")  # fmt: skip
+           "heads", "head_width", "latent", "time_scale", "uncertainty")  # fmt: skip
 
 
 def _network(s: Mapping[str, Any], network: type) -> Callable[..., nnx.Module]:
@@ -182,7 +182,7 @@ def _edm_model(s: Mapping[str, Any], second: bool = False) -> Model:
     schedule = EDM()
     return _model(
         s,
-        _with_uncertainty if second else unet.edm,
+        unet.edm2 if second else unet.edm,
         kind="edm",
         process=Gaussian(schedule, data_std=0.5),
         network=EDM2 if second else UNet,
@@ -192,10 +192,15 @@ def _edm_model(s: Mapping[str, Any], second: bool = False) -> Model:
     )
 
 
-def _with_uncertainty(net: EDM2) -> list[Entry | Fixed]:
-    # Their uncertainty of a noise level, of use in training alone, stands beside the network.
-    beside = ("logvar_fourier.freqs", "logvar_fourier.phases", "logvar_linear.weight")
-    return [*unet.edm2(net), *(Fixed(name) for name in beside)]
+_EDM2_MARKS = ("emb_noise.weight", "emb_fourier.freqs", "out_conv.weight", "out_gain")
+_UNCERTAINTY = "logvar_fourier.freqs"
+
+
+def _edm2_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    if _UNCERTAINTY not in tensors:
+        return _edm_settings(tensors, config, given, second=True)
+    settings = _edm_settings(tensors.under("unet."), config, given, second=True)
+    return settings | {"uncertainty": tensors.shape_of(_UNCERTAINTY)[0]}
 
 
 _EDM_MARKS = ("map_layer0.weight", "map_layer1.weight")
@@ -217,8 +222,9 @@ EDM_ADM = Family(
 EDM2_UNET = Family(
     "edm2",
     "NVlabs/edm2, Karras et al. 2024",
-    marks=("emb_noise.weight", "emb_fourier.freqs", "out_conv.weight", "out_gain"),
-    settings=partial(_edm_settings, second=True),
+    marks=(*(f"unet.{name}" for name in _EDM2_MARKS), _UNCERTAINTY, "logvar_linear.weight"),  # `Precond`
+    others=(_EDM2_MARKS,),
+    settings=_edm2_settings,
     model=partial(_edm_model, second=True),
 )
 

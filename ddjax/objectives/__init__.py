@@ -26,7 +26,13 @@ from ddjax.objectives.glauber import glauber
 from ddjax.objectives.grouped import grouped
 from ddjax.objectives.interpolant import independent, interpolant, paired
 from ddjax.objectives.learned_process import curvature, learned_process, weighted_sum
-from ddjax.objectives.learned_weights import adaptive, adaptive_parameters, learned_uncertainty, uncertainty_parameters
+from ddjax.objectives.learned_weights import (
+    adaptive,
+    adaptive_parameters,
+    learned_uncertainty,
+    own_uncertainty,
+    uncertainty_parameters,
+)
 from ddjax.objectives.marginals import energy_marginals, energy_parameters, marginals
 from ddjax.objectives.mixture_steps import mixture_steps
 from ddjax.objectives.multi_resolution import multi_resolution
@@ -82,6 +88,7 @@ __all__ = [
     "mixture_steps",
     "multi_resolution",
     "multimarginal",
+    "own_uncertainty",
     "paired",
     "path_cost",
     "planner",

@@ -1,7 +1,7 @@
 """Gaussian objectives with a few parameters of their own, which train with the network's and are dropped afterwards.
 
 params is `{"network": ..., "objective": ...}`; both take gradients from the one loss, so there is no state to carry
-from step to step and nothing to synchronise between devices.
+from step to step and nothing to synchronise between devices. Of `own_uncertainty` they are the network's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ddjax import taps
 from ddjax.objectives import densities
 from ddjax.objectives.base import Objective, noised
 from ddjax.objectives.densities import Density
@@ -64,6 +65,46 @@ def uncertainty(parameters: dict[str, Array], log_snr: Float[Array, " batch"]) -
     frequencies, phases = (jnp.asarray(v, log_snr.dtype) for v in (_FREQUENCIES, _PHASES))
     waves = math.sqrt(2.0) * jnp.cos(-log_snr[..., None] / 8.0 * frequencies + phases)
     return waves @ parameters["weights"] / math.sqrt(len(_FREQUENCIES)) + parameters["bias"]
+
+
+def own_uncertainty(
+    process: Gaussian,
+    kind: str,
+    *,
+    error: str | None = None,
+    weighting: Weighting | None = None,
+    density: Density | None = None,
+) -> Objective:
+    """`learned_uncertainty` with the uncertainty u that the network itself tells, at the tap "uncertainty".
+
+    (`denoisers.EDM2(uncertainty=128)`, whose u is the authors', NVlabs/edm2's `Precond` and `EDM2Loss`: a layer with
+    normalised weights, which stays with the network and in its average.) params are the network's.
+
+    Raises ValueError, when called, for a network that tells none.
+    """
+    base = weighted_errors(process, error or kind, weighting, density)
+
+    def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
+        told = {}
+
+        def listened(params, xt, t, cond=None, **options):
+            with taps.record("uncertainty") as seen:
+                out = apply(params, xt, t, cond, **options)
+            told.update(seen)
+            return out
+
+        def draw(u, keys, x0):
+            xt, t, errors = base(u, keys, x0)
+
+            def uncertain(prediction):
+                log_error = left_broadcast(told["uncertainty"], x0)
+                return jnp.exp(-log_error) * errors(prediction) + log_error
+
+            return xt, t, uncertain
+
+        return noised(process, kind, draw)(key, listened, params, x0, cond, weights, rows, train)
+
+    return objective
 
 
 def adaptive(
@@ -119,4 +160,11 @@ def adaptive_parameters(bins: int = 64) -> dict[str, Array]:
     return {"logits": jnp.zeros((bins,))}
 
 
-__all__ = ["adaptive", "adaptive_parameters", "learned_uncertainty", "uncertainty", "uncertainty_parameters"]
+__all__ = [
+    "adaptive",
+    "adaptive_parameters",
+    "learned_uncertainty",
+    "own_uncertainty",
+    "uncertainty",
+    "uncertainty_parameters",
+]

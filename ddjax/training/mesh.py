@@ -44,7 +44,8 @@ LAYOUT = (
     (r"/tokens/table$", ("fsdp", "tensor")),
     (r"/final/out/kernel$", ("fsdp", "tensor")),
 )
-SCANNED = re.compile(r"/stack/(.+/)?blocks/\D")  # parameters whose first axis is the layers
+# Parameters whose first axis is the layers: of whole stacks, and of runs of equal blocks ("encoder/1-3").
+SCANNED = re.compile(r"(^|/)(stack/(.+/)?blocks/\D|(encoder|middle|decoder)/\d+-\d+/)")
 
 FSDP_MIN_SIZE = 2**14  # below this many elements, gathering a parameter costs more than holding it
 

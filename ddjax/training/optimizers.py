@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddjax.training.mesh import path_name
+from ddjax.training.mesh import SCANNED, path_name
 from ddjax.types import Params, PyTree
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -52,8 +52,13 @@ def learning_rate_schedule(
 
 
 def decays(params: Params) -> PyTree:
-    """Which parameters weight decay shrinks: those with two axes or more (not biases, scales, scalars)."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    """Which parameters weight decay shrinks: those with two axes or more (not biases, scales, scalars).
+
+    The axis of scanned layers does not count, nor do the slopes and offsets of times (`layers.TimeVector`), which are
+    vectors: a network decays as it does unrolled.
+    """
+    layers = lambda path: 1 if SCANNED.search(path_name(path)) else 0  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim - layers(path) >= 2, params)
 
 
 def adamw(learning_rate: float, steps: int, **options: Any) -> optax.GradientTransformation:
@@ -82,7 +87,7 @@ def optimizer(
         parameter); "lion" (Chen et al. 2023; wants a rate 3 to 10 times lower, and b2 = 0.99); "muon" (Jordan et al.
         2024), for the matrices inside blocks, layer by layer, at the RMS of AdamW's updates, with AdamW
         (and Nesterov's momentum) for the rest.
-    weight_decay: decoupled, times the learning rate; on parameters of two axes or more only.
+    weight_decay: decoupled, times the learning rate; on parameters of two axes or more only (`decays`).
     clip: bound on the gradient's global norm, applied before all else; None or 0 for none.
     moments: dtype of the first moment, "float32" or "bfloat16". The second moment stays float32: it moves by
         (1 - b2) of itself a step, and bfloat16 does not resolve less than 1/256.
@@ -108,16 +113,16 @@ def optimizer(
     elif name == "lion":
         update = optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays, mu_dtype=dtype)
     elif name == "muon":
-        update = optax.contrib.muon(
-            rate,
-            weight_decay=weight_decay,
-            weight_decay_mask=decays,
-            mu_dtype=dtype,
-            adam_b1=b1,
-            adam_b2=b2,
-            adam_weight_decay=weight_decay,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=MUON_RMS,
+        options = {"weight_decay": weight_decay, "mu_dtype": dtype}
+        update = optax.partition(
+            {
+                "muon": optax.contrib.muon(
+                    rate, muon_weight_dimension_numbers=matrices, consistent_rms=MUON_RMS, **options
+                ),
+                # Not optax's own, which decays vectors, too.
+                "adamw": optax.adamw(rate, b1=b1, b2=b2, nesterov=True, mask=decays, **options),
+            },
+            _of_muon,
         )
     else:
         raise ValueError(f"unknown optimizer {name!r}; it is one of adamw, adafactor, lion, muon")
@@ -149,6 +154,11 @@ def matrices(params: Params) -> PyTree:
         return optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix else None
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def _of_muon(params: Params) -> PyTree:
+    places = matrices(params)
+    return jax.tree.map(lambda p, place: "muon" if place else "adamw", params, places)
 
 
 def scale_groups(groups: Groups) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ddjax import flops
 from ddjax.denoisers import (
@@ -20,7 +21,7 @@ from ddjax.denoisers import (
     functional_init,
     taps,
 )
-from ddjax.denoisers.edm2 import forced
+from ddjax.denoisers.edm2 import Uncertainty, forced
 from ddjax.denoisers.unet import input_waves
 
 SMALL = {"shape": (8, 8, 2), "width": 8, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,), "num_classes": 3}
@@ -225,3 +226,19 @@ def test_forced_weights_change_no_output(build):
     np.testing.assert_allclose(out, again, atol=1e-3 * largest(out))  # the epsilon of the norm acts again
     kernel = forced(params)["encoder"]["0"]["conv_in"]["kernel"]
     np.testing.assert_allclose(np.sqrt((kernel**2).mean((0, 1, 2))), 1, atol=1e-3)
+
+
+def test_edm2s_uncertainty():
+    """u(t), by equations 47 and 75 in NumPy (with its network: tests/interop/test_unet_weights.py)."""
+    module = Uncertainty(6, rngs=nnx.Rngs(0))
+    module.linear.kernel[...] = 3.0 * module.linear.kernel[...] + 0.1
+    t = np.float32([-1.2, 0.1, 0.8])
+    kernel, frequencies, phases = (
+        np.asarray(v[...], np.float64) for v in (module.linear.kernel, module.frequencies, module.phases)
+    )
+    unit = kernel[:, 0] / (1e-4 + np.sqrt((kernel**2).mean()))
+    expected = np.sqrt(2) * np.cos(t.astype(np.float64)[:, None] * frequencies + phases) @ unit / np.sqrt(6)
+    np.testing.assert_allclose(module(t), expected, rtol=0, atol=2e-5)
+    assert np.ptp(expected) > 0.1
+    with pytest.raises(ValueError, match="uncertainty=6"):
+        functional_init(lambda rngs: EDM2(**SMALL, head_width=8, time=False, uncertainty=6, rngs=rngs))

@@ -139,16 +139,162 @@ class UNet(nn.Module):
         return nn.Conv(self.out, (3, 3))(nn.swish(nn.GroupNorm()(h)))
 
 
+class CondGroupNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, c):
+        grow, move = jnp.split(nn.Dense(2 * x.shape[-1])(c)[:, None, None], 2, -1)
+        return nn.GroupNorm(use_bias=False, use_scale=False)(x) * (1 + grow) + move
+
+
+class ToldResBlock(nn.Module):
+    """The `ResBlock` of uvit.py."""
+
+    width: int
+    change: str = ""
+
+    @nn.compact
+    def __call__(self, x, c):
+        h = nn.swish(CondGroupNorm()(x, c))
+        if self.change == "down":
+            h, x = (nn.avg_pool(z, (2, 2), (2, 2)) for z in (h, x))
+        if self.change == "up":
+            h, x = (jnp.repeat(jnp.repeat(z, 2, 1), 2, 2) for z in (h, x))
+        h = nn.Conv(self.width, (3, 3))(h)
+        h = nn.Conv(self.width, (3, 3))(nn.swish(CondGroupNorm()(h, c)))
+        return h + (x if x.shape[-1] == self.width else nn.Dense(self.width)(x))
+
+
+class PatchEmbed(nn.Module):
+    width: int
+
+    def setup(self):
+        self.proj = nn.Conv(self.width, (2, 2), strides=2, padding="VALID")
+
+    def __call__(self, x):
+        return self.proj(x).reshape(x.shape[0], -1, self.width)
+
+
+class DiTAttention(nn.Module):
+    width: int
+    heads: int
+
+    def setup(self):
+        self.wq, self.wk, self.wv = (nn.Dense(self.width) for _ in range(3))
+        self.wo = nn.Dense(self.width, use_bias=False)
+
+    def __call__(self, x):
+        q, k, v = (layer(x).reshape(*x.shape[:2], self.heads, -1) for layer in (self.wq, self.wk, self.wv))
+        weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1]))
+        return self.wo(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
+
+
+class DiTMlp(nn.Module):
+    width: int
+
+    def setup(self):
+        self.fc1, self.fc2 = nn.Dense(4 * self.width), nn.Dense(self.width)
+
+    def __call__(self, x):
+        return self.fc2(nn.gelu(self.fc1(x)))
+
+
+class DiTBlock(nn.Module):
+    width: int
+    heads: int
+
+    def setup(self):
+        self.attn, self.mlp = DiTAttention(self.width, self.heads), DiTMlp(self.width)
+
+    @nn.compact
+    def __call__(self, x, c):
+        told = nn.Sequential([nn.swish, nn.Dense(6 * self.width)])(c)[:, None]
+        move_a, grow_a, gate_a, move_m, grow_m, gate_m = jnp.split(told, 6, -1)
+        plain = lambda x: nn.LayerNorm(use_bias=False, use_scale=False)(x)
+        x = x + gate_a * self.attn(plain(x) * (1 + grow_a) + move_a)
+        return x + gate_m * self.mlp(plain(x) * (1 + grow_m) + move_m)
+
+
+class DiTFinal(nn.Module):
+    width: int
+    out: int
+
+    def setup(self):
+        self.linear = nn.Dense(4 * self.out)
+
+    @nn.compact
+    def __call__(self, x, c):
+        move, grow = jnp.split(nn.Sequential([nn.swish, nn.Dense(2 * self.width)])(c)[:, None], 2, -1)
+        return self.linear(nn.LayerNorm(use_bias=False, use_scale=False)(x) * (1 + grow) + move)
+
+
+class DiT(nn.Module):
+    side: int
+    features: int
+    width: int
+    depth: int
+    heads: int
+
+    def setup(self):
+        self.x_embedder = PatchEmbed(self.width)
+        self.pos_embed = self.param("pos_embed", nn.initializers.ones, ((self.side // 2) ** 2, self.width))
+        self.blocks = [DiTBlock(self.width, self.heads) for _ in range(self.depth)]
+        self.final_layer = DiTFinal(self.width, self.features)
+
+    def __call__(self, x, c):
+        h = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, c)
+        h = self.final_layer(h, c).reshape(-1, self.side // 2, self.side // 2, 2, 2, self.features)
+        return h.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+
+
+class UViT(nn.Module):
+    """The `UNet` of uvit.py."""
+
+    width: int
+    depth: int
+    multipliers: tuple
+    transformer: tuple  # width, depth, heads
+    out: int
+
+    @nn.compact
+    def __call__(self, x, c):
+        made = iter(range(1000))
+        block = lambda width, change="": ToldResBlock(width, change, name=f"ResBlock_{next(made)}")
+        h = nn.Conv(self.width, (3, 3))(x)
+        kept, last = [h], len(self.multipliers) - 1
+        for level, multiplier in enumerate(self.multipliers):
+            for _ in range(self.depth):
+                h = block(self.width * multiplier)(h, c)
+                kept.append(h)
+            if level < last:
+                h = block(h.shape[-1], "down")(h, c)
+                kept.append(h)
+        h = DiT(h.shape[1], h.shape[-1], *self.transformer)(h, c)
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for _ in range(self.depth + 1):
+                h = block(self.width * multiplier)(jnp.concatenate([h, kept.pop()], -1), c)
+            if level:
+                h = block(h.shape[-1], "up")(h, c)
+        return nn.Conv(self.out, (3, 3))(nn.swish(CondGroupNorm()(h, c)))
+
+
 class UNet5DWrapper(nn.Module):
     width: int
     depth: int
     vocabulary: int
+    multipliers: tuple = (1,)
+    transformer: tuple = ()
 
     @nn.compact
     def __call__(self, x, c):
         *sides, channels, features = x.shape
-        h = UNet(self.width, self.depth, channels * self.vocabulary)(x.reshape(*sides, channels * features), c)
-        return h.reshape(*sides, channels, self.vocabulary)
+        out = channels * self.vocabulary
+        if self.transformer:
+            net = UViT(self.width, self.depth, self.multipliers, self.transformer, out, name="UNet_0")
+        else:
+            net = UNet(self.width, self.depth, out)
+        return net(x.reshape(*sides, channels * features), c).reshape(*sides, channels, self.vocabulary)
 
 
 class Classifier(nn.Module):
@@ -159,6 +305,8 @@ class Classifier(nn.Module):
     hidden: int
     kind: str
     outside: bool
+    multipliers: tuple
+    transformer: tuple
 
     @nn.compact
     def __call__(self, z, t, row):
@@ -166,7 +314,8 @@ class Classifier(nn.Module):
         if z.ndim == 4 or self.outside:
             z = nn.Embed(self.vocabulary + 1, self.features)(z)
         if z.ndim == 5:
-            return UNet5DWrapper(self.features, self.depth, self.vocabulary)(z, c)
+            about = (self.features, self.depth, self.vocabulary, self.multipliers, self.transformer)
+            return UNet5DWrapper(*about)(z, c)
         width = self.features * self.heads
         return Transformer(self.vocabulary, width, self.depth, self.heads, self.hidden, self.kind)(z, c)
 
@@ -182,12 +331,14 @@ class MD4(nn.Module):
     kind: str = "glu"
     outside: bool = False
     classes: int = 0
+    multipliers: tuple = (1,)
+    transformer: tuple = ()  # width, depth, heads, of images
 
     def setup(self):
         if self.classes:
             self.cond_embeddings = nn.Embed(self.classes, self.features)
         about = (self.vocabulary, self.features, self.depth, self.heads, self.hidden, self.kind, self.outside)
-        self.classifier = Classifier(*about)
+        self.classifier = Classifier(*about, self.multipliers, self.transformer)
 
     def __call__(self, z, t, labels=None):
         return self.classifier(z, t, self.cond_embeddings(labels) if self.classes else None)

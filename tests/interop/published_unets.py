@@ -486,3 +486,19 @@ class EDM2UNet(nn.Module):
                 x = torch.cat([x * whole / x.shape[1] ** 0.5, skip * whole / skip.shape[1] ** 0.5], dim=1)
             x = layer(x, c)
         return self.out_conv(x, self.out_gain)
+
+
+class EDM2Precond(nn.Module):
+    """NVlabs/edm2's Precond of images of standard deviation 1/2: what they are without noise, and the uncertainty."""
+
+    def __init__(self, unet, waves):
+        super().__init__()
+        self.unet, self.logvar_fourier, self.logvar_linear = unet, nn.Module(), MPConv(waves, 1)
+        for name in ("freqs", "phases"):
+            self.logvar_fourier.register_buffer(name, torch.empty(waves))
+
+    def forward(self, x, sigma, labels):
+        whole, steps = (sigma**2 + 0.25).sqrt(), sigma.flatten().log() / 4
+        denoised = 0.25 * x / whole**2 + 0.5 * sigma / whole * self.unet(x / whole, steps, labels)
+        angles = torch.outer(steps, self.logvar_fourier.freqs) + self.logvar_fourier.phases
+        return denoised, self.logvar_linear(2**0.5 * angles.cos()).reshape(-1, 1, 1, 1)

@@ -9,6 +9,7 @@ import pytest
 
 from ddjax import interop
 from ddjax.cli import main
+from ddjax.denoisers import functional_init, stack_blocks, unstack_blocks
 from ddjax.interop import orbax
 from ddjax.processes import Masked
 from ddjax.schedules import Cosine, Linear, Polynomial
@@ -25,8 +26,11 @@ CASES = {
     "untimed characters": TEXT | {"outside": True},
     "image": IMAGE,
     "labelled image": IMAGE | {"classes": CLASSES},
+    "transformer": IMAGE | {"transformer": (12, 2, 3)},
+    "labelled transformer": IMAGE | {"classes": CLASSES, "transformer": (8, 3, 2), "multipliers": (1, 2)},
 }
 GIVEN = {"labelled": {"mlp_type": "swiglu"}, "geglu": {"mlp_type": "geglu"}, "untimed": {"heads": 2}}
+GIVEN |= {"transformer": {"heads": 3}, "labelled transformer": {"heads": 2}}
 FAST = ("characters", "untimed")
 every = pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES])
 
@@ -35,7 +39,7 @@ def made(name):
     """Their module, its inputs and random parameters."""
     options, rng = CASES[name], np.random.default_rng(0)
     module = published.MD4(**options)
-    shape = (3, LENGTH) if options is not IMAGE and "hidden" in options else (3, SIDE, SIDE, 3)
+    shape = (3, LENGTH) if "hidden" in options else (3, SIDE, SIDE, 3)
     z = rng.integers(options["vocabulary"] + 1, size=shape).astype(np.int32)
     t = None if "untimed" in name else np.float32([0.1, 0.6, 0.9])
     labels = np.int32([0, 2, 1]) if "classes" in options else None
@@ -43,7 +47,8 @@ def made(name):
 
 
 def given(name):
-    return GIVEN.get(name, {}) | ({"length": LENGTH} if "hidden" in CASES[name] else {"size": SIDE})
+    sizes = {} if "transformer" in CASES[name] else {"size": SIDE}  # there a table of positions says it
+    return GIVEN.get(name, {}) | ({"length": LENGTH} if "hidden" in CASES[name] else sizes)
 
 
 def saved(params, path, **beside):
@@ -91,6 +96,32 @@ def test_the_same_logits_and_the_same_arrays_again(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image", "labelled transformer"])
+def test_the_same_network_scanned(name, tmp_path):
+    """Converted weights stand in a scan, and come out of it as they were."""
+    _, (z, t, labels), params = made(name)
+    model = interop.load(saved(params, tmp_path), "md4", **given(name))
+    init, scanned = functional_init(lambda rngs: model.model.make(scan=True, rngs=rngs))
+    stacked = stack_blocks(model.params, jax.eval_shape(init, jax.random.key(0)))
+    assert len(jax.tree.leaves(stacked)) < len(jax.tree.leaves(model.params))
+    out, wanted = (jax.jit(f)(p, z, t, labels) for f, p in ((scanned, stacked), (model.apply, model.params)))
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked), model.params)
+
+
+@pytest.mark.slow
+def test_who_knows_the_heads(tmp_path):
+    _, _, params = made("transformer")
+    path = saved(params, tmp_path)
+    with pytest.raises(ValueError, match="how many heads a network of width 12 has"):
+        interop.load(path, "md4")
+    (tmp_path / "config.json").write_text(json.dumps({"dit_num_heads": 3, "num_heads": 7}))
+    settings = interop.load(path, "md4").settings
+    assert (settings["heads"], settings["size"], settings["blocks"], settings["multipliers"]) == (3, SIDE, 2, [1.0])
+    assert settings["transformer"] == {"width": 12, "depth": 2}
+
+
 @pytest.mark.parametrize("name", ["characters", pytest.param("labelled image", marks=pytest.mark.slow)])
 def test_what_does_not_fit_is_named(name, tmp_path):
     _, _, params = made(name)
@@ -98,17 +129,17 @@ def test_what_does_not_fit_is_named(name, tmp_path):
     first = part["TransformerBlock_1"]["attention"] if "hidden" in CASES[name] else part["UNet_0"]["ResBlock_1"]
     layer = "wk" if "hidden" in CASES[name] else "Conv_0"
     del params["classifier"]["CondEmbedding_0"]["dense0"]["bias"]
-    params["classifier"]["DiT_0"] = {"kernel": np.zeros(2, np.float32)}
+    params["classifier"]["other"] = {"kernel": np.zeros(2, np.float32)}
     first[layer]["kernel"] = first[layer]["kernel"][..., :-1]
     path = saved(params, tmp_path)
     with pytest.raises(ValueError) as error:
         interop.load(path, **given(name))
     text = str(error.value)
     assert "these weights are not this network's: 1 unknown, 1 missing, 1 misshapen" in text
-    assert "unknown: classifier.DiT_0.kernel" in text
+    assert "unknown: classifier.other.kernel" in text
     assert "missing: classifier.CondEmbedding_0.dense0.bias" in text
     assert f"{layer}.kernel has" in text
-    assert interop.load(path, partial=True, **given(name)).report.unknown == ("classifier.DiT_0.kernel",)
+    assert interop.load(path, partial=True, **given(name)).report.unknown == ("classifier.other.kernel",)
 
 
 def test_where_a_checkpoint_is(tmp_path):

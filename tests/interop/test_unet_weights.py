@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch", reason="install ddjax[parity] to compare with published networks")
 
 import published_unets as published  # noqa: E402
 
-from ddjax import interop  # noqa: E402
+from ddjax import interop, objectives, taps  # noqa: E402
 from ddjax.denoisers import EDM2, UNet, functional, functional_init  # noqa: E402
 from ddjax.interop import mapping, unet  # noqa: E402
 
@@ -174,6 +174,76 @@ def test_a_file_says_its_sizes(name, tmp_path):
     _, params, apply = loaded(options, entries, tensors)
     assert model.apply == apply  # the same network, choices and all
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
+
+
+def precond():
+    net = published.EDM2UNet(**EDM, width=16, multipliers=(1, 2, 3), attend_at=(8, 4), head_width=16)
+    return randomised(published.EDM2Precond(net, 12))
+
+
+@pytest.mark.parametrize("prefix", ["", "ema."])
+def test_the_uncertainty_of_edm2_stays(tmp_path, prefix):
+    module, tensors = precond()
+    save_file({f"{prefix}{key}": tensor for key, tensor in tensors.items()}, tmp_path / "m.safetensors")
+    model = interop.load(tmp_path / "m.safetensors", head_width=16)
+    assert (model.family, model.prefix, model.settings["uncertainty"], model.report.whole) == ("edm2", prefix, 12, True)
+    model.export(tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == {f"{prefix}{key}" for key in tensors}
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[f"{prefix}{key}"], tensor, err_msg=key)
+    # Its U-Net alone is a network without one, and the same.
+    save_file({k.removeprefix("unet."): v for k, v in tensors.items() if "unet" in k}, tmp_path / "net.safetensors")
+    net = interop.load(tmp_path / "net.safetensors", head_width=16)
+    assert "uncertainty" not in net.params
+    xt, t, labels = inputs(1.0)
+    with taps.record("uncertainty") as seen:
+        out = model.apply(model.params, xt, t, labels)
+    np.testing.assert_array_equal(out, net.apply(net.params, xt, t, labels))
+    sigma = torch.from_numpy(np.exp(4 * t))[:, None, None, None]
+    _, u = module(torch.from_numpy(xt.transpose(0, 3, 1, 2)), sigma, torch.zeros(BATCH, CLASSES))
+    np.testing.assert_allclose(seen["uncertainty"], u.detach().numpy()[:, 0, 0, 0], rtol=0, atol=2e-5)
+    assert np.ptp(seen["uncertainty"]) > 0.05
+    missing = {k: v for k, v in tensors.items() if k != "logvar_fourier.phases"}
+    save_file(missing, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"missing: logvar_fourier\.phases"):
+        interop.load(tmp_path / "m.safetensors", head_width=16)
+
+
+def test_the_loss_of_edm2_and_its_gradients(tmp_path):
+    """NVlabs/edm2's `EDM2Loss` at the states and times that the objective drew."""
+    module, tensors = precond()
+    save_file(tensors, tmp_path / "m.safetensors")
+    model = interop.load(tmp_path / "m.safetensors", head_width=16)
+    x0, _, labels = inputs(1.0)
+    shown = []
+
+    def watched(params, xt, t, cond=None, **options):
+        jax.debug.callback(lambda *arrays: shown.append(arrays), xt, t)
+        return model.apply(params, xt, t, cond, **options)
+
+    objective = objectives.own_uncertainty(
+        model.process, "edm", density=objectives.log_normal_sigma(model.process, -0.4, 1.0)
+    )
+    call = jax.jit(jax.value_and_grad(lambda p: objective(jax.random.key(0), watched, p, x0, labels)[0]))
+    loss, gradients = call(model.params)
+    jax.effects_barrier()
+    inside, steps = (torch.from_numpy(np.array(a)) for a in shown[0])
+    sigma = torch.exp(4 * steps)[:, None, None, None]
+    noisy = inside.permute(0, 3, 1, 2) * (sigma**2 + 0.25).sqrt()
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), CLASSES).float()
+    denoised, u = module(noisy, sigma, one_hot)
+    weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    clean = torch.from_numpy(x0.transpose(0, 3, 1, 2))
+    wanted = (weight / u.exp() * (denoised - clean) ** 2 + u).mean()
+    wanted.backward()
+    np.testing.assert_allclose(loss, wanted.item(), rtol=2e-5)
+    found = mapping.save(model.model.entries, gradients)
+    for name, parameter in module.named_parameters():
+        largest = float(parameter.grad.abs().max())
+        assert largest > 0, name
+        np.testing.assert_allclose(found[name], parameter.grad.numpy(), rtol=0, atol=1e-3 * largest, err_msg=name)
+    assert all((found[f"logvar_fourier.{name}"] == 0).all() for name in ("freqs", "phases"))
 
 
 def test_edms_denoiser_is_the_preconditioned_network(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from ddjax.denoisers import EDM2, MultiResolution, UNet, functional_init, unstack_blocks
 from ddjax.training.optimizers import adamw, decays, matrices, optimizer, projected
 
 RATE, DECAY = 0.1, 0.3
@@ -32,7 +33,7 @@ def run(name, params=PARAMS, grads=GRADS, **options):
 
 
 def decayed(p):
-    return DECAY * p if p.ndim >= 2 else 0.0
+    return DECAY * p if p.ndim >= 2 and p.shape != (2, 4) else 0.0  # not the two layers' vectors
 
 
 def adam(p, grads, nesterov=False, b1=0.9, b2=0.999, eps=1e-8):
@@ -99,6 +100,30 @@ def test_updates_are_the_formulas(x64, name):
     got, _ = run(name, **{"b2": 0.99} if name == "lion" else {})
     want = jax.tree_util.tree_map_with_path(lambda path, p, *g: expected(name, path, p, g), PARAMS, *GRADS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: MultiResolution(shape=(4, 4, 1), widths=(8, 4), depths=(5, 3), heads=2, num_classes=2, **o),
+        lambda **o: EDM2(shape=(4, 4, 1), width=8, multipliers=(1, 2), blocks=3, head_width=8, num_classes=2, **o),
+        lambda **o: UNet(shape=(4, 4, 1), width=32, multipliers=(1,), blocks=2, **o),
+    ],
+)
+def test_a_scanned_network_decays_as_it_does_unrolled(make):
+    """No vectors of layers, such as the slopes and offsets of times (qihao067/DiMR, utils.py: without decay)."""
+    plain, scanned = (
+        jax.eval_shape(functional_init(lambda rngs, s=s: make(scan=s, rngs=rngs))[0], jax.random.key(0))
+        for s in (False, True)
+    )
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, bool), scanned)
+    masks = jax.tree.map(lambda mask, zero: mask | zero, decays({"network": scanned})["network"], zeros)
+    masks = unstack_blocks(masks)
+    found = jax.tree.map(lambda mask: bool(mask.all()), masks)
+    assert found == decays(plain)
+    for path, decay in jax.tree_util.tree_leaves_with_path(found):
+        assert decay == (path[-1].key in ("kernel", "labels", "position", "table")), path
 
 
 def test_muon_takes_the_matrices_of_blocks_alone():

@@ -20,14 +20,14 @@ pytestmark = [
 OPTIONS = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attend_at": [4], "head_width": 8}
 
 
-def experiment(project, objective="gaussian"):
+def experiment(project, objective="gaussian", **more):
     items = data.from_arrays(np.random.default_rng(0).uniform(-1, 1, (64, 8, 8, 1)).astype(np.float32))
     return build(
         typed(
             {
                 "data": {"tokens": False},
                 "process": {"name": "gaussian", "schedule": "vp_cosine"},
-                "denoiser": {"name": "edm2", "kind": "edm", "options": OPTIONS},
+                "denoiser": {"name": "edm2", "kind": "edm", "options": OPTIONS | more},
                 "objective": {"name": objective},
                 "optimizer": {"learning_rate": 1e-2, "warmup": 0, "project": project},
                 "train": {"steps": 8, "batch_size": 8},
@@ -76,3 +76,16 @@ def test_it_is_of_the_network_alone():
     np.testing.assert_allclose(norms(state.params["network"]), 1, atol=2e-4)
     with pytest.raises(ConfigError, match=r"config\.optimizer\.project='edm3' is unknown; it is one of edm2"):
         experiment("edm3")[0].optimizer()
+
+
+def test_the_networks_own_uncertainty_is_learned_and_stays():
+    built, items = experiment("edm2", "own_uncertainty", uncertainty=16)
+    (state, losses), (_, others) = (train(built, items, *m) for m in ((None, 1), ({"data": 2, "fsdp": 4}, 8)))
+    np.testing.assert_allclose(others, losses, atol=2e-4)
+    np.testing.assert_allclose(norms(state.params), 1, atol=2e-4)
+    begun, now = (p["uncertainty"] for p in (initial_state(built, jax.random.key(0)).params, state.params))
+    assert np.abs(now["linear"]["kernel"] - begun["linear"]["kernel"]).max() > 1e-2
+    np.testing.assert_array_equal(now["phases"], begun["phases"])
+    assert "uncertainty" in built.trained(state.ema)[1]
+    with pytest.raises(ConfigError, match="uncertainty"):
+        experiment("edm2", "own_uncertainty")

@@ -9,7 +9,7 @@ from ddjax.denoisers.layers.attention import (
     rope,
 )
 from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, dropout, layer_norm, modulate
-from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, stack_blocks, unstack_blocks
+from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.convolution import (
     Conv,
     GroupNorm,
@@ -35,8 +35,10 @@ from ddjax.denoisers.layers.experts import Experts
 from ddjax.denoisers.layers.generated import GeneratedDepthwise, GeneratedLinear, GeneratedMLP, Generator
 from ddjax.denoisers.layers.linear_attention import LinearAttention
 from ddjax.denoisers.layers.long_skips import LongSkips
+from ddjax.denoisers.layers.patch_transformer import PatchTransformer
 from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
+from ddjax.denoisers.layers.stacking import stack_blocks, unstack_blocks
 from ddjax.denoisers.layers.time_norm import TimeNorm, TimeVector
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "MBConv",
     "Mamba",
     "MultiScaleAttention",
+    "PatchTransformer",
     "PooledExperts",
     "RMSNorm",
     "ResBlock",

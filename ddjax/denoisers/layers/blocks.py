@@ -387,29 +387,3 @@ def _at(x: Array, sites: Array) -> Array:
 def rematerialised(function: Callable, remat: str, **options: Any) -> Callable:
     """The function, whose backward pass computes again what the policy of this name does not keep."""
     return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], **options)
-
-
-def stack_blocks(params: Params) -> Params:
-    """Parameters of an unrolled network (`scan=False`) as those of the same network with `scan=True`."""
-
-    def stacked(blocks: Params) -> Params:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(len(blocks))))
-
-    return {**params, "stack": _each_stack(stacked, params["stack"])}
-
-
-def unstack_blocks(params: Params) -> Params:
-    """Parameters of a scanned network (`scan=True`) as those of the same network with `scan=False`."""
-
-    def unstacked(blocks: Params) -> Params:
-        depth = jax.tree.leaves(blocks)[0].shape[0]
-        return {str(i): jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(depth)}
-
-    return {**params, "stack": _each_stack(unstacked, params["stack"])}
-
-
-def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
-    """A stack's parameters with its blocks changed; of several stacks, those of each."""
-    if "blocks" in stack:
-        return {**stack, "blocks": change(stack["blocks"])}
-    return {name: _each_stack(change, part) if isinstance(part, dict) else part for name, part in stack.items()}

@@ -21,7 +21,7 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.placement import constrain
-from ddjax.taps import tap
+from ddjax.taps import Below
 
 Filter = Sequence[float]
 Image = Float[Array, "batch H W features"]
@@ -70,21 +70,40 @@ class GroupNorm(nnx.Module):
     """Group normalisation with scale and shift (Wu & He 2018), computed and returned in at least float32.
 
     groups: of neighbouring features, as many in each: fewer where each would have less than `least` features.
+    cond_width: of a condition whose linear functions are the scale, less 1, and the shift, in the place of parameters
+        (Shi et al. 2024, MD4's network of ImageNet-64); their layer, of this dtype, starts at zero. 0: there is none.
     """
 
-    def __init__(self, features: int, *, groups: int = 32, least: int = 1, epsilon: float = 1e-5):
+    def __init__(
+        self,
+        features: int,
+        *,
+        groups: int = 32,
+        least: int = 1,
+        epsilon: float = 1e-5,
+        cond_width: int = 0,
+        dtype: DType = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
         self.groups, self.epsilon = min(groups, features // least), epsilon
         if self.groups < 1 or features % self.groups:
             raise ValueError(f"{self.groups} groups of a norm do not divide {features} features: choose another width")
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.modulation = (
+            Linear(cond_width, 2 * features, kernel_init=zeros, dtype=dtype, rngs=rngs) if cond_width else None
+        )
+        own = lambda value: None if cond_width else nnx.Param(jnp.full((features,), value, jnp.float32))  # noqa: E731
+        self.scale, self.bias = own(1.0), own(0.0)
 
-    def __call__(self, x: Image) -> Image:
-        """Normalise each group over its features and all pixels."""
+    def __call__(self, x: Image, c: Float[Array, "batch cond"] | None = None) -> Image:
+        """Normalise each group over its features and all pixels. c: the condition, seen with `cond_width` alone."""
         y = x.astype(at_least_float32(x.dtype)).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
         y = y - y.mean(axis=(1, 3), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + self.epsilon)
-        return y.reshape(x.shape) * self.scale[...] + self.bias[...]
+        y = y.reshape(x.shape)
+        if self.modulation is None:
+            return y * self.scale[...] + self.bias[...]
+        scale, shift = jnp.split(self.modulation(c)[:, None, None], 2, axis=-1)
+        return y * (1 + scale) + shift
 
 
 def downsample(x: Image, weights: Filter = (1, 1), padding: int | None = None) -> Image:
@@ -148,9 +167,11 @@ class Resampling(nnx.Module):
         stride, padding = (1, (1, 1)) if direction == "up" else (2, padding)
         self.conv = Conv(features, features_out or features, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str = "") -> Image:
+    def __call__(
+        self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str | None = None
+    ) -> Image:
         """Of the image; the rest is for blocks in its place."""
-        return tap(name, self.conv(upsample(x) if self.resample == "up" else x))
+        return Below(name)("", self.conv(upsample(x) if self.resample == "up" else x))
 
 
 class SpatialAttention(nnx.Module):
@@ -177,13 +198,13 @@ class SpatialAttention(nnx.Module):
         self.qkv = Linear(features, 3 * features, dtype=dtype, rngs=rngs)
         self.out = Linear(features, features, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Image, name: str = "attention") -> Image:
-        """The branch, to be added to x. name: the prefix of the taps."""
+    def __call__(self, x: Image, c: Float[Array, "batch cond"] | None = None, named: Below = Below()) -> Image:
+        """The branch, to be added to x. c: for the norm. named: taps keys and values."""
         batch, height, width, features = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, height * width, self.heads, 3, features // self.heads)
+        qkv = self.qkv(self.norm(x, c)).reshape(batch, height * width, self.heads, 3, features // self.heads)
         heads = "heads" if self.heads > 1 else None  # a single one is on every device
         q, k, v = (constrain(qkv[..., i, :], "batch", None, heads, None) for i in range(3))
-        k, v = tap(f"{name}/keys", k), tap(f"{name}/values", v)
+        k, v = named("/keys", k), named("/values", v)
         return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
 
 
@@ -204,7 +225,7 @@ class ResBlock(nnx.Module):
         project: a resampled shortcut has a convolution in any case.
         gain: times each sum of the branch and the shortcut.
         modulation_bias: whether the layer of the condition has biases.
-        norm: makes a norm of so many features.
+        norm: makes a norm of so many features; with one that is told the condition itself cond_width is 0.
         dropout: rate.
         dtype: compute dtype.
         attention: None, "xla" or "cudnn".
@@ -255,11 +276,11 @@ class ResBlock(nnx.Module):
         c: Float[Array, "batch cond"] | None,
         *,
         keys: Key[Array, " batch"] | None = None,
-        name: str = "block",
+        name: str | None = None,
     ) -> Float[Array, "batch H2 W2 out"]:
-        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps."""
-        x = constrain(x, "batch", None, None, None)
-        h = jax.nn.silu(self.norm_in(x)).astype(x.dtype)
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        x, named = constrain(x, "batch", None, None, None), Below(name)
+        h = jax.nn.silu(self.norm_in(x, c)).astype(x.dtype)
         if self.resample is not None:
             change = downsample if self.resample == "down" else upsample
             h, x = change(h, self.weights), change(x, self.weights)
@@ -269,13 +290,29 @@ class ResBlock(nnx.Module):
             scale, shift = jnp.split(m, 2, axis=-1)
             h = self.norm_out(h) * (1 + scale) + shift
         else:
-            h = self.norm_out(h + m)
+            h = self.norm_out(h + m, c)
         h = self.conv_out(dropout(jax.nn.silu(h), self.dropout, keys))
         x = self.gain * ((x if self.shortcut is None else self.shortcut(x)) + h)
         if self.attention is not None:
-            y = tap(f"{name}/attention", self.attention(x, f"{name}/attention"))
+            y = named("/attention", self.attention(x, c, Below(name and f"{name}/attention")))
             x = self.gain * (x + y)
-        return tap(name, constrain(x, "batch", None, None, None))
+        return named("", constrain(x, "batch", None, None, None))
+
+
+def windows(x: Image, grid: tuple[int, int]) -> Float[Array, "windows sites features"]:
+    """The windows of all images, row by row, those of an image one behind the other; grid: rows and columns of each."""
+    batch, height, width, features = x.shape
+    rows, columns = grid
+    x = x.reshape(batch, height // rows, rows, width // columns, columns, features)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, features)
+
+
+def unwindowed(x: Float[Array, "windows sites features"], shape: tuple[int, ...], grid: tuple[int, int]) -> Image:
+    """The images, of this shape, whose windows these are."""
+    batch, height, width, _ = shape
+    rows, columns = grid
+    x = x.reshape(batch, height // rows, width // columns, rows, columns, x.shape[-1])
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, x.shape[-1])
 
 
 def _padded(x: Array, axis: int, before: int, after: int) -> Array:
