@@ -57,7 +57,7 @@ def main() -> None:
     config = load(arguments.config, overrides)
     data = load_data(config, "train")
     experiment = build(config, data)
-    mesh, state, _, step_fn = prepare(experiment)
+    mesh, state, _, step_fn, _ = prepare(experiment)
     batches = experiment.batches(data)
     if arguments.device is not None:
         flops = step_flops(experiment, next(batches))

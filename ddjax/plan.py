@@ -28,13 +28,16 @@ from ddjax.collectives import Collective, by_axes, collectives
 from ddjax.config import Config
 from ddjax.data.dataset import Dataset
 from ddjax.experiment import Experiment, build
+from ddjax.names import DENOISERS
+from ddjax.naming import taken
 from ddjax.training.loop import check_batch_size
-from ddjax.training.mesh import compile_step, make_mesh, mesh_sizes, path_name
+from ddjax.training.mesh import compile_step, make_mesh, mesh_sizes, path_name, shapes_of, state_shardings
 from ddjax.training.setup import initial_state, places, step_flops, train_step
 from ddjax.training.state import TrainState
 from ddjax.training.teacher import teacher_of
 
 COMPILERS = ("auto", "tpu", "cpu", "none")
+RARE = ("ema on the host", "held")  # not in the table where there are none
 STAND_IN = "v5p"  # compiled for in the place of chips without a compiler here
 
 
@@ -57,7 +60,7 @@ class Plan:
     batch_size: int
     parameters: int
     rows: tuple[Row, ...]
-    state: dict[str, int]  # params, optimizer, ema, and ema on the host
+    state: dict[str, int]  # params, optimizer, ema, ema on the host, and held: a teacher, what an adapter is beside
     compiler: str  # how the rest was found
     temporary: int | None  # activations, gradients, gathered parameters: the compiled program's own
     arguments: int | None  # of the compiled program: the state and the batch
@@ -72,7 +75,9 @@ class Plan:
     @property
     def total(self) -> int | None:
         """Bytes on a device at the height of a step."""
-        return None if self.temporary is None else self.temporary + self.state["params"] + self.on_device
+        if self.temporary is None:
+            return None
+        return self.temporary + self.state["params"] + self.state["held"] + self.on_device
 
     @property
     def on_device(self) -> int:
@@ -123,8 +128,9 @@ def plan(config: Config, data: Dataset, devices: int, *, chip_name: str | None =
     found: dict[str, Any] = {"compiler": "not compiled", "temporary": None, "arguments": None, "collectives": ()}
     teacher = teacher_of(experiment)
     teacher = teacher and teacher.shapes
+    step = train_step(experiment, teacher)
     if compiler != "none":
-        lowered = compile_step(train_step(experiment, teacher), shardings, mesh).lower(state, batch)
+        lowered = compile_step(step, shardings, mesh).lower(state, batch)
         words = f"TPU topology {target}" if target else f"{devices} fake CPU devices: float32, sums unscattered"
         if target and known and not known.topology:
             words += f", in the place of {chip_name}"
@@ -154,7 +160,8 @@ def plan(config: Config, data: Dataset, devices: int, *, chip_name: str | None =
         operations = step_flops(experiment, batch, teacher)
     return Plan(
         dict(mesh.shape), chip_name, config.train.batch_size, sum(math.prod(leaf.shape) for _, leaf in paths), rows,
-        _state_bytes(state, shardings), flops=operations, **found,
+        _state_bytes(state, shardings) | {"held": _total(shapes_of(step), state_shardings(step, mesh))},
+        flops=operations, **found,
     )  # fmt: skip
 
 
@@ -189,7 +196,7 @@ def format_plan(p: Plan) -> str:
     mesh = ", ".join(f"{name} {size}" for name, size in p.mesh.items())
     lines += ["", f"{p.parameters:,} parameters on {p.devices} devices ({mesh}), batches of {p.batch_size:,}"]
     lines += [f"the step: {p.compiler}", "", "bytes on a device"]
-    lines += [f"  {name:<18}{_si(size)}B" for name, size in p.state.items() if size or name != "ema on the host"]
+    lines += [f"  {name:<18}{_si(size)}B" for name, size in p.state.items() if size or name not in RARE]
     if p.temporary is not None:
         lines += [f"  {'activations etc.':<18}{_si(p.temporary)}B", f"  {'together':<18}{_si(p.total)}B"]
         if p.chip:
@@ -236,10 +243,14 @@ def _mesh(axes: Mapping[str, int], devices: int, target: str, compiler: str) -> 
 
 
 def _plannable(config: Config) -> Config:
-    """Attention as XLA computes it: a fused kernel compiles for its own device only."""
-    if config.denoiser.options.get("attention") != "cudnn":
+    """Attention as XLA computes it on accelerators: a fused kernel compiles for its own device only, and the default
+    on a CPU, where plans are made, is another. Networks without the option, and other kinds, stay as they are.
+    """
+    options = config.denoiser.options
+    takes = taken(DENOISERS[config.denoiser.name].__init__, {"attention": "xla"})
+    if options.get("attention") not in (None, "cudnn") or not takes:
         return config
-    options = {**config.denoiser.options, "attention": "xla"}
+    options = options | takes
     return dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, options=options))
 
 
@@ -258,17 +269,18 @@ def _batch(experiment: Experiment, data: Dataset) -> dict[str, Any]:
 
 
 def _state_bytes(state: TrainState, shardings: TrainState) -> dict[str, int]:
-    def total(tree: Any, places: Any) -> int:
-        return sum(map(_bytes, jax.tree.leaves(tree), jax.tree.leaves(places)))
-
-    ema = total(state.ema, shardings.ema)
+    ema = _total(state.ema, shardings.ema)
     host = any(place.memory_kind == "pinned_host" for place in jax.tree.leaves(shardings.ema))
     return {
-        "params": total(state.params, shardings.params),
-        "optimizer": total(state.opt_state, shardings.opt_state),
+        "params": _total(state.params, shardings.params),
+        "optimizer": _total(state.opt_state, shardings.opt_state),
         "ema": 0 if host else ema,
         "ema on the host": ema if host else 0,
     }
+
+
+def _total(tree: Any, places: Any) -> int:
+    return sum(map(_bytes, jax.tree.leaves(tree), jax.tree.leaves(places)))
 
 
 def _bytes(leaf: Any, place: NamedSharding) -> int:

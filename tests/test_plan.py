@@ -62,6 +62,14 @@ def test_states_of_several_parts():
     assert p.flops == 2 * 16 * (2 * forward + inputs)
 
 
+def test_attention_is_planned_as_accelerators_compute_it():
+    """On a CPU, where plans are made, the default is another program."""
+    for given, planned in ((None, "xla"), ("cudnn", "xla"), ("linear", "linear")):
+        assert plan._plannable(config({}, attention=given)).denoiser.options["attention"] == planned
+    graph = typed({"denoiser": {"name": "graph", "options": {"width": 8}}})
+    assert plan._plannable(graph) is graph  # has no such option
+
+
 @pytest.mark.slow
 def test_what_is_read_of_a_config_stays():
     """Networks without attention, or with one of their own, can be planned too."""
@@ -85,7 +93,7 @@ def test_times_by_hand():
         Collective("all-gather", ("fsdp",), 8, 80e6, 10, "a"),  # 70 MB ten times
         Collective("all-reduce", ("data",), 2, 50e6, 1, "b"),  # 50 MB
     ]
-    state = {"params": 10e6, "optimizer": 20e6, "ema": 10e6, "ema on the host": 0}
+    state = {"params": 10e6, "optimizer": 20e6, "ema": 10e6, "ema on the host": 0, "held": 0}
     p = plan.Plan({"data": 2, "fsdp": 8}, "h200", 1, 1, (), state, "", 1, 1, tuple(sums), int(16e12))
     assert [plan.spans(c, p.mesh) for c in sums] == [8, 9]
     assert p.seconds() == pytest.approx(

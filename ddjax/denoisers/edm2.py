@@ -16,6 +16,7 @@ from ddjax.denoisers.layers.attention import check_implementation, dot_product_a
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.layers.stacking import RUN
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.placement import constrain
 from ddjax.taps import Below, tap
@@ -307,11 +308,15 @@ class EDM2(UShaped):
 
 
 def forced(params: Params) -> Params:
-    """EDM2's parameters with all kernels normalised, which changes no output: for after each update (equation 66)."""
+    """EDM2's parameters with all kernels normalised, which changes no output: for after each update (equation 66).
+
+    Scanned blocks (`scan=True`) have a kernel for each layer.
+    """
 
     def one(path: tuple, value: Array) -> Array:
-        kernel = getattr(path[-1], "key", None) == "kernel"
-        return normalized(value, tuple(range(np.ndim(value) - 1))) if kernel else value
+        names = [str(getattr(part, "key", "")) for part in path]
+        layers = int(any(map(RUN.fullmatch, names)))
+        return normalized(value, tuple(range(layers, np.ndim(value) - 1))) if names[-1] == "kernel" else value
 
     return jax.tree_util.tree_map_with_path(one, params)
 

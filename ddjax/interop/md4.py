@@ -231,7 +231,7 @@ def _by_heads(heads: int) -> Change:
 
 def _transformer_entries(s: Mapping[str, Any]) -> list[Entry]:
     ours, width = "middle/0", s["transformer"]["width"]
-    features = int(s["multipliers"][-1] * s["width"])
+    features = round(s["multipliers"][-1] * s["width"])
     patches = reshaped((2, 2, features, width), (4 * features, width))
     entries = [
         Entry(f"{ours}/embed/kernel", f"{DIT}.x_embedder.proj.kernel", patches),

@@ -75,7 +75,8 @@ class Resampled:
             z = random.normal(noise_keys, x.shape[1:], x.dtype)
             return diffuse(process, xs.astype(x.dtype), s, t, z).astype(x.dtype)
 
-        xt = jax.lax.fori_loop(0, self.rounds - 1, back, xt)
+        if self.rounds > 1:  # `Parts` asks for the state as it is
+            xt = jax.lax.fori_loop(0, self.rounds - 1, back, xt)
         last = random.fold_in(keys, self.rounds - 1)
         xs, carry, info = self.solver.step(last, carry, xt, t, s, denoise, cond)
         # `sample` shows known sites after its own steps; this may be one of a solver around it.

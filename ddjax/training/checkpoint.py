@@ -306,7 +306,11 @@ class _LatestAndBest:
 
 def stored_steps(directory: Path) -> list[int]:
     """The steps in a folder, ascending, good or not."""
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+    return (
+        sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir())
+        if directory.is_dir()
+        else []
+    )
 
 
 def _one_copy(array: Any) -> Any:

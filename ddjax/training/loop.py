@@ -33,7 +33,7 @@ from ddjax.training.backend import disk_full
 from ddjax.training.checkpoint import Checkpoints, stored_steps
 from ddjax.training.heartbeat import Heartbeat
 from ddjax.training.lock import locked
-from ddjax.training.manifest import write_atomically
+from ddjax.training.manifest import CheckpointError, write_atomically
 from ddjax.training.mesh import BATCH_AXES, abstract_state, on_devices, shard_batch
 from ddjax.training.preemption import notices, stop_signals
 from ddjax.training.profile import Profile
@@ -98,6 +98,8 @@ def train(config: Config, workdir: str | Path, *, show: bool = True) -> Run | No
         if (restored := checkpoints.restore(shape)) is not None:
             state, place = TrainState(*restored[0]), restored[1]["data"]
             batches.set_state(place["iterator"])
+        elif not fresh:
+            raise CheckpointError(f"there are steps in {workdir / CHECKPOINTS}, and none of them could be read")
         step = first = saved = int(state.step)
         passed_over, returns = place["passed_over"], collections.Counter()
         report.start(step, place["window"])

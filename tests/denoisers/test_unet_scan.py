@@ -113,6 +113,12 @@ def test_parameters_of_another_network_are_refused():
     params = jax.tree.map(lambda x: np.zeros(x.shape), params)
     with pytest.raises(ValueError, match="of a U-Net say which blocks are scanned"):
         stack_blocks(params)
+    more = jax.eval_shape(made(False, **few | {"blocks": 3})[0], jax.random.key(0))
+    with pytest.raises(ValueError, match=r"it has no place for [0-9,]+ of these numbers"):
+        stack_blocks(jax.tree.map(lambda x: np.zeros(x.shape), more), like)
+    wide = jax.tree.map(lambda x: np.zeros((*x.shape[:-1], 2 * x.shape[-1])), params)
+    with pytest.raises(ValueError, match=r"like is of another network: .* here and .* there"):
+        stack_blocks(wide, like)
     del params["encoder"]["1"]
     with pytest.raises(ValueError, match="there is no encoder/1 among these parameters"):
         stack_blocks(params, like)

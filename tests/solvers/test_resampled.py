@@ -157,6 +157,15 @@ def test_inner_chains_end_at_the_known_values_and_made_solvers_and_parts_hear():
     both = Observed({"a": observed.mask, "b": ~observed.mask}, {"a": observed.value, "b": observed.value})
     heard = dict(told(Parts(product, {"b": Resampled(Ancestral(PROCESS), 1)}), both).solvers)["b"].observed
     np.testing.assert_array_equal(heard.mask, ~observed.mask)
+    one_round = told(Parts(product, {"b": Resampled(Ancestral(PROCESS), 1)}), both)
+    state = {"a": xt, "b": xt}
+
+    def predict(x, t, cond=None):
+        return Prediction({name: denoise(part, t).value for name, part in x.items()}, "x0")
+
+    xs, _, _ = one_round.step(keys, one_round.init(state), state, 1.0, 0.0, predict)
+    near = 4 * float(PROCESS.schedule.sigma(jnp.zeros(())))  # known values are shown with the noise of t = 0
+    np.testing.assert_allclose(xs["b"][:, ~KNOWN], np.asarray(observed.value)[:, ~KNOWN], rtol=0, atol=near)
     plain = Switched((Ancestral(PROCESS),), ())
     assert told(plain, observed) is plain
 

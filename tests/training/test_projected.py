@@ -69,6 +69,13 @@ def test_kernels_stay_normalised_on_a_mesh_too():
     assert np.abs(norms(free.params) - 1).max() > 5e-3
 
 
+def test_each_layer_of_scanned_blocks_has_kernels_of_its_own():
+    built, items = experiment("edm2", blocks=3, multipliers=[1], attend_at=[], scan=True)
+    state, _ = train(built, items, None, 1)
+    kernel = np.asarray(state.params["encoder"]["0-2"]["conv_in"]["kernel"])
+    np.testing.assert_allclose(np.sqrt((kernel**2).mean((1, 2, 3))), 1, atol=2e-4)
+
+
 def test_it_is_of_the_network_alone():
     """What trains beside the network has kernels of its own."""
     built, items = experiment("edm2", "learned_uncertainty")

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import ddjax
-from ddjax import auxiliary
+from ddjax import auxiliary, plan
 from ddjax.config import ConfigError
 from ddjax.experiment import build, load_data
 from ddjax.run import load
@@ -97,6 +97,8 @@ def test_a_teacher_is_read_once(teacher, tmp_path, monkeypatch):
     alone = build(tiny.config(**{**values(teacher), "objective": VALUES["objective"]}), experiment.data)
     assert counted > setup.step_flops(alone, batch)
     assert tiny.metrics(tmp_path / "run")[-1]["distillation"] > 0
+    held = plan.plan(config, experiment.data, 1, compiler="none").state["held"]
+    assert held == 4 * sum(leaf.size for leaf in jax.tree.leaves(load(teacher).params))
 
 
 class Killed(BaseException):

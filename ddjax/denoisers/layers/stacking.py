@@ -25,7 +25,10 @@ def stack_blocks(params: Params, like: Params | None = None) -> Params:
         blocks that are equal. Raises ValueError where it is missing, or of another network.
     """
     if like is not None:
-        return _as(params, like, "")
+        found = _as(params, like, "")
+        if differs := _differ(found, params, like):
+            raise ValueError(f"like is of another network: {differs}")
+        return found
     if "stack" not in params:
         raise ValueError(
             "these parameters have no stack of equal blocks; of a U-Net say which blocks are scanned: "
@@ -75,6 +78,17 @@ def _as(params: Params, like: Params, path: str) -> Params:
             _as(params[name], part, f"{path}{name}/") if names == [name] else _stacked([params[n] for n in names])
         )
     return found
+
+
+def _differ(found: Params, params: Params, like: Params) -> str:
+    """What tells the parameters from those asked for; "" for nothing."""
+    if jax.tree.structure(found) != jax.tree.structure(like):
+        return "its parameters have another structure"
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(like), strict=True):
+        if a.shape != b.shape:
+            return f"{jax.tree_util.keystr(path, simple=True, separator='/')} is {a.shape} here and {b.shape} there"
+    extra = sum(x.size for x in jax.tree.leaves(params)) - sum(x.size for x in jax.tree.leaves(found))
+    return f"it has no place for {extra:,} of these numbers" if extra else ""
 
 
 def _each_stack(change: Callable[[Params], Params], stack: Params) -> Params:
