@@ -222,7 +222,7 @@ class Case:
         return min(found, key=lambda one: one[0])
 
     def seen(self, x: Any) -> dict[str, float]:
-        """The distance in features, where it is searched in some."""
+        """The distance in features, but where all is by the distance to a fine solution."""
         return {} if self.by is search.to_fine else {"features": in_features()(x)}
 
     def report(self, solver: Any, times: Any) -> dict[str, float]:

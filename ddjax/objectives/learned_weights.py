@@ -48,11 +48,16 @@ def learned_uncertainty(
         def draw(u, keys, x0):
             xt, t, errors = base(u, keys, x0)
             log_error = left_broadcast(uncertainty(params["objective"], process.schedule.common.log_snr(t)), x0)
-            return xt, t, lambda prediction: jnp.exp(-log_error) * errors(prediction) + log_error
+            return xt, t, lambda prediction: _uncertain(errors(prediction), log_error)
 
         return noised(process, kind, draw)(key, apply, params["network"], x0, cond, weights, rows, train)
 
     return objective
+
+
+def _uncertain(errors: Array, log_error: Array) -> Array:
+    """Equation 15."""
+    return jnp.exp(-log_error) * errors + log_error
 
 
 def uncertainty_parameters() -> dict[str, Array]:
@@ -95,12 +100,8 @@ def own_uncertainty(
 
         def draw(u, keys, x0):
             xt, t, errors = base(u, keys, x0)
-
-            def uncertain(prediction):
-                log_error = left_broadcast(told["uncertainty"], x0)
-                return jnp.exp(-log_error) * errors(prediction) + log_error
-
-            return xt, t, uncertain
+            # The network has told it by the time that its errors are asked for.
+            return xt, t, lambda prediction: _uncertain(errors(prediction), left_broadcast(told["uncertainty"], x0))
 
         return noised(process, kind, draw)(key, listened, params, x0, cond, weights, rows, train)
 
