@@ -49,8 +49,8 @@ class DataConfig:
     # sha256)
     options: dict = dataclasses.field(default_factory=dict)
     eval_split: str = "test"  # the split on which bounds are reported
-    # arrays of the items that the network (dit) is told beside labels: from vector, sequence, valid and image to their
-    # names (of an .npz, in options.beside)
+    # arrays of the items that the network (dit, inf_dit) is told beside labels: from vector, sequence, valid and image
+    # to their names (of an .npz, in options.beside); for super-resolution {"image": {"smaller": 4}}, made of the item
     conditions: dict = dataclasses.field(default_factory=dict)
     # latents in the place of images: autoencoder (a file of ddjax.autoencoders.save), scale (left out: 1 over their
     # standard deviation), rounds (draws from q(z | x) in an epoch); empty for none. workers must be 0

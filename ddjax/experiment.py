@@ -33,7 +33,7 @@ from ddjax import data as datasets
 from ddjax.config import Config, ConfigError, ProcessConfig
 from ddjax.data.dataset import Dataset
 from ddjax.loading import load_data as load_data
-from ddjax.networks import network, output_shape, state_shape
+from ddjax.networks import network, output_shape, state_shape, takes
 from ddjax.objectives.base import Objective
 from ddjax.predictions import TwoHeads, bind, planned
 from ddjax.rehearsal import rehearse
@@ -72,7 +72,7 @@ class Experiment:
     @property
     def block(self) -> int | None:
         """Sites in a block of a network that goes block by block (texts); None for the others."""
-        return self.config.denoiser.options.get("block")
+        return self.config.denoiser.options.get("block") if takes(self.config) == "texts" else None
 
     @property
     def blocks(self) -> int:

@@ -30,13 +30,13 @@ def _load(config: Config, split: str) -> Dataset:
         data = _mixture(c, split) if c.mixture else datasets.load(c.name, split, tokens=c.tokens, **c.options)
     except TypeError as error:
         raise ConfigError(f"config.data.options: {error}") from error
-    data = _conditioned(config, _encoded(config, data, split))
-    if c.interval == DataConfig().interval:
-        return data
-    try:
-        return datasets.rescaled(data, *c.interval)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.data.interval={c.interval}: {error}") from error
+    data = _encoded(config, data, split)
+    if c.interval != DataConfig().interval:
+        try:
+            data = datasets.rescaled(data, *c.interval)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.data.interval={c.interval}: {error}") from error
+    return _conditioned(config, data)
 
 
 def _encoded(config: Config, data: Dataset, split: str) -> Dataset:

@@ -29,8 +29,12 @@ def make(table: Mapping[str, Callable], name: str, key: str, *args: Any, **kwarg
 
 def taken(named: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that are arguments of `named`."""
-    parameters = inspect.signature(named).parameters
-    return {name: value for name, value in values.items() if name in parameters}
+    return {name: value for name, value in values.items() if name in _parameters(named)}
+
+
+def _parameters(named: Callable) -> Mapping[str, inspect.Parameter]:
+    """Of a class, those of its __init__: NNX's metaclass hides the signature of the call."""
+    return inspect.signature(named.__init__ if inspect.isclass(named) else named).parameters
 
 
 def make_option(table: Mapping[str, Callable], option: str, options: dict[str, Any], key: str, process: Any) -> None:
@@ -48,9 +52,7 @@ def check_options(named: Callable, options: Mapping[str, Any], key: str, given: 
 
     Its first `given` arguments are not options.
     """
-    # Of a class, its __init__: NNX's metaclass hides the signature of the call.
-    parameters = inspect.signature(named.__init__ if inspect.isclass(named) else named).parameters
-    taken = [p for name, p in parameters.items() if name not in ("self", "rngs")][given:]
+    taken = [p for name, p in _parameters(named).items() if name not in ("self", "rngs")][given:]
     passes_on = any(p.kind is p.VAR_KEYWORD for p in taken)  # to something that checks them itself
     taken = [p for p in taken if p.kind is not p.VAR_KEYWORD]
     names, name = [p.name for p in taken], named.__name__.lstrip("_")

@@ -27,6 +27,11 @@ def output_shape(process: Any, shape: tuple[int, ...], kind: str) -> tuple[int, 
     return process.output_shape(shape, kind) if hasattr(process, "output_shape") else shape
 
 
+def takes(config: Config) -> str:
+    """What the config's network is for, of `TAKES`. Raises ConfigError for a name that no network has."""
+    return getattr(naming.pick(names.DENOISERS, config.denoiser.name, "config.denoiser.name"), "takes", "images")
+
+
 def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Apply]:
     """Its initial parameters, as a function of a key, and how it is called. Raises ConfigError."""
     c = config.denoiser
@@ -53,7 +58,8 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if hasattr(process, "points"):
         options |= {"latent": process.points, "time": False}
     make_network = naming.pick(names.DENOISERS, c.name, "config.denoiser.name")
-    options |= TAKES[getattr(make_network, "takes", "images")](config, data, process, 1 + shows)
+    options |= TAKES[takes(config)](config, data, process, 1 + shows)
+    options |= _scale(make_network, config, data)
     naming.check_options(make_network, options, "config.denoiser.options")
 
     def make(rngs):
@@ -101,6 +107,27 @@ def _images(config: Config, data: Dataset, process: Any, copies: int) -> dict[st
     if data.num_symbols is None:
         options["out_channels"] = output_shape(process, data.shape, config.denoiser.kind)[-1]
     return options
+
+
+def _scale(make_network: Any, config: Config, data: Dataset) -> dict[str, int]:
+    """How many times smaller than the state the image in the condition is, for networks that ask.
+
+    Raises ConfigError where the network, or its options, take images of another size.
+    """
+    if "image" not in data.conditions:
+        return {}
+    asks, times = naming.taken(make_network, {"scale": 1}), data.shape[0] // data.conditions["image"][0]
+    if not asks and times > 1:
+        raise ConfigError(
+            f"config.denoiser.name={config.denoiser.name!r} takes an image of its state's size in the condition, and "
+            f"that of {data.name!r} is {times} times smaller: for super-resolution there is 'inf_dit'"
+        )
+    if asks and config.denoiser.options.get("scale", times) != times:
+        raise ConfigError(
+            f"config.denoiser.options.scale={config.denoiser.options['scale']}, and the image in the condition of "
+            f"{data.name!r} is {times} times smaller: leave scale out"
+        )
+    return {"scale": times} if asks else {}
 
 
 def _texts(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def _plannable(config: Config) -> Config:
     on a CPU, where plans are made, is another. Networks without the option, and other kinds, stay as they are.
     """
     options = config.denoiser.options
-    takes = taken(DENOISERS[config.denoiser.name].__init__, {"attention": "xla"})
+    takes = taken(DENOISERS[config.denoiser.name], {"attention": "xla"})
     if options.get("attention") not in (None, "cudnn") or not takes:
         return config
     options = options | takes

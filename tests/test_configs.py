@@ -10,7 +10,8 @@ import pytest
 from ddjax import bind, config, data, experiment, plan, sample
 from ddjax.data import arrays, text
 from ddjax.data.graphs import from_graphs
-from ddjax.training.loop import train
+from ddjax.loading import load_data
+from ddjax.training.loop import draw, judge_labels, train
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -45,8 +46,7 @@ def small_data(name: str, folder: pathlib.Path) -> data.Dataset:
         return plan.described((32, 32, 4), None, 1000)
     if name == "text_7b":
         return plan.described((4096,), 32000, 0)
-    loaded = config.load(CONFIGS[0].with_name(f"{name}.py")).data
-    return data.load(loaded.name, "train", tokens=loaded.tokens, **loaded.options)
+    return load_data(config.load(CONFIGS[0].with_name(f"{name}.py")), "train")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -92,6 +92,32 @@ def test_blackout_learns_and_samples(tmp_path):
     x = np.asarray(sample(jax.random.key(2), denoise, built.process, shape=x0.shape, **settings).x0)
     assert x.shape == x0.shape
     assert ((x >= 0) & (x < 17)).all()
+
+
+def test_the_image_of_super_resolution_says_its_scale():
+    c = config.load(CONFIGS[0].with_name("digits_super_resolution.py"))
+    held_out = load_data(c, "test")
+    assert held_out[:2]["cond"]["image"].shape == (2, 4, 4, 1)
+    assert experiment.build(c, held_out).block is None  # InfDiT's blocks are not a text's
+    with pytest.raises(config.ConfigError, match=r"options\.scale=4.* 2 times smaller: leave scale out"):
+        experiment.build(config.overridden(c, ["--config.denoiser.options.scale=4"]), held_out)
+
+
+@pytest.mark.slow
+def test_super_resolution_is_told_the_small_image(tmp_path):
+    """In training as in sampling, from the config."""
+    small = ["denoiser.options.width=8", "denoiser.options.depth=2", "denoiser.options.heads=2", "train.steps=3"]
+    small += ["train.batch_size=8", "train.eval_every=0", "train.sample_every=0", "sample.steps=2"]
+    path = CONFIGS[0].with_name("digits_super_resolution.py")
+    c = config.load(path, [f"--config.{option}" for option in small])
+    run = train(c, tmp_path / "run", show=False)
+    held_out = load_data(c, "test")[:2]
+    x0 = run.sample(jax.random.key(0), 2, cond=held_out["cond"])
+    other = run.sample(jax.random.key(0), 2, cond={**held_out["cond"], "image": -held_out["cond"]["image"]})
+    assert x0.shape == (2, 8, 8, 1)
+    assert np.abs(np.asarray(x0 - other)).max() > 1e-4
+    assert draw(run, tmp_path, "grid", num=4).stat().st_size > 0
+    assert 0.0 <= judge_labels(run, c, 4, 1.0) <= 1.0
 
 
 @pytest.mark.slow

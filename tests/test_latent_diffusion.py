@@ -142,8 +142,9 @@ def test_what_does_not_go_together_is_said(folder):
         load_data(ranged, "train")
     with pytest.raises(ConfigError, match=r"has no 'factor'"):
         load_data(config(folder, factor=2), "train")
-    with pytest.raises(ConfigError, match=r"it is no 'image'"):  # of the images' own size, not the latents'
-        load_data(config(folder, latents=False), "train")
+    plain = config(folder, latents=False)
+    with pytest.raises(ConfigError, match=r"name='dit' takes an image of its state's size.* 2 times smaller"):
+        build(plain, load_data(plain, "train"))  # the image is of the latents' size, not the images'
     data = load_data(config(folder, conditions={"vector": "clip"}, latents=False), "train")
     with pytest.raises(ConfigError, match="come with 'low'"):  # in the items, and nobody asks for it
         build(config(folder, conditions={"vector": "clip"}, latents=False), data).batches(data)

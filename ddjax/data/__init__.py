@@ -12,7 +12,7 @@ from ddjax.data.arrays import from_arrays
 from ddjax.data.baselines import bigram_entropy, unigram_entropy
 from ddjax.data.beside import by_class, in_condition, mislabelled
 from ddjax.data.columns import Columns, read_csv, write_csv
-from ddjax.data.conditions import conditioned
+from ddjax.data.conditions import conditioned, smaller
 from ddjax.data.dataset import Dataset, Source, count_symbols
 from ddjax.data.encoded import Latents, encoded, scale_of
 from ddjax.data.mixing import mixed
@@ -54,6 +54,7 @@ __all__ = [
     "read_csv",
     "rescaled",
     "scale_of",
+    "smaller",
     "text8",
     "unigram_entropy",
     "write_csv",

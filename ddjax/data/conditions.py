@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,43 +19,83 @@ OPTIONS = {"vector": "vector", "sequence": "context_width", "image": "image_chan
 NULLS = {"vector": 0.0, "valid": False, "image": 0.0}
 
 
-def conditioned(data: Dataset, names: Mapping[str, str]) -> Dataset:
+def smaller(x0: Array, scale: int) -> Array:
+    """Images `(batch, height, width, channels)` with `scale` times fewer rows and columns, the means of squares.
+
+    Raises ValueError for sizes that the scale does not divide.
+    """
+    batch, *sides, channels = x0.shape
+    if scale < 1 or len(sides) != 2 or any(side % scale for side in sides):
+        raise ValueError(f"smaller={scale} does not divide the sides of images {x0.shape[1:]}")
+    return x0.reshape(batch, sides[0] // scale, scale, sides[1] // scale, scale, channels).mean((2, 4))
+
+
+MADE = {"smaller": smaller}  # of x0 and a number
+Make = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of x0 and the numbers of the items
+
+
+def conditioned(data: Dataset, names: Mapping[str, str | Mapping[str, int] | Make]) -> Dataset:
     """The data with some of their arrays in the condition, `cond = {"vector": ..., "cond": the labels or None}`.
 
     names: from entries, "vector" `(n, numbers)`, "sequence" `(n, entries, width)`, "valid" `(n, entries)` and "image"
         `(n, *sides, channels)`, to the arrays (of an .npz named by `beside=`). Valid is what is greater than 0; a
-        sequence without "valid" is all valid.
+        sequence without "valid" is all valid. The image has the data's sides, or all a whole number of times smaller
+        (`denoisers.InfDiT`). What a network is to undo is made of the data: `{"smaller": 4}`, of images of values
+        `smaller(x0, 4)`, or any function of x0 and the items' numbers, by which noise would go.
     Raises ValueError for entries that there are not, arrays that the data have not, and shapes that do not fit.
     """
     if wrong := sorted(set(names) - {*OPTIONS, "valid"}):
         raise ValueError(f"{wrong[0]!r} is no entry of a condition; it is one of {', '.join((*OPTIONS, 'valid'))}")
     if "valid" in names and "sequence" not in names:
         raise ValueError("'valid' says which entries of a sequence there are: name its 'sequence' too")
-    first, shapes = data[:1], {}
-    for entry, name in names.items():
-        if name not in first:
-            raise ValueError(
-                f"the items of {data.name!r} have {', '.join(first)}, and {name!r} is needed: for an .npz, name the "
-                f"array of it with config.data.options.beside=[{name!r}]"
-            )
-        shapes[entry] = np.shape(first[name])[1:]
+    first = data[:1]
+    taken = {name for name in names.values() if isinstance(name, str)}
+    found = {entry: _found(data, entry, name, first) for entry, name in names.items()}
+    shapes = {entry: np.shape(find(first, np.arange(1)))[1:] for entry, find in found.items()}
     if "sequence" in names:
         shapes.setdefault("valid", shapes["sequence"][:1])
-    axes = {"vector": (1,), "sequence": (2,), "valid": (1,), "image": (len(data.shape),)}
     for entry, shape in shapes.items():
-        fits = len(shape) in axes[entry] and (entry != "image" or shape[:-1] == data.shape[:-1])
-        if not fits or (entry == "valid" and shape != shapes["sequence"][:1]):
+        if not _fits(data, entry, shape) or (entry == "valid" and shape != shapes["sequence"][:1]):
             raise ValueError(f"{names.get(entry, entry)!r} of {data.name!r} has shape {shape}: it is no {entry!r}")
 
     def change(items: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
-        items = dict(items)
-        told = {entry: np.asarray(items.pop(name), np.float32) for entry, name in names.items()}
+        told = {entry: np.asarray(find(items, rows), np.float32) for entry, find in found.items()}
         told |= {"valid": told["valid"] > 0} if "valid" in told else {}
         if "sequence" in told and "valid" not in told:
             told["valid"] = np.ones(told["sequence"].shape[:2], bool)
-        return {**items, "cond": {**told, "cond": items.get("cond")}}
+        left = {name: value for name, value in items.items() if name not in taken}
+        return {**left, "cond": {**told, "cond": items.get("cond")}}
 
     return dataclasses.replace(data, source=_Changed(data.source, change), conditions=shapes)
+
+
+def _found(data: Dataset, entry: str, name: Any, first: Mapping[str, Any]) -> Callable:
+    """From items and their numbers to what is told of them."""
+    if callable(name):
+        return lambda items, rows: name(items["x0"], rows)
+    if isinstance(name, Mapping):
+        if len(name) != 1 or not name.keys() <= MADE.keys():
+            raise ValueError(f"{entry}={dict(name)}: expected one of {', '.join(MADE)}, and its number")
+        if data.parts or data.num_symbols is not None:
+            raise ValueError(f"{entry}={dict(name)} is made of values, and the data {data.name!r} are tokens")
+        ((kind, number),) = name.items()
+        return lambda items, rows: MADE[kind](items["x0"], number)
+    if name not in first:
+        raise ValueError(
+            f"the items of {data.name!r} have {', '.join(first)}, and {name!r} is needed: for an .npz, name the "
+            f"array of it with config.data.options.beside=[{name!r}]"
+        )
+    return lambda items, rows: items[name]
+
+
+def _fits(data: Dataset, entry: str, shape: tuple[int, ...]) -> bool:
+    """Whether an item's array can be this entry."""
+    if entry != "image":
+        return len(shape) == {"vector": 1, "sequence": 2, "valid": 1}[entry]
+    if data.parts or len(shape) != len(data.shape) or 0 in shape:
+        return False
+    times = {divmod(side, own) for side, own in zip(data.shape[:-1], shape[:-1], strict=True)}
+    return len(times) == 1 and not times.pop()[1]
 
 
 def nulls(data: Dataset) -> Any:
@@ -119,4 +159,4 @@ def _dtype(entry: str) -> type:
     return bool if entry == "valid" else np.float32
 
 
-__all__ = ["conditioned", "labels", "nulls", "of", "options"]
+__all__ = ["conditioned", "labels", "nulls", "of", "options", "smaller"]

@@ -79,7 +79,7 @@ class InfDiT(ImageNetwork):
     """Inf-DiT (Yang et al. 2024, arXiv:2405.04312; THUDM/Inf-DiT): super-resolution at any size.
 
     It denoises an image told one with `scale` times fewer rows and columns, `cond = {"image": (batch, H / scale,
-    W / scale, low_channels), ...}`: enlarged (bicubic), as channels beside the state's, and as it is, of which each
+    W / scale, image_channels), ...}`: enlarged (bicubic), as channels beside the state's, and as it is, of which each
     block of patches sees what lies under it and around it. Patches attend to their own block and the three before it
     that touch it (`layers.block_attention`). No parameter depends on the size of the image: a network trained on small
     ones has the parameters of one for large ones.
@@ -92,7 +92,7 @@ class InfDiT(ImageNetwork):
         shape: (H, W, C) of an image.
         out_channels: default C.
         scale: how many times larger than the low-resolution image.
-        low_channels: of that image, default C. low_patch: side of its patches.
+        image_channels: of that image, default C. low_patch: side of its patches.
         patch, width, depth, heads, mlp_ratio, cond_width, num_classes, vector, time, dtype, attention: see `DiT`
             (attention None, "xla" or "cudnn"); theirs are told a vector (CLIP's of the low-resolution image).
         block: side of a block in patches. A block is whole patches of the low-resolution image.
@@ -110,7 +110,7 @@ class InfDiT(ImageNetwork):
         shape: tuple[int, int, int],
         out_channels: int | None = None,
         scale: int = 4,
-        low_channels: int | None = None,
+        image_channels: int | None = None,
         low_patch: int = 2,
         patch: int = 4,
         block: int = 32,
@@ -129,10 +129,10 @@ class InfDiT(ImageNetwork):
         remat: bool | str = False,
         rngs: nnx.Rngs,
     ):
-        low_channels = low_channels or shape[-1]
+        image_channels = image_channels or shape[-1]
         super().__init__(
             shape=shape, symbols_in=None, symbols_out=None, out_channels=out_channels, patch=patch, width=width,
-            image_channels=low_channels, dtype=dtype, rngs=rngs,
+            image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         pixels = block * patch
         if len(shape) != 3 or min(scale, low_patch, block) < 1 or any(side % pixels for side in shape[:-1]):
@@ -152,7 +152,7 @@ class InfDiT(ImageNetwork):
             "mlp_width": int(mlp_ratio * width), "cond_width": cond_width, "dtype": dtype, "attention": attention,
         }  # fmt: skip
         self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
-        self.low_embed = Linear(low_patch**2 * low_channels, width, dtype=dtype, rngs=rngs)
+        self.low_embed = Linear(low_patch**2 * image_channels, width, dtype=dtype, rngs=rngs)
         self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, vector=vector, rngs=rngs)
         entries = (3 * self.low_side) ** 2
         self.first = UpsamplerBlock(width, heads, block, self.blocks, low=entries, **layer, rngs=rngs)

@@ -12,7 +12,7 @@ from ddjax.objectives.ambient import ambient, with_noise_level
 from ddjax.objectives.blocks import ClipSearch, block_elbo, search_clip, teacher_forced, with_clean
 from ddjax.objectives.by_parts import by_parts, digress, tabddpm
 from ddjax.objectives.categorical import cross_entropy, d3pm_hybrid, ddpd, planner
-from ddjax.objectives.conditioning import smaller, with_condition_dropout, with_condition_noise, with_image
+from ddjax.objectives.conditioning import with_condition_dropout, with_condition_noise
 from ddjax.objectives.contrastive import contrastive_flow_matching
 from ddjax.objectives.ddpm_hybrid import ddpm_hybrid
 from ddjax.objectives.densities import log_normal_sigma, uniform_log_snr, uniform_time
@@ -94,7 +94,6 @@ __all__ = [
     "planner",
     "score_entropy",
     "search_clip",
-    "smaller",
     "soft_mixture",
     "tabddpm",
     "teacher_forced",
@@ -111,6 +110,5 @@ __all__ = [
     "with_condition_dropout",
     "with_condition_noise",
     "with_fokker_planck",
-    "with_image",
     "with_noise_level",
 ]

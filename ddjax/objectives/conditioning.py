@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from ddjax import random
 from ddjax.categorical import bernoulli
 from ddjax.nulls import nullified
 from ddjax.objectives.base import Objective
-from ddjax.types import Keys, Rows, batch_size, left_broadcast
+from ddjax.types import Rows, batch_size, left_broadcast
 
 
 def with_condition_dropout(objective: Objective, rate: float | Mapping[str, float], null: Any) -> Objective:
@@ -81,32 +81,3 @@ def with_condition_noise(objective: Objective, gamma: float = 1.0) -> Objective:
         return objective(key, apply, params, x0, cond, weights, rows, train)
 
     return perturbed
-
-
-def with_image(objective: Objective, make: Callable[[Keys, Array], Array]) -> Objective:
-    """Show the network an image made of x_0, `cond = {"image": make(keys, x0), "cond": ...}`: what it is to undo.
-
-    make: one key per example; `smaller(scale)` for super-resolution (`denoisers.InfDiT`), or any degradation.
-    """
-
-    def shown(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        key, image_key = jax.random.split(key)
-        image = make(random.example_keys(image_key, Rows.of(x0, rows).index), x0)
-        return objective(key, apply, params, x0, {"image": image, "cond": cond}, weights, rows, train)
-
-    return shown
-
-
-def smaller(scale: int) -> Callable[[Keys, Array], Array]:
-    """Images with `scale` times fewer rows and columns, the means of squares, for `with_image`.
-
-    The result raises ValueError for sizes that the scale does not divide.
-    """
-
-    def make(keys: Keys | None, x0: Array) -> Array:
-        batch, *sides, channels = x0.shape
-        if scale < 1 or len(sides) != 2 or any(side % scale for side in sides):
-            raise ValueError(f"scale={scale} does not divide the sides of images {x0.shape[1:]}")
-        return x0.reshape(batch, sides[0] // scale, scale, sides[1] // scale, scale, channels).mean((2, 4))
-
-    return make

@@ -363,7 +363,8 @@ JUDGED_BY = 10_000  # the classifier's fit is quadratic in them
 def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
     """The fraction of `num` class-conditional samples that `evaluation.label_accuracy` gives their own label.
 
-    Classes come in turn. The classifier is fitted on the first `JUDGED_BY` training examples.
+    Classes come in turn; with conditions beside labels, these and the labels are those of held-out items. The
+    classifier is fitted on the first `JUDGED_BY` training examples.
 
     Pixels are judged as level numbers (0 to 16 for the digits), which suits tokens and scaled values alike.
     Raises ValueError for data without labels or levels.
@@ -372,8 +373,11 @@ def judge_labels(run: Run, config: Config, num: int, guidance: float) -> float:
         raise ValueError(f"{run.data.name!r} has no labels to judge samples by")
     real = load_data(config, "train")
     items = real[np.arange(min(len(real), JUDGED_BY))]
-    labels = np.arange(num) % run.data.num_classes
-    x0 = run.sample(jax.random.key(config.sample.seed), num, cond=labels, guidance=guidance)
+    cond = labels = np.arange(num) % run.data.num_classes
+    if run.data.conditions:
+        cond = companions.held_out_conditions(load_data(config, config.data.eval_split), np.arange(num))
+        labels = datasets.conditions.labels(cond)
+    x0 = run.sample(jax.random.key(config.sample.seed), num, cond=cond, guidance=guidance)
     own = datasets.conditions.labels(items["cond"])
     return label_accuracy(levels(run.data, items["x0"]), own, levels(run.data, np.asarray(x0)), labels)
 

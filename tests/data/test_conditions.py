@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ddjax.data import conditioned, conditions, from_arrays
+from ddjax.data import conditioned, conditions, from_arrays, smaller
 from ddjax.data.describe import describe, from_description
 from ddjax.denoisers import nulls
 from ddjax.nulls import nullified
@@ -51,6 +51,35 @@ def test_a_sequence_is_all_valid_unless_said():
     assert cond["cond"] is None
     ones = conditioned(data(shown=np.float32([[0, 1, 0, 2, -1]] * N)), {"sequence": "words", "valid": "shown"})
     np.testing.assert_array_equal(ones[:1]["cond"]["valid"], [[0, 1, 0, 1, 0]])
+
+
+def test_an_image_made_of_the_data():
+    """Squares of means by their definition; what a function makes goes by the item, not by its place in a batch."""
+    made = conditioned(data(), {"image": {"smaller": 2}})
+    assert made.conditions == {"image": (2, 2, 1)}
+    items = made[np.array([4, 1])]
+    for x0, image in zip(items["x0"], items["cond"]["image"], strict=True):
+        want = [[x0[2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 0].mean() for j in range(2)] for i in range(2)]
+        np.testing.assert_allclose(image[..., 0], want, atol=2e-7)  # float32 of numbers up to 1
+    assert set(items) == {"x0", "cond", *BESIDE}
+    assert smaller(X, 1).shape == X.shape
+    noise = lambda row: np.random.default_rng(int(row)).normal(size=(4, 4, 1))
+    noisy = conditioned(data(), {"image": lambda x0, rows: x0 + np.stack([noise(row) for row in rows])})
+    some = noisy[np.array([4, 1])]
+    np.testing.assert_array_equal(some["cond"]["image"][1], np.float32(some["x0"][1] + noise(1)))
+    ours = conditioned(data(), {"image": {"smaller": 4}, "vector": "clip"})
+    assert ours.conditions == {"image": (1, 1, 1), "vector": (3,)}
+    low = {"small": np.zeros((N, 2, 2, 3), np.float32), "flat": np.zeros((N, 2, 1, 3), np.float32)}
+    assert conditioned(data(**low), {"image": "small"}).conditions == {"image": (2, 2, 3)}
+    for of, how, match in (
+        (data(), {"smaller": 3}, "does not divide"),
+        (data(), {"smaller": 2, "blurred": 1}, "expected one of smaller"),
+        (data(), {"blurred": 2}, "expected one of smaller"),
+        (data(tokens=True), {"smaller": 2}, "made of values"),
+        (data(**low), "flat", "it is no 'image'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            conditioned(of, {"image": how})
 
 
 def test_what_stands_for_none():

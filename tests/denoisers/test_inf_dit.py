@@ -12,7 +12,7 @@ from ddjax.schedules import VPCosine
 from ddjax.sites import Sites
 from ddjax.solvers import DDIM, Ancestral
 
-SMALL = {"scale": 2, "patch": 2, "low_patch": 2, "block": 2, "width": 16, "depth": 3, "heads": 2, "low_channels": 1}
+SMALL = {"scale": 2, "patch": 2, "low_patch": 2, "block": 2, "width": 16, "depth": 3, "heads": 2, "image_channels": 1}
 SHAPE, BATCH = (12, 8, 3), 2  # 3 x 2 blocks of 2 x 2 patches of 2 x 2 pixels
 RNG = np.random.default_rng(1)
 XT, T = RNG.normal(size=(BATCH, *SHAPE)).astype(np.float32), np.float32([0.2, 0.8])

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import ddjax
-from ddjax.objectives import coherent_labels, elbo, smaller, with_condition_dropout, with_condition_noise, with_image
+from ddjax.objectives import coherent_labels, elbo, with_condition_dropout, with_condition_noise
 from ddjax.processes import Masked
-from ddjax.types import Rows
 
 PROCESS = Masked(3)
 
@@ -135,26 +134,3 @@ def test_errors():
     for null in (10, {"cond": 10}):
         with pytest.raises(ValueError, match="give a null for each"):
             with_condition_dropout(elbo(PROCESS, "posterior"), {"cond": 0.1, "valid": 0.2}, null)
-
-
-def test_an_image_made_of_the_data_is_shown_beside_the_condition():
-    x0 = np.arange(2 * 4 * 6, dtype=np.float32).reshape(2, 4, 6, 1)
-    seen = []
-
-    def objective(key, apply, params, x0, cond=None, weights=None, rows=None, train=True):
-        seen.append(cond)
-        return jnp.zeros(()), {}
-
-    labels = jnp.arange(2)
-    with_image(objective, smaller(2))(jax.random.key(0), None, {}, x0, labels)
-    want = [
-        [[x0[b, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean() for j in range(3)] for i in range(2)] for b in range(2)
-    ]
-    np.testing.assert_allclose(seen[0]["image"][..., 0], want)
-    np.testing.assert_array_equal(seen[0]["cond"], labels)
-    noisy = lambda keys, x0: jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
-    with_image(objective, noisy)(jax.random.key(0), None, {}, x0[1:], rows=Rows(jnp.array([1]), 2))
-    with_image(objective, noisy)(jax.random.key(0), None, {}, x0)
-    np.testing.assert_array_equal(seen[1]["image"][0], seen[2]["image"][1])  # by global row
-    with pytest.raises(ValueError, match="scale=4 does not divide"):
-        smaller(4)(None, x0)
