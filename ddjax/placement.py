@@ -7,6 +7,9 @@ mesh nothing happens, not even at trace time.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -23,6 +26,18 @@ CARRIERS = {
     "experts": ("expert",),
     "rows of experts": ("data", "fsdp"),  # the batch where `expert` carries the experts
 }
+# Parameters whose first axis counts layers: of whole stacks, and of runs of equal blocks ("encoder/1-3").
+SCANNED = re.compile(r"(^|/)(stack/(.+/)?blocks/\D|(encoder|middle|decoder)/\d+-\d+/)")
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as `params/block_0/kernel`."""
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def layer_axes(name: str) -> int:
+    """How many axes of the parameter of this `path_name` count layers, before those of one layer: 1 of scanned ones."""
+    return 1 if SCANNED.search(name) else 0
 
 
 def _cutting() -> dict[str, int]:

@@ -30,8 +30,9 @@ from ddjax.data.dataset import Dataset
 from ddjax.experiment import Experiment, build
 from ddjax.names import DENOISERS
 from ddjax.naming import taken
+from ddjax.placement import path_name
 from ddjax.training.loop import check_batch_size
-from ddjax.training.mesh import compile_step, make_mesh, mesh_sizes, path_name, shapes_of, state_shardings
+from ddjax.training.mesh import compile_step, make_mesh, mesh_sizes, shapes_of, state_shardings
 from ddjax.training.setup import initial_state, places, step_flops, train_step
 from ddjax.training.state import TrainState
 from ddjax.training.teacher import teacher_of

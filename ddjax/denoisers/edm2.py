@@ -16,9 +16,8 @@ from ddjax.denoisers.layers.attention import check_implementation, dot_product_a
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
-from ddjax.denoisers.layers.stacking import RUN
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
-from ddjax.placement import constrain
+from ddjax.placement import constrain, layer_axes, path_name
 from ddjax.taps import Below, tap
 from ddjax.types import Params, SoftTokens
 
@@ -314,9 +313,10 @@ def forced(params: Params) -> Params:
     """
 
     def one(path: tuple, value: Array) -> Array:
-        names = [str(getattr(part, "key", "")) for part in path]
-        layers = int(any(map(RUN.fullmatch, names)))
-        return normalized(value, tuple(range(layers, np.ndim(value) - 1))) if names[-1] == "kernel" else value
+        name = path_name(path)
+        if not name.endswith("/kernel"):
+            return value
+        return normalized(value, tuple(range(layer_axes(name), np.ndim(value) - 1)))
 
     return jax.tree_util.tree_map_with_path(one, params)
 

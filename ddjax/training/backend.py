@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 
-from ddjax.training.mesh import path_name
+from ddjax.placement import path_name
 from ddjax.types import PyTree
 
 

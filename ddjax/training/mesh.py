@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddjax.placement import AXES, BATCH_AXES
+from ddjax.placement import AXES, BATCH_AXES, layer_axes, path_name
 from ddjax.training.state import TrainState
 from ddjax.training.step import Batch, Metrics, Step
 from ddjax.types import PyTree
@@ -44,8 +44,6 @@ LAYOUT = (
     (r"/tokens/table$", ("fsdp", "tensor")),
     (r"/final/out/kernel$", ("fsdp", "tensor")),
 )
-# Parameters whose first axis is the layers: of whole stacks, and of runs of equal blocks ("encoder/1-3").
-SCANNED = re.compile(r"(^|/)(stack/(.+/)?blocks/\D|(encoder|middle|decoder)/\d+-\d+/)")
 
 FSDP_MIN_SIZE = 2**14  # below this many elements, gathering a parameter costs more than holding it
 
@@ -84,11 +82,6 @@ def mesh_sizes(axes: Mapping[str, int] | None, count: int) -> dict[str, int]:
             "or pass the devices to use"
         )
     return axes
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A pytree path as `params/block_0/kernel`."""
-    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
 def state_shardings(
@@ -341,8 +334,7 @@ def _own_spec(name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int) -> P
                 entries[axis] = (wanted,)
     ways = mesh.shape.get("fsdp", 1)
     if ways > 1 and large and ("fsdp",) not in entries:
-        layers = 1 if SCANNED.search(name) else 0  # a layer is whole on its devices
-        for axis in sorted(range(layers, len(shape)), key=lambda i: -shape[i]):
+        for axis in sorted(range(layer_axes(name), len(shape)), key=lambda i: -shape[i]):
             if shape[axis] % (ways * math.prod(mesh.shape[n] for n in entries[axis])) == 0:
                 entries[axis] = (*entries[axis], "fsdp")
                 break

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddjax.training.mesh import SCANNED, path_name
+from ddjax.placement import layer_axes, path_name
 from ddjax.types import Params, PyTree
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -57,8 +57,7 @@ def decays(params: Params) -> PyTree:
     The axis of scanned layers does not count, nor do the slopes and offsets of times (`layers.TimeVector`), which are
     vectors: a network decays as it does unrolled.
     """
-    layers = lambda path: 1 if SCANNED.search(path_name(path)) else 0  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim - layers(path) >= 2, params)
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim - layer_axes(path_name(path)) >= 2, params)
 
 
 def adamw(learning_rate: float, steps: int, **options: Any) -> optax.GradientTransformation:
