@@ -2,13 +2,14 @@
 
     python benchmarks/learned.py mixture --out learned.json
     python benchmarks/learned.py mnist --run RUN --out learned.json --seeds 1 --num 64 --batch 16 --iterations 150
-    python benchmarks/learned.py mnist --run RUN --loss kernel --out kernel.json --seeds 0 --num 512 --fine 50
-    python benchmarks/learned.py mnist --run RUN --loss labels --out labels.json --seeds 0 --num 512 --fine 50
+    python benchmarks/learned.py mnist --run RUN --loss kernel --out kernel.json --seeds 0 --num 512 --seen 2048
+    python benchmarks/learned.py mnist --run RUN --loss labels --out labels.json --seeds 0 --num 512
     python benchmarks/learned.py table --out learned.json
 
 For each seed three sets of noises: one is searched on; on the second, all is chosen (the best solver and its best grid
 of `ddjax.grids`, the iteration and the learning rate of each search, where it begins); the third is reported, and was
-looked at by nothing. At equal NFE: solvers of several evaluations a step take fewer steps.
+looked at by nothing. At equal NFE: solvers of several evaluations a step take fewer steps. `--seen` makes the second
+and third sets larger: kernel distances of 512 pictures are right to 0.0015 in pixels and 0.0036 in features.
 
     hand-made       the best of all solvers, each on its best grid
     fixed grid      the best solver of one evaluation a step, on its best grid
@@ -178,37 +179,44 @@ def in_features() -> Any:
 
 
 class Case:
-    """A problem, and the noises of one seed. by: the loss."""
+    """A problem, and the noises of one seed. seen: the same of those that are chosen by and reported. by: the loss."""
 
     def __init__(
-        self, problem: nfe.Problem, fixed: dict[str, Any], start: float, seed: int, fine: int, rates: Any, by: Any
-    ):
-        self.problem, self.fixed, self.rates, self.by = problem, fixed, rates, by
+        self, problem: nfe.Problem, seen: nfe.Problem, fixed: dict[str, Any], start: float, seed: int, fine: int,
+        rates: Any, by: Any,
+    ):  # fmt: skip
+        self.problem, self.judged, self.fixed, self.rates, self.by = problem, seen, fixed, rates, by
         steps = (fine, fine, fine) if by is search.to_fine else (1, 1, fine)  # what is not compared with is not solved
         sets = [
             search.fine_examples(
-                jax.random.fold_in(jax.random.key(seed), which), problem.denoise, problem.process, shape=problem.shape,
+                jax.random.fold_in(jax.random.key(seed), which), one.denoise, one.process, shape=one.shape,
                 times=[start, 0.0], fine=grids.uniform(steps[which], start=start),
-                solver=solvers.dpm_solver_pp(problem.process), cond=problem.cond,
+                solver=solvers.dpm_solver_pp(one.process), cond=one.cond,
             )
-            for which in range(3)
+            for which, one in enumerate((problem, seen, seen))
         ]  # fmt: skip
         self.searched, self.choosing, self.reported = sets
 
     def end(self, solver: Any, times: Any, examples: search.Examples) -> Any:
-        """Samples."""
-        keys = random.example_keys(jax.random.key(0), len(examples.init))
+        """Samples, as many at a time as are searched on."""
+        size = len(self.searched.init)
+        if (count := len(examples.init)) > size:
+            parts = [jax.tree.map(lambda v, i=i: v[i : i + size], examples) for i in range(0, count, size)]
+            return jnp.concatenate([self.end(solver, times, part) for part in parts])
+        keys = random.example_keys(jax.random.key(0), count)
         times, steps = np.asarray(times, np.float64), len(times) - 1
         if not hasattr(solver, "times"):  # of any number of steps: one program
             times = np.concatenate([times, np.full(max(nfe.BUDGETS) + 1 - len(times), times[-1])])
         return nfe.reach(
             keys, nfe.as_pytree(self.problem.denoise), solver, jnp.asarray(times, float), steps, examples.init,
-            self.problem.cond,
+            examples.cond,
         )[0]  # fmt: skip
 
-    def loss(self, solver: Any, times: Any) -> float:
-        """By which all is chosen."""
-        return float(self.by(self.end(solver, times, self.choosing), self.choosing))
+    def loss(self, solver: Any, times: Any, count: int | None = None) -> float:
+        """By which all is chosen, on all of the second noises or the first `count`."""
+        examples = jax.tree.map(lambda v: v[:count], self.choosing)
+        value = float(self.by(self.end(solver, times, examples), examples))
+        return value if np.isfinite(value) else np.inf
 
     def learn(self, family: Any, rates: Any, **options: Any) -> tuple[float, search.Found, float]:
         """The best of all learning rates: its loss, what was found, the rate."""
@@ -228,8 +236,8 @@ class Case:
     def report(self, solver: Any, times: Any) -> dict[str, float]:
         """On noise not chosen by."""
         x = self.end(solver, times, self.reported)
-        found = {"rms": float(jnp.sqrt(search.to_fine(x, self.reported))), "law": self.problem.law(x)} | self.seen(x)
-        return found | ({"label": self.problem.label(x)} if self.problem.label else {})
+        found = {"rms": float(jnp.sqrt(search.to_fine(x, self.reported))), "law": self.judged.law(x)} | self.seen(x)
+        return found | ({"label": self.judged.label(x)} if self.judged.label else {})
 
 
 def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any]:
@@ -240,19 +248,23 @@ def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any
         for grid_name, grid in case.fixed.items():
             count = steps if name in ONE_EVALUATION else nfe.most_steps(case.problem, solver, grid, steps)
             if count > 1:
-                value = case.loss(solver, grid(count))
-                hand.append((value if np.isfinite(value) else np.inf, name, grid_name, count))
-    best = min(hand)
-    of_one = min(v for v in hand if v[1] in ONE_EVALUATION)
+                hand.append((case.loss(solver, grid(count), len(case.searched.init)), name, grid_name, count))
+
+    def first(some: list) -> tuple:  # the best few, on all of the noises
+        made = [(nfe.DETERMINISTIC[name](process), case.fixed[grid](n)) for _, name, grid, n in sorted(some)[:4]]
+        return min((case.loss(*one), *row[1:]) for one, row in zip(made, sorted(some)[:4], strict=True))
+
+    best = first(hand)
+    of_one = best if best[1] in ONE_EVALUATION else first([row for row in hand if row[1] in ONE_EVALUATION])
     solver, times = nfe.DETERMINISTIC[of_one[1]](process), case.fixed[of_one[2]](steps)
     own = nfe.DETERMINISTIC[best[1]](process), case.fixed[best[2]](best[3])
     rows = {
-        "fine": {"law": case.problem.law(case.reported.target)} | case.seen(case.reported.target),
+        "fine": {"law": case.judged.law(case.reported.target)} | case.seen(case.reported.target),
         "hand-made": {"what": f"{best[1]}, {best[2]}"} | case.report(*own),
         "fixed grid": {"what": f"{of_one[1]}, {of_one[2]}"} | case.report(solver, times),
     }
-    if case.problem.label:
-        rows["fine"]["label"] = case.problem.label(case.reported.target)
+    if case.judged.label:
+        rows["fine"]["label"] = case.judged.label(case.reported.target)
     starts = {"fixed": times}
     if case.by is search.to_fine:
         _, grid, rate = case.learn(search.Grid(solver, times), case.rates[0], **options)
@@ -307,6 +319,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--num", type=int, default=64, help="noises in each set, for mnist")
+    parser.add_argument("--seen", type=int, help="of the second and third sets; default as many")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--every", type=int, default=25, help="iterations between looks at the second set")
@@ -320,16 +333,18 @@ def main() -> None:
         table(found)
         return
     if arguments.what == "mixture":
-        problem, fixed, start = mixture()
+        seen, fixed, start = mixture()
+        problem = seen
         rates = (0.02, 0.05, 0.2), (0.003, 0.01, 0.03)
     else:
         problem, start = nfe.mnist(arguments.run, arguments.num), 1.0
+        seen = nfe.mnist(arguments.run, arguments.seen or arguments.num)
         fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))
     if arguments.loss != "fine":
         shown()  # now: a search is traced
     rates = (rates[0], arguments.rates or rates[1])
     for seed in arguments.seeds:
-        case = Case(problem, fixed, start, seed, arguments.fine, rates, LOSSES[arguments.loss])
+        case = Case(problem, seen, fixed, start, seed, arguments.fine, rates, LOSSES[arguments.loss])
         for steps in arguments.steps:
             began = time.time()
             options = {"batch": arguments.batch, "iterations": arguments.iterations, "every": arguments.every}
