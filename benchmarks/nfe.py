@@ -89,7 +89,11 @@ STOCHASTIC = {
     "sa_solver 2": solvers.sa_solver,
     "dpm_solver_pp_2s_ancestral": solvers.dpm_solver_pp_2s_ancestral,
     "edm_stochastic": lambda p: solvers.edm_stochastic(p, 20),
+    "edm_restart": lambda p: solvers.edm_restart(p, [(0.06, 0.3, 3, 1)]),  # Xu et al. 2023, table 3, one interval
+    "predictor_corrector": solvers.predictor_corrector,
 }
+# Its own steps, whatever the grid: NFE is what a tolerance takes, the mean over the noises.
+TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2, 1e-3, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +326,22 @@ def measure(
         print(f"{name}, {time.time() - began:.0f} s, {grid_name}: {errors}", flush=True)
 
 
+def adaptive(problem: Problem, seed: int = 0) -> None:
+    """RK45 by its tolerance: evaluations, and the distances."""
+    key = jax.random.key(seed)
+    keys, denoise, grid = random.example_keys(key, problem.shape[0]), as_pytree(problem.denoise), problem.grids
+    start = float(next(iter(grid.values()))(5)[0])
+    init = problem.process.prior(problem.shape, jnp.asarray(start, float)).sample(keys)
+    fine = solvers.dpm_solver_pp(problem.process), next(iter(grid.values()))(problem.fine)
+    end, _ = reach(keys, denoise, *fine, problem.fine, init, problem.cond)
+    print("| tolerance | NFE | rms | law | label |\n|---|---|---|---|---|")
+    for tolerance in TOLERANCES:
+        solver = solvers.Adaptive(problem.process, rtol=tolerance, atol=tolerance)
+        x, nfe = reach(keys, denoise, solver, jnp.asarray([start, 0.0]), 1, init, problem.cond)
+        rms, label = float(jnp.sqrt(jnp.mean((x - end) ** 2))), f"{problem.label(x):.3f}" if problem.label else ""
+        print(f"| {tolerance:g} | {float(nfe.mean()):.1f} | {rms:.3g} | {problem.law(x):.3g} | {label} |", flush=True)
+
+
 def best_grid(by_grid: dict[str, dict], measure: str) -> tuple[str, dict]:
     """Of a solver: the grid with the lowest geometric mean over the NFE (the highest, of labels)."""
     rows = {name: row for name, row in by_grid.items() if row}
@@ -397,7 +417,7 @@ def plot(found: dict[str, Any], path: str) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("measure", "table", "plot"))
+    parser.add_argument("what", choices=("measure", "adaptive", "table", "plot"))
     parser.add_argument("problems", nargs="*", help="mixture2, mixture16, images, images_vp, mnist")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON of all that was measured")
     parser.add_argument("--run", help="trained run, for mnist")
@@ -409,7 +429,7 @@ def main() -> None:
     parser.add_argument("--png", help="file of the plot")
     arguments = parser.parse_args()
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name in arguments.problems if arguments.what == "measure" else ():
+    for name in arguments.problems if arguments.what in ("measure", "adaptive") else ():
         jax.config.update("jax_enable_x64", name.startswith("mixture"))
         problem = {
             "images": images,
@@ -417,6 +437,9 @@ def main() -> None:
             "mnist": lambda: mnist(arguments.run, arguments.num, arguments.guidance),
         }.get(name, lambda name=name: mixture(int(name.removeprefix("mixture"))))()
         problem = dataclasses.replace(problem, fine=arguments.fine)
+        if arguments.what == "adaptive":
+            adaptive(problem)
+            continue
 
         def keep(results, name=name):
             found[name] = json.loads(json.dumps(found.get(name, {}) | results))

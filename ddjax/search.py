@@ -358,7 +358,7 @@ def for_run(
     key: Key[Array, ""],
     *,
     steps: int,
-    loss: str = "fine",
+    loss: str | Loss = "fine",
     family: str = "general",
     solver: str = "dpm_solver_pp",
     num: int = 256,
@@ -368,16 +368,19 @@ def for_run(
 ) -> Report:
     """Learn a sampler of a trained run (`ddjax.load`), on its config's grid of that many steps.
 
-    loss: "fine", the distance to DDIM in `fine_steps`; "kernel", the distance to the training data in pixels.
+    loss: "fine", the distance to DDIM in `fine_steps`; "kernel", the distance to the training data in pixels; or any
+        other, whose target is training data too: `kernel(features)`, `reward(function)`.
     family, solver: what is learned, and where it begins. num: examples to learn from, as many again to choose the
         iteration by, and as many again for the losses reported. options: those of `search`.
     Raises ValueError for names that are unknown, and for what does not go together.
     """
     from ddjax.loading import load_data  # here: the mathematics needs no data sets
 
-    for name, value, table in (("loss", loss, LOSSES), ("family", family, FAMILIES)):
-        if value not in table:
-            raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(table)}")
+    by = LOSSES.get(loss, loss)
+    if not callable(by):
+        raise ValueError(f"loss={loss!r} is unknown; it is one of {', '.join(LOSSES)}, or a function")
+    if family not in FAMILIES:
+        raise ValueError(f"family={family!r} is unknown; it is one of {', '.join(FAMILIES)}")
     experiment, process = run.experiment, run.process
     if not isinstance(process, Gaussian):
         raise ValueError(f"samplers are learned for Gaussian processes, not for {run.config.process.name!r}")
@@ -388,7 +391,7 @@ def for_run(
     if family != "general":
         written_out(started, times)  # what is given back is of that family too: an error now, not after the search
     items = load_data(run.config, "train")
-    if loss == "kernel" and len(items) < 3 * num:
+    if by is not to_fine and len(items) < 3 * num:
         raise ValueError(f"num={num} examples three times over are needed, but there are {len(items)} to train on")
 
     def examples(which: int) -> tuple[Denoise, Examples]:
@@ -398,12 +401,12 @@ def for_run(
         scale = run.config.sample.guidance if guidance is None else guidance
         denoise = experiment.guided(run.denoise, float(scale), labels)
         cond, shape = experiment.to_sample(own, jnp.arange(num), labels), experiment.batch_shape(num)
-        fine = experiment.times(fine_steps) if loss == "fine" else times
+        fine = experiment.times(fine_steps) if by is to_fine else times
         found = fine_examples(own, denoise, process, shape=shape, times=times, fine=fine, cond=cond)
-        return denoise, found if loss == "fine" else found._replace(target=jnp.asarray(items[rows]["x0"]))
+        return denoise, found if by is to_fine else found._replace(target=jnp.asarray(items[rows]["x0"]))
 
     denoise, some = examples(0)
-    found = search(key, denoise, learned, LOSSES[loss], some, choose=examples(1)[1], **options)
+    found = search(key, denoise, learned, by, some, choose=examples(1)[1], **options)
     end, (_, held_out) = written_out(found.solver, found.times) if family != "general" else found.solver, examples(2)
 
     def measured(solver: Solver, times: Any) -> float:
@@ -411,6 +414,6 @@ def for_run(
             key, denoise, process, shape=held_out.init.shape, solver=solver, times=jnp.asarray(times, float),
             cond=held_out.cond, init=held_out.init,
         )  # fmt: skip
-        return float(LOSSES[loss](drawn.x0, held_out))
+        return float(by(drawn.x0, held_out))
 
     return Report(end, measured(started, times), measured(end, end.times), found)

@@ -128,6 +128,10 @@ def test_kernel_distance_by_its_definition(x64):
     np.testing.assert_allclose(search.squared_mmd(x, y), wanted)
     examples = search.Examples(jnp.asarray(x), jnp.asarray(y)[:, None])
     np.testing.assert_allclose(search.kernel()(jnp.asarray(x)[:, None], examples), wanted)
+    turned = lambda v: v.reshape(len(v), -1) @ jnp.eye(3)[:, ::-1] * jnp.sqrt(0.5)  # half of each product
+    k = lambda a, b: (0.5 * a @ b / 3 + 1) ** 3
+    wanted = within(x) + within(y) - 2 * np.mean([k(a, b) for a in x for b in y])
+    np.testing.assert_allclose(search.kernel(turned)(jnp.asarray(x)[:, None], examples), wanted)
     np.testing.assert_allclose(search.reward(lambda x: x.sum(1))(jnp.asarray(x), examples), -x.sum(1).mean())
 
 
@@ -368,6 +372,14 @@ def test_from_a_trained_run_to_samples(tmp_path, capsys, monkeypatch):
     assert "--out must end in .json" in capsys.readouterr().err
     with pytest.raises(ValueError, match="family='wide' is unknown"):
         search.for_run(run, KEY, steps=3, family="wide")
+    seen = []
+
+    def own(x0, examples):  # any loss, of samples beside training data
+        seen.append((x0.shape, examples.target.shape))
+        return search.kernel(lambda x: x.reshape(len(x), -1)[:, :2])(x0, examples)
+
+    assert np.isfinite(search.for_run(run, KEY, steps=2, loss=own, num=4, batch=4, iterations=2).after)
+    assert set(seen) == {((4, *run.data.shape), (4, *run.data.shape))}
 
 
 def test_what_cannot_be_saved_is_refused_before_the_search():
@@ -376,6 +388,8 @@ def test_what_cannot_be_saved_is_refused_before_the_search():
     run = SimpleNamespace(experiment=experiment, process=PROCESS)
     with pytest.raises(ValueError, match="evaluates the network more than once"):
         search.for_run(run, KEY, steps=5, family="grid", solver="heun")
+    with pytest.raises(ValueError, match="loss='near' is unknown; it is one of fine, kernel, or a function"):
+        search.for_run(run, KEY, steps=5, loss="near")
     with pytest.raises(ValueError, match="ratios compensate"):
         search.for_run(run, KEY, steps=5, family="compensation", solver="ddim")
 
