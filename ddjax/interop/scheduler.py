@@ -47,7 +47,7 @@ FIXED = {
     "timestep_type": ("discrete",), "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,),
     "invert_sigmas": (False,), "shift_terminal": (None, 0), "stochastic_sampling": (False,),
 }  # fmt: skip
-FIXED_FLOW = {name: (False,) for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")}
+FIXED_FLOW = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False,))
 
 
 def settings(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,9 +223,7 @@ def _betas_in_words(s: Mapping[str, Any]) -> str:
 
 def _told(s: Mapping[str, Any], what: str) -> str:
     if s["scheduler"] is None:
-        return (
-            f"no scheduler was found: taken to predict {what}; say otherwise by prediction_type=, beta_schedule=, ..."
-        )
+        return f"no scheduler was found: taken to predict {what} (else: prediction_type=, beta_schedule=, ...)"
     sampled = "Ancestral" if s["scheduler"] in ANCESTRAL else "DDIM"
     if s["scheduler"] in FLOW:
         sampled = "Euler's method"

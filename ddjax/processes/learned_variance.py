@@ -26,8 +26,9 @@ class LearnedVariance(Gaussian):
     """`Gaussian`, with predictions that may have v beside them, twice as long on the last axis: `(..., 2 channels)`.
 
     The first half is of the prediction's kind, the second v. What is shaped like the state says nothing about the
-    variance and stands for v = `unsaid`: -1, DDPM's posterior variance, or 1, its beta. Conversions, continuous time and solvers other than
-    `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as in the released code.
+    variance and stands for v = `unsaid`: -1, DDPM's posterior variance, or 1, its beta. Conversions, continuous time
+    and solvers other than `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as
+    in the released code.
     Into s = 0 with no noise there is no variance to learn, and the step ends at x0_hat.
     """
 

@@ -300,8 +300,8 @@ def test_without_a_scheduler_the_report_says_what_is_taken(tmp_path):
     unet().save_pretrained(tmp_path)
     model = interop.load(tmp_path)
     assert (
-        "no scheduler was found: taken to predict noise (epsilon) on 1000 betas, linear from 0.0001 to 0.02; say "
-        "otherwise by prediction_type=, beta_schedule=, ..." in str(model.report)
+        "no scheduler was found: taken to predict noise (epsilon) on 1000 betas, linear from 0.0001 to 0.02 "
+        "(else: prediction_type=, beta_schedule=, ...)" in str(model.report)
     )
     with pytest.raises(ValueError, match=r"no settings \['prediction'\]; it has .*prediction_type"):
         interop.load(tmp_path, prediction="v")
