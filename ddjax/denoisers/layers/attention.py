@@ -146,6 +146,25 @@ def rope(
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
+def rope_2d(
+    x: Float[Array, "batch sites heads head"],
+    rows: Int[Array, "*batch sites"],
+    columns: Int[Array, "*batch sites"],
+    base: float = 1e4,
+) -> Float[Array, "batch sites heads head"]:
+    """`rope` by the row in the first half of a head's features, by the column in the other.
+
+    Scores then depend on the two differences only (Heo et al. 2024, "Rotary Position Embedding for Vision Transformer",
+    axial frequencies; Inf-DiT's).
+
+    rows, columns: of each site. Raises ValueError where a head's features do not divide by four.
+    """
+    if x.shape[-1] % 4:
+        raise ValueError(f"rope_2d pairs the features of each half: expected a multiple of 4, not {x.shape[-1]}")
+    by_row, by_column = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([rope(by_row, rows, base), rope(by_column, columns, base)], axis=-1)
+
+
 def dot_product_attention(
     q: Float[Array, "batch sites heads head"],
     k: Float[Array, "batch keys groups head"],
