@@ -33,7 +33,7 @@ KINDS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v", "flow_predicti
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 SPACINGS = ("leading", "trailing", "linspace")
 LARGEST = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "learned_range": -1.0}  # v, where not said
-LEAST = 1e-12  # alpha^2 at the end of a chain that is meant to end in noise alone: its log-SNR must be finite
+LEAST = 1e-10  # what the last step of a chain that is meant to end in noise alone keeps: its log-SNR must be finite
 
 CHAIN = {
     "scheduler": None, "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear",
@@ -143,7 +143,7 @@ def betas(s: Mapping[str, Any]) -> np.ndarray:
     """The variances of a chain, float64, as diffusers' schedulers have them by name.
 
     rescale_betas_zero_snr: alpha moved and scaled so that the first stays and the last is 0 (Lin et al. 2024, algorithm
-    1), here `LEAST` instead.
+    1); here the last beta is 1 - `LEAST`.
     """
     steps, low, high = s["num_train_timesteps"], s["beta_start"], s["beta_end"]
     if s["trained_betas"] is not None:
@@ -159,9 +159,8 @@ def betas(s: Mapping[str, Any]) -> np.ndarray:
         values = np.minimum(1.0 - kept[1:] / kept[:-1], 0.999)
     if s["rescale_betas_zero_snr"]:
         alpha = np.cumprod(1.0 - values) ** 0.5
-        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        kept = np.maximum(alpha**2, LEAST)
-        values = np.append(values[0], 1.0 - kept[1:] / kept[:-1])
+        alpha -= alpha[-1]
+        values = np.append(values[0], 1.0 - np.maximum((alpha[1:] / alpha[:-1]) ** 2, LEAST))
     return values
 
 

@@ -87,7 +87,9 @@ def test_a_chain_that_ends_in_noise_alone():
     s = said(CHAIN | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     schedule, plain = scheduler.model(s)["process"].schedule, scheduler.model(said(CHAIN))["process"].schedule
     assert float(schedule.alpha(np.float32(1.0))) < 2e-6
-    np.testing.assert_allclose(float(schedule.alpha(np.float32(0.0))), float(plain.alpha(np.float32(0.0))), rtol=1e-6)
+    a = np.asarray(plain.alpha(np.float32(np.arange(1000) / 999)), np.float64)
+    wanted = (a - a[-1]) * a[0] / (a[0] - a[-1])  # Lin et al. 2024, algorithm 1
+    np.testing.assert_allclose(schedule.alpha(np.float32(np.arange(1000) / 999)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_that_is_no_pipeline_of_ours(tmp_path):
