@@ -32,7 +32,7 @@ OWN_DEFAULTS = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIM
 KINDS = {"epsilon": "noise", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 SPACINGS = ("leading", "trailing", "linspace")
-LARGEST = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "learned_range": -1.0}  # v, where not said
+UNSAID = {"fixed_small": -1.0, "fixed_small_log": -1.0, "fixed_large": 1.0, "learned_range": -1.0}  # v
 LEAST = 1e-10  # what the last step of a chain that is meant to end in noise alone keeps: its log-SNR must be finite
 
 CHAIN = {
@@ -78,7 +78,7 @@ def settings(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     result = CHAIN | {n: v for n, v in known.items() if n in CHAIN}
     _one_of(result, "prediction_type", tuple(KINDS)[:3])
     _one_of(result, "timestep_spacing", SPACINGS)
-    _one_of(result, "variance_type", tuple(LARGEST))
+    _one_of(result, "variance_type", tuple(UNSAID))
     if result["trained_betas"] is None:
         _one_of(result, "beta_schedule", SCHEDULES)
         needed = () if result["beta_schedule"] == "squaredcos_cap_v2" else ("beta_start", "beta_end")
@@ -117,7 +117,7 @@ def model(s: Mapping[str, Any], learned: bool = False) -> dict[str, Any]:
     if s["variance_type"] == "learned_range" and not learned:
         raise ValueError("variance_type='learned_range': the network gives no variances beside its prediction")
     schedule, steps = Table.from_betas(betas(s)), s["num_train_timesteps"]
-    unsaid = LARGEST[s["variance_type"]]
+    unsaid = UNSAID[s["variance_type"]]
     process = LearnedVariance(schedule, unsaid=unsaid) if learned or unsaid != -1.0 else Gaussian(schedule)
     ode = s["scheduler"] in ODE
     kind = KINDS[s["prediction_type"]]
