@@ -372,7 +372,7 @@ def _add_convert(known: Any) -> None:
     convert = _command(
         known, "convert", commands.convert, "turn published PyTorch weights into ours, or back", epilog=CONVERT
     )
-    convert.add_argument("input", type=Path, help="their .safetensors file or Hugging Face folder, or a file of ours")
+    convert.add_argument("input", type=Path, help="their .safetensors file, folder or pipeline, or a file of ours")
     convert.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     convert.add_argument("--family", metavar="NAME", help="whose network it is (default: found by its tensors)")
     convert.add_argument(

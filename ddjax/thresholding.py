@@ -36,12 +36,17 @@ class Thresholded:
 
     def __call__(self, xt, t, cond=None):
         """The prediction's x0, within the range."""
-        x0 = self.process.convert(self.denoise(xt, t, cond), "x0", xt, t).value
+        said = self.denoise(xt, t, cond)
+        x0 = self.process.convert(said, "x0", xt, t).value
         if self.quantile is None:
-            return Prediction(jnp.clip(x0, self.low, self.high), "x0")
-        size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.quantile, axis=1)
-        size = left_broadcast(jnp.clip(size, self.high, self.largest), x0)
-        return Prediction(jnp.clip(x0, -size, size) * (self.high / size), "x0")
+            inside = jnp.clip(x0, self.low, self.high)
+        else:
+            size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.quantile, axis=1)
+            size = left_broadcast(jnp.clip(size, self.high, self.largest), x0)
+            inside = jnp.clip(x0, -size, size) * (self.high / size)
+        if said.value.ndim == xt.ndim:  # what is said beside it, a learned variance, stays
+            inside = jnp.concatenate([inside, said.value[..., xt.shape[-1] :]], -1)
+        return Prediction(inside, "x0")
 
 
 def static(denoise: Denoise, process: Any, *, low: float = -1.0, high: float = 1.0) -> Denoise:

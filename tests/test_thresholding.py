@@ -11,7 +11,7 @@ import ddjax
 from ddjax import grids, solvers, thresholding
 from ddjax.guidance import classifier_free
 from ddjax.predictions import Prediction, evaluations
-from ddjax.processes import Gaussian, Masked
+from ddjax.processes import Gaussian, LearnedVariance, Masked
 from ddjax.schedules import CondOT
 
 PROCESS = Gaussian(CondOT())
@@ -36,6 +36,15 @@ def test_static_and_dynamic_are_their_definitions():
         assert np.abs(said.value).max() <= limit * (1 + 1e-6)
     alone = thresholding.dynamic(strong, PROCESS)(XT[1:], T[1:]).value
     np.testing.assert_array_equal(alone[0], thresholding.dynamic(strong, PROCESS)(XT, T).value[1])
+
+
+@pytest.mark.parametrize("one", [thresholding.static, thresholding.dynamic])
+def test_a_learned_variance_stays(one):
+    process, v = LearnedVariance(CondOT()), 0.1 * XT
+    both = lambda xt, t, cond=None: Prediction(jnp.concatenate([strong(xt, t).value, v], -1), "noise")
+    prediction, share = process.split(one(both, process)(XT, T), XT)
+    np.testing.assert_array_equal(prediction.value, one(strong, PROCESS)(XT, T).value)
+    np.testing.assert_allclose(share, (v + 1) / 2)
 
 
 def test_off_is_the_denoiser_itself():

@@ -77,6 +77,8 @@ class DiT(ImageNetwork):
         kernels: 0, or of how many base kernels "weights" mix those of each example, in the place of making them
             (adaptive kernel selection; `layers.Generator`).
         relative: whether each head adds a learned bias for every difference of places (`layers.Attention`).
+        rotary: whether queries and keys are turned by the place, row and column (`layers.rope_2d`; of a sequence
+            `layers.rope`), in the place of the table of positions.
         closed_times: of the time's frequencies, `closed` of `layers.time_embedding`.
         label_noise: noise on the embedded labels when train=True (`layers.embed.Conditioner`).
         dropout: rate on each branch of each block, when train=True.
@@ -134,6 +136,7 @@ class DiT(ImageNetwork):
         conditioning: str = "modulation",
         kernels: int = 0,
         relative: bool = False,
+        rotary: bool = False,
         closed_times: bool = False,
         label_noise: float = 0.0,
         dropout: float = 0.0,
@@ -176,15 +179,15 @@ class DiT(ImageNetwork):
         if (relations or downsample > 1) and neighbours is not None:
             raise ValueError("neighbours say who sees whom: build the network without relations and downsample")
         rows = self.grid if self.kinds is None else (max(self.kinds) + 1,)
-        self.position = nnx.Param(jnp.asarray(sincos(rows, width)))
+        self.position = None if rotary else nnx.Param(jnp.asarray(sincos(rows, width)))
         self.condition = Conditioner(
             cond_width, num_classes=num_classes, time=time, latent=latent, vector=vector, label_noise=label_noise,
             closed=closed_times, silu=conditioning != "attention", rngs=rngs,
         )  # fmt: skip
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=int(mlp_ratio * width), cond_width=cond_width,
-            conditioning=conditioning, kernels=kernels, relative=self.grid if relative else None, qkv_bias=qkv_bias,
-            dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
+            conditioning=conditioning, kernels=kernels, relative=self.grid if relative else None, rotary=rotary,
+            qkv_bias=qkv_bias, dropout=dropout, dtype=dtype, attention=attention, experts=experts, grid=self.grid,
             context_width=context_width,
             merge=None if merge is None else check_sizes(merge, math.prod(self.grid)),
         )  # fmt: skip
@@ -199,8 +202,10 @@ class DiT(ImageNetwork):
         if downsample > 1 and relations:
             raise ValueError("downsample thins out keys, and relations may need all: build the network without one")
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
-        if self.kinds is not None and (relative or "weights" in by):
-            raise ValueError("patches of one kind are exchangeable: kinds go without relative places or convolutions")
+        if self.kinds is not None and (relative or rotary or "weights" in by):
+            raise ValueError(
+                "patches of one kind are exchangeable: kinds go without relative or rotary places, or convolutions"
+            )
         if relative and neighbours is not None:
             raise ValueError("neighbours of its own for each patch go without relative positions")
         if "weights" in by and (relations or neighbours is not None or route or downsample > 1 or merge):
@@ -293,15 +298,10 @@ class DiT(ImageNetwork):
             image = self.beside(given.image, batch, self.image_channels)
             image = view.seen(image, None if view.clean is None else image)
             x = jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
-        position = self.position[...].astype(self.dtype)
-        if self.kinds is not None:
-            position = position[np.asarray(self.kinds)]
-        if layout is not None:
-            position = jnp.take(position, layout.positions, axis=0, mode="clip")
         generated = self.projection is not None
         if generated and layout is not None:
             raise ValueError("conditioning by weights has convolutions: all patches run, once, and see each other")
-        h = tap("embed", (self.embed(x, c) if generated else self.embed(x)) + position)
+        h = tap("embed", self._placed(self.embed(x, c) if generated else self.embed(x), layout))
         channels = None
         if self.task_share < 1:
             channels = channel_mask(jnp.broadcast_to(t, (batch,)), self.width, self.task_share)
@@ -310,6 +310,15 @@ class DiT(ImageNetwork):
         more["projection"] = self.projection(c) if generated else None
         h = self.stack(h, c, keys, layout, route_keys=routes, **more)
         return h if view.clean is None else h[:, :length], c, view
+
+    def _placed(self, h: Array, layout: Layout | None) -> Array:
+        """With the positions added; rotary ones are the blocks' own."""
+        if self.position is None:
+            return h
+        position = self.position[...].astype(self.dtype)
+        if self.kinds is not None:
+            position = position[np.asarray(self.kinds)]
+        return h + (position if layout is None else jnp.take(position, layout.positions, axis=0, mode="clip"))
 
     def _of_routes(self, y: Array, xt: Any, view: View, rng: Any) -> Array:
         """The output as losses see it; tells the auxiliary loss."""

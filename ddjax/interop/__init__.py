@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ddjax.interop import images, mapping, md4, orbax, published, tensors, texts, unet, unet_families, vae
+from ddjax.interop import images, mapping, md4, orbax, published, scheduler, tensors, texts, unet, unet_families, vae
 from ddjax.interop.mapping import Report
 from ddjax.interop.published import Family, Model, Published
 
@@ -43,12 +43,14 @@ def load(
 
     Args:
         path: a .safetensors file, with config.json beside it where its authors have one; a Hugging Face folder, also of
-            several files; a folder with an Orbax checkpoint; or what `Published.save` wrote.
+            several files; a pipeline of diffusers, whose scheduler says how it is sampled (`interop.scheduler`); a
+            folder with an Orbax checkpoint; or what `Published.save` wrote.
         family: one of `FAMILIES`; None finds it by the tensors and config.json.
         partial: go on where tensors are unknown, missing or mis-shaped: parameters without a tensor stay as `key` draws
             them. The report names them.
         dtype: of the parameters.
-        settings: what the file does not say, or says otherwise: `heads=16`, `mask=50257`, `length=128`.
+        settings: what the file does not say, or says otherwise: `heads=16`, `mask=50257`, `length=128`,
+            `prediction_type="v_prediction"`.
 
     Raises:
         ValueError: for a pickle, a file of no family or of several, settings that are missing, and unless `partial` for
@@ -69,6 +71,7 @@ __all__ = [
     "md4",
     "orbax",
     "published",
+    "scheduler",
     "tensors",
     "texts",
     "unet",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 
 from ddjax import denoisers, grids, solvers
 from ddjax.denoisers.layers.embed import sincos_2d
+from ddjax.interop import scheduler
 from ddjax.interop.adapters import OtherTime, TowardsData
 from ddjax.interop.mapping import (
     TRANSPOSED,
@@ -219,7 +219,7 @@ def _diffusers_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapp
     if size is None:
         raise ValueError("nothing in the tensors says how large an image is: put config.json beside them, or size=...")
     first = "transformer_blocks.0"
-    return {
+    return scheduler.settings(config, given) | {
         "size": size,
         "channels": channels,
         "out_channels": tensors.shape_of("proj_out_2.weight")[0] // patch**2,
@@ -230,7 +230,6 @@ def _diffusers_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapp
         "mlp_width": tensors.shape_of(f"{first}.ff.net.0.proj.weight")[0],
         "num_classes": tensors.shape_of(f"{first}.norm1.emb.class_embedder.embedding_table.weight")[0] - 1,
         "guided_channels": channels,
-        "chain": STEPS,
     }
 
 
@@ -273,7 +272,16 @@ def _diffusers_entries(s: Mapping[str, Any]) -> list[Entry | Fixed]:
 
 
 def _diffusers_model(s: Mapping[str, Any]) -> Model:
-    return dataclasses.replace(_dit_model(s), make=_dit_network(s, closed_times=True), entries=_diffusers_entries(s))
+    return Model(
+        make=_dit_network(s, closed_times=True),
+        entries=_diffusers_entries(s),
+        shape=(s["size"], s["size"], s["channels"]),
+        wrap=partial(OtherTime, factor=scheduler.clock(s) / 1000.0),
+        num_classes=s["num_classes"],
+        scale=4.0,
+        guided=s["guided_channels"],
+        **scheduler.model(s, s["out_channels"] == 2 * s["channels"]),
+    )
 
 
 DIFFUSERS_DIT = Family(

@@ -186,6 +186,7 @@ class Report:
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()  # theirs, shape, the shape expected
     different: tuple[str, ...] = ()  # theirs that must have other values
     aside: tuple[str, ...] = ()  # other copies of the weights (those in training, beside their average)
+    notes: tuple[str, ...] = ()  # what was taken of the model beside its weights
 
     @property
     def whole(self) -> bool:
@@ -214,7 +215,7 @@ class Report:
         lines = [f"{tensors} tensors matched {ours} parameters"]
         lines += [f"{len(self.checked)} fixed tensors are as they must be"] if self.checked else []
         lines += [f"{len(self.aside)} tensors of another copy of the weights set aside"] if self.aside else []
-        return "\n".join([*lines, *self.problems()])
+        return "\n".join([*lines, *self.problems(), *self.notes])
 
 
 def shapes_of(init: Callable[[Any], Params]) -> dict[str, tuple[int, ...]]:

@@ -41,6 +41,8 @@ class Model:
         (`interop.adapters`). shape: of one example. num_classes: its labels; that number is the null label.
     scale, guided: guidance by default, and of how many outputs (None: all).
     steps, solver, grid: of sampling by default: `solver(process)` and `grid(steps)`.
+    within: keeps what is predicted in the range of the data, `within(denoise, process)`, under guidance too.
+    notes: what the report tells beside the tensors.
     autoencoder: the `autoencoders.KLAutoencoder`, of a model that is one.
     """
 
@@ -56,6 +58,8 @@ class Model:
     steps: int = 250
     solver: Callable[[Any], Any] = solvers.Ancestral
     grid: Callable[[int], Array] = grids.uniform
+    within: Callable[[Denoise, Any], Denoise] = lambda denoise, process: denoise
+    notes: tuple[str, ...] = ()
     autoencoder: Any = None
 
 
@@ -187,26 +191,30 @@ class Published:
             if cond is None:
                 raise ValueError("a classifier leads towards labels, and there are none: give cond")
             scale = 1.0 if guidance is None else guidance
-            denoise = guides.by_classifier(self.denoise, classifier.log_prob, self.process, scale=scale, told=labelled)
+            inside = model.within(self.denoise, self.process)
+            denoise = guides.by_classifier(inside, classifier.log_prob, self.process, scale=scale, told=labelled)
             own = guides.GuidedMean
         elif weaker is not None:
             if guidance is None:
                 raise ValueError("guidance away from a weaker model needs its scale: give guidance")
             told = weaker.model.num_classes > 0
-            denoise = guides.by_weaker(self.denoise, weaker.denoise, scale=guidance, told=told)
+            denoise = model.within(
+                guides.by_weaker(self.denoise, weaker.denoise, scale=guidance, told=told), self.process
+            )
         else:
-            denoise = self.denoise if cond is None else self.guided(guidance)
+            denoise = model.within(self.denoise if cond is None else self.guided(guidance), self.process)
         if cond is None and weaker is None and guidance not in (None, 1.0):
             raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond")
         cond = cond if cond is None else jnp.asarray(cond)
+        times = grids.check_grid(model.grid(model.steps if steps is None else steps))
         drawn = sample(
             key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed, init=init,
             solver=own(self.process) if solver is None else solver,
-            times=model.grid(model.steps if steps is None else steps),
+            times=times,
         )  # fmt: skip
-        if self.process.state != "gaussian" or not np.isfinite(float(self.process.schedule.log_snr(jnp.zeros(())))):
+        if self.process.state != "gaussian" or not np.isfinite(float(self.process.schedule.log_snr(times[-1]))):
             return drawn
-        return _to_data(denoise, self.process, drawn, cond)
+        return _to_data(denoise, self.process, drawn, times[-1], cond)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as one safetensors file of ours, which says how to build it. Atomic."""
@@ -268,6 +276,7 @@ def load(
         model.entries, Tensors(found.files, own.names | rest), mapping.shapes_of(init), dtype=dtype,
         initial=(lambda: init(key)) if partial else None, aside=aside,
     )  # fmt: skip
+    report = dataclasses.replace(report, notes=model.notes)
     return Published(
         chosen.name, all_settings | settings, model, init, model.wrap(apply), params, report, prefix, chosen.orbax
     )
@@ -288,7 +297,7 @@ def _load_ours(path: Any, header: Mapping[str, str], families: Mapping[str, Fami
     if wrong:
         raise ValueError(f"{path} does not hold the parameters that its header describes: {', '.join(wrong[:6])}")
     params = mapping.nested({n: np.asarray(leaves[n], dtype) for n in shapes})
-    report = Report(matched=tuple(((n,), (n,)) for n in shapes))
+    report = Report(matched=tuple(((n,), (n,)) for n in shapes), notes=model.notes)
     return Published(
         name, settings, model, init, model.wrap(apply), params, report, header.get("prefix", ""), family.orbax
     )
@@ -325,15 +334,15 @@ def _family(
 
 
 @partial(jax.jit, static_argnames="process")
-def _ended(denoise: Denoise, process: Any, x: Array, cond: Any) -> Array:
-    t = jnp.zeros(x.shape[0])
+def _ended(denoise: Denoise, process: Any, x: Array, t: Array, cond: Any) -> Array:
+    t = jnp.full(x.shape[0], t)
     return process.convert(denoise(x, t, cond), "x0", x, t).value
 
 
-def _to_data(denoise: Denoise, process: Any, drawn: Sample, cond: Any) -> Sample:
-    """The last step of a chain whose first noise is not none: to the mean, at one evaluation more."""
+def _to_data(denoise: Denoise, process: Any, drawn: Sample, t: Array, cond: Any) -> Sample:
+    """The last step of a chain that ends with noise: to the mean, at one evaluation more."""
     from ddjax.predictions import evaluations
     from ddjax.pytrees import as_pytree
 
     denoise = as_pytree(denoise)
-    return drawn._replace(x0=_ended(denoise, process, drawn.x0, cond), nfe=drawn.nfe + evaluations(denoise))
+    return drawn._replace(x0=_ended(denoise, process, drawn.x0, t, cond), nfe=drawn.nfe + evaluations(denoise))

@@ -14,7 +14,9 @@ from ddjax.interop import orbax
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 DTYPES = ("F32", "F16", "BF16", "F64")
-INDEX, SINGLE = "model.safetensors.index.json", ("model.safetensors", "diffusion_pytorch_model.safetensors")
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+INDEX = tuple(f"{name}.index.json" for name in SINGLE)
+PARTS = ("unet", "transformer")  # of a pipeline of diffusers, the one that denoises
 
 UNPICKLE = """\
 {path} is a pickle, which can run code when it is read: ddjax reads safetensors only. Where torch is, two lines make it:
@@ -60,9 +62,11 @@ class Tensors(Mapping[str, np.ndarray]):
 def open_tensors(path: str | os.PathLike) -> tuple[Tensors, dict[str, Any], dict[str, str]]:
     """The tensors of a published model, its config.json ({} where there is none), and what one file's header says.
 
-    path: a .safetensors file, or a Hugging Face folder: `model.safetensors`, or several and
-        `model.safetensors.index.json`. A config.json beside a file counts too. Or a folder with an Orbax checkpoint:
-        itself, a step of it, or all steps, of which the newest is taken.
+    path: a .safetensors file, or a Hugging Face folder: one file of `SINGLE`, or several and an index of `INDEX`. A
+        config.json beside a file counts too. Or a pipeline of diffusers, a folder with a model_index.json, of which the
+        U-Net or transformer is read. Or a folder with an Orbax checkpoint: itself, a step of it, or all steps, of which
+        the newest is taken.
+    A scheduler_config.json beside the weights, or in the pipeline's scheduler/, is config["scheduler"].
     Raises ValueError for a pickle (with the two lines that turn one into safetensors), and for what is no such file;
         FileNotFoundError.
     """
@@ -72,9 +76,10 @@ def open_tensors(path: str | os.PathLike) -> tuple[Tensors, dict[str, Any], dict
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if path.is_dir():
-        return *_folder(path), {}
+        path = _part(path)
+        return _folder(path), _config(path), {}
     file = _open(path)
-    return Tensors(dict.fromkeys(file.keys(), file)), _json(path.parent / "config.json"), file.metadata() or {}
+    return Tensors(dict.fromkeys(file.keys(), file)), _config(path.parent), file.metadata() or {}
 
 
 def prefix_of(names: Sequence[str], marks: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -93,9 +98,26 @@ def prefix_of(names: Sequence[str], marks: Sequence[str]) -> tuple[str | None, l
     return best, [n for n in names if not (best and n.startswith(best)) and any(n.startswith(p) for p in others)]
 
 
-def _folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    index = path / INDEX
-    if index.exists():
+def _part(path: Path) -> Path:
+    """Of a pipeline, the folder of what denoises; old ones have all in one. Any other folder is itself."""
+    index = _json(path / "model_index.json")
+    there = [name for name in PARTS if name in index]
+    if index and len(there) != 1:
+        names = sorted(name for name, value in index.items() if isinstance(value, list))
+        raise ValueError(f"{path} is a pipeline of {', '.join(names)}: expected one of {' or '.join(PARTS)}")
+    return path / there[0] if there and (path / there[0]).is_dir() else path
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """config.json, and as "scheduler" what says how the network was trained."""
+    places = (path, path / "scheduler", path.resolve().parent / "scheduler")
+    found = (_json(place / "scheduler_config.json") for place in places)
+    scheduler = next((one for one in found if one), None)
+    return _json(path / "config.json") | ({} if scheduler is None else {"scheduler": scheduler})
+
+
+def _folder(path: Path) -> Tensors:
+    for index in (path / name for name in INDEX if (path / name).exists()):
         files: dict[str, Any] = {}
         where = _json(index).get("weight_map", {})
         for name, shard in where.items():
@@ -105,18 +127,18 @@ def _folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
                 files[shard] = _open(path / shard)
             if name not in files[shard].keys():  # noqa: SIM118
                 raise ValueError(f"{index} says that {shard} holds {name}, which it does not")
-        return Tensors({name: files[shard] for name, shard in where.items()}), _json(path / "config.json")
+        return Tensors({name: files[shard] for name, shard in where.items()})
     for name in SINGLE:
         if (path / name).exists():
             file = _open(path / name)
-            return Tensors(dict.fromkeys(file.keys(), file)), _json(path / "config.json")
+            return Tensors(dict.fromkeys(file.keys(), file))
     if (found := orbax.find(path)) is not None:
         checkpoint = orbax.Checkpoint(found)
-        return Tensors(dict.fromkeys(checkpoint.keys(), checkpoint)), _json(path / "config.json")
+        return Tensors(dict.fromkeys(checkpoint.keys(), checkpoint))
     pickles = sorted(p for p in path.iterdir() if p.suffix.lower() in PICKLES)
     if pickles:
         raise ValueError(UNPICKLE.format(path=pickles[0], out=path / SINGLE[0]))
-    raise ValueError(f"{path} has neither {INDEX} nor {' nor '.join(SINGLE)}, and is no Orbax checkpoint")
+    raise ValueError(f"{path} has neither {' nor '.join((*SINGLE, *INDEX))}, and is no Orbax checkpoint")
 
 
 def _open(path: Path) -> Any:

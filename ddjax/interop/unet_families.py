@@ -13,7 +13,7 @@ from flax import nnx
 
 from ddjax import grids, solvers
 from ddjax.denoisers import EDM2, UNet, UNetDesign, UNetEncoder
-from ddjax.interop import unet
+from ddjax.interop import scheduler, unet
 from ddjax.interop.images import STEPS, chain_steps
 from ddjax.interop.mapping import Entry, Fixed
 from ddjax.interop.published import CLASSES, Family, Model
@@ -235,7 +235,9 @@ def _diffusers_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapp
     if "block_out_channels" not in config:
         raise ValueError("the tensors of a UNet2DModel do not say all of it: put its config.json beside them")
     options = unet.diffusers_options(config)
-    return options | {
+    said = scheduler.settings(config, given)
+    return {**options, **said} | {
+        "time_scale": scheduler.clock(said),
         "shape": list(options["shape"]),
         "multipliers": list(options["multipliers"]),
         "attend_at": list(options["attend_at"]),
@@ -244,15 +246,12 @@ def _diffusers_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapp
 
 
 def _diffusers_model(s: Mapping[str, Any]) -> Model:
-    schedule = Table.ddpm_linear()
-    learned = s["out_channels"] == 2 * s["shape"][2]
-    process = LearnedVariance(schedule) if learned else Gaussian(schedule)
-    return _model(s, unet.diffusers, process=process, kind="noise", grid=chain_steps)
+    return _model(s, unet.diffusers, **scheduler.model(s, s["out_channels"] == 2 * s["shape"][2]))
 
 
 DIFFUSERS_UNET = Family(
     "diffusers_unet",
-    "diffusers' UNet2DModel, under DDPM's schedule",
+    "diffusers' UNet2DModel",
     marks=("time_embedding.linear_1.weight", "conv_in.weight", "conv_norm_out.weight", "mid_block.resnets.0.conv1.bias",
            "down_blocks.0.resnets.0.time_emb_proj.weight"),
     settings=_diffusers_settings,

@@ -26,10 +26,13 @@ class LearnedVariance(Gaussian):
     """`Gaussian`, with predictions that may have v beside them, twice as long on the last axis: `(..., 2 channels)`.
 
     The first half is of the prediction's kind, the second v. What is shaped like the state says nothing about the
-    variance and stands for v = -1, DDPM's posterior variance. Conversions, continuous time and solvers other than
-    `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as in the released code.
+    variance and stands for v = `unsaid`: -1, DDPM's posterior variance, or 1, its beta. Conversions, continuous time
+    and solvers other than `Ancestral` need the first half alone. v is not clipped: outside [-1, 1] it extrapolates, as
+    in the released code.
     Into s = 0 with no noise there is no variance to learn, and the step ends at x0_hat.
     """
+
+    unsaid: float = -1.0
 
     def output_shape(self, shape: Sequence[int], kind: str) -> tuple[int, ...]:
         """The shape of what a network says of one example of this shape: the prediction and v."""
@@ -39,7 +42,7 @@ class LearnedVariance(Gaussian):
         """The prediction proper, and f = (v + 1) / 2, 0 at the lower variance and 1 at the upper."""
         value, channels = prediction.value, xt.shape[-1]
         if value.shape == xt.shape:
-            return prediction, jnp.zeros_like(value)
+            return prediction, jnp.full_like(value, 0.5 * (self.unsaid + 1.0))
         if value.shape != (*xt.shape[:-1], 2 * channels):
             raise ValueError(
                 f"LearnedVariance takes a prediction shaped like the state, {xt.shape}, or twice as long on its last "

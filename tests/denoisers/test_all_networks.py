@@ -84,6 +84,7 @@ NETWORKS = {
     "text-mdlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "norm": "scaled", "out_bias": False}, ()),
     "text-llada": (TextTransformer, {"length": 8, **TOKENS, **DEEP, **LLADA}, ()),
     "dit-linear": (DiT, {**PIXELS, "width": 16, "depth": 2, "heads": 2, "patch": 2, "attention": "linear"}, ()),
+    "dit-rotary": (DiT, {**PIXELS, **TOKENS, **DEEP, "patch": 2, "rotary": True}, ()),
     "inf-dit": (InfDiT, {**PIXELS, **DEEP, **BLOCKS}, ("low_embed/kernel",)),  # of an image that is not there
     "uvit": (UViT, {**PIXELS, "width": 16, "depth": 5, "heads": 2, "patch": 2, "time_mlp": True}, ()),
     "dico": (DiCo, {**PIXELS, "width": 8, "stages": (2, 1, 2, 1, 1)}, ()),

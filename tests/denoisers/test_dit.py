@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ddjax import taps
 from ddjax.denoisers import DiT, functional_init, stack_blocks, unstack_blocks
 from ddjax.types import SoftTokens
 
@@ -38,6 +39,52 @@ def test_shapes_and_zero_at_initialisation(discrete, jit):
     assert out.shape == ((5, 4, 6, 2, 5) if discrete else (5, 4, 6, 2))
     assert out.dtype == jnp.float32
     np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.slow
+def test_rotary_positions_are_rows_and_columns(build):
+    """The weights of the first block's attention, pair by pair; and no table of positions is left."""
+    run, params = build(maker(**SMALL, rotary=True))
+    assert "position" not in params
+    xt, t, labels = inputs(2, discrete=False)
+    names = ("embed", "condition", "block/0/attention/weights")
+    _, apply = functional_init(maker(**SMALL, rotary=True))
+    with taps.record(*names) as seen:
+        out = apply(params, xt, t, labels)
+    np.testing.assert_allclose(out, run(params, xt, t, labels), rtol=1e-4, atol=1e-5)
+    h, c, weights = (np.asarray(seen[name], np.float64) for name in names)
+    block = params["stack"]["blocks"]["0"]
+    patches = xt.reshape(2, 2, 2, 3, 2, 2).swapaxes(2, 3).reshape(2, 6, 8)
+    np.testing.assert_allclose(h, patches @ params["embed"]["kernel"] + params["embed"]["bias"], atol=1e-5)
+    shift, scale = np.split(c @ block["modulation"]["kernel"] + block["modulation"]["bias"], 6, -1)[:2]
+    x = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+    x = x * (1 + scale[:, None]) + shift[:, None]
+    q, k = np.moveaxis((x @ block["attention"]["qkv"]["kernel"]).reshape(2, 6, 2, 3, 8), 3, 0)[:2]
+    turned = []
+    for y in (q, k):  # (batch, patch, head, feature): features 0 and 2, 1 and 3 by the row, 4 and 6, 5 and 7 the column
+        rows, columns = np.divmod(np.arange(6), 3)
+        angles = np.stack([place[:, None] * [1.0, 1e-2] for place in (rows, columns)], 1)[:, None]
+        y = y.reshape(2, 6, 2, 2, 2, 2)
+        z = (y[..., 0, :] + 1j * y[..., 1, :]) * np.exp(1j * angles)
+        turned.append(z.reshape(2, 6, 2, 4))
+    scores = np.einsum("bqhi,bkhi->bhqk", turned[0], turned[1].conj()).real / np.sqrt(8)
+    wanted = np.exp(scores - scores.max(-1, keepdims=True))
+    np.testing.assert_allclose(weights, wanted / wanted.sum(-1, keepdims=True), atol=1e-5)
+    assert np.ptp(weights) > 0.1
+
+
+@pytest.mark.slow
+def test_rotary_positions_of_a_sequence(build):
+    """Of equal patches, attention depends on the difference of their places only."""
+    config = {**SMALL, "shape": (8, 2), "patch": 1, "rotary": True}
+    _, params = build(maker(**config))
+    with taps.record("block/0/attention/weights") as seen:
+        functional_init(maker(**config))[1](params, np.ones((1, 8, 2), np.float32), np.float32([0.3]), np.int32([1]))
+    weights = np.asarray(seen["block/0/attention/weights"], np.float64)[0]
+    scores = np.log(weights) - np.log(np.diagonal(weights, axis1=1, axis2=2))[..., None]
+    for offset in range(-7, 8):
+        assert np.ptp(np.diagonal(scores, offset, 1, 2), axis=1).max() < 1e-4
+    assert np.abs(scores[:, 0, 3] - scores[:, 3, 0]).min() > 1e-3  # left is not right
 
 
 def test_out_channels():
@@ -224,7 +271,11 @@ def test_small_integer_tokens_do_not_overflow(build):
         ({"symbols_in": None}, "neither for a continuous one"),
         ({"out_channels": 3}, "out_channels=3 is for a continuous state"),
         ({"symbols_in": None, "symbols_out": None, "embed_width": 8}, "embed_width=8 is for a discrete"),
-        ({"kinds": [0] * 6, "relative": True}, "go without relative places"),
+        ({"kinds": [0] * 6, "relative": True}, "go without relative or rotary places"),
+        ({"kinds": [0] * 6, "rotary": True}, "go without relative or rotary places"),
+        ({"rotary": True, "width": 12}, "width / heads = 6 must be even, and divide by 4 on a grid"),
+        ({"rotary": True, "merge": (4, 2, 3)}, "without relative and without rotary positions"),
+        ({"rotary": True, "shape": (2, 2, 2, 2)}, r"not of a grid \(1, 1, 1\)"),
         ({"depth": 0}, "at least one block"),
         ({"num_classes": -1}, "num_classes=-1"),
         ({"dropout": 1.0}, "dropout=1.0"),

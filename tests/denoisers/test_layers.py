@@ -83,6 +83,36 @@ def test_rope_against_complex_rotation():
     np.testing.assert_allclose(layers.rope(x), np.concatenate([turned.real, turned.imag], -1), atol=1e-6)
 
 
+def test_rope_2d_scores_depend_on_both_differences_only():
+    grid = 5, 6
+    rows, columns = (x.reshape(-1) for x in np.indices(grid))
+    q, k = (jnp.broadcast_to(x, (1, rows.size, 1, 8)) for x in normal(2, 8))
+    scores = np.einsum("bqhd,bkhd->qk", *(layers.rope_2d(x, rows, columns) for x in (q, k)))
+    down, right = (x[:, None] - x for x in (rows, columns))
+    seen = {}
+    for difference, score in zip(zip(down.flat, right.flat, strict=True), scores.flat, strict=True):
+        seen.setdefault(difference, []).append(score)
+    assert len(seen) == 9 * 11
+    assert max(np.ptp(values) for values in seen.values()) < 1e-4
+    first = np.array([values[0] for values in seen.values()])
+    assert np.abs(first[:, None] - first + np.eye(len(first))).min() > 1e-5  # and no two differences are alike
+
+
+def test_rope_2d_against_its_definition():
+    x, (rows, columns) = normal(2, 5, 3, 8), np.random.default_rng(1).integers(20, size=(2, 2, 5))
+    found, wanted = layers.rope_2d(x, rows, columns, 100.0), np.zeros(x.shape)
+    for b, n, h in np.ndindex(*x.shape[:3]):
+        for start, place in ((0, rows[b, n]), (4, columns[b, n])):
+            for i in range(2):
+                angle = place * 100.0 ** (-2 * i / 4)
+                u, v = float(x[b, n, h, start + i]), float(x[b, n, h, start + i + 2])
+                wanted[b, n, h, start + i] = u * np.cos(angle) - v * np.sin(angle)
+                wanted[b, n, h, start + i + 2] = u * np.sin(angle) + v * np.cos(angle)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    with pytest.raises(ValueError, match="expected a multiple of 4, not 6"):
+        layers.rope_2d(x[..., :6], rows, columns)
+
+
 def test_time_embedding_separates_times():
     features = np.asarray(layers.time_embedding(jnp.linspace(0, 1, 1001)))
     assert features.shape == (1001, 256)

@@ -9,7 +9,7 @@ import pytest
 
 from ddjax import data, flops
 from ddjax.config import ConfigError, typed
-from ddjax.denoisers import DiCo, DiT, MultiResolution, TextTransformer, UViT, functional_init, sizes
+from ddjax.denoisers import DiCo, DiT, MultiResolution, StateSpace, TextTransformer, UViT, functional_init, sizes
 from ddjax.experiment import build
 
 # Peebles & Xie 2023, table 4: millions of parameters, and 10^9 multiply-adds, which they call flops, at 32 x 32 x 4.
@@ -71,11 +71,55 @@ def test_uvit(name, millions, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "millions"), [("S", 33.1), ("B", 130.0), ("L", 463.9), ("XL", 701.2), ("H", 1037.4)])
-def test_dico(name, millions):
-    """Ai et al. 2025, table 1. (Their multiply-adds count the zeros beside an image, ours do not.)"""
-    number, _ = measured(DiCo, {**sizes.DICO[name], **LATENT, "out_channels": 8, "scan": True})
+@pytest.mark.parametrize(
+    ("name", "millions", "billions"),
+    [("S", 33.1, 4.25), ("B", 130.0, 16.88), ("L", 463.9, 60.24), ("XL", 701.2, 87.30), ("H", 1037.4, 194.15)],
+)
+def test_dico(name, millions, billions):
+    """Ai et al. 2025, tables 1 and 6, to the digits given.
+
+    Theirs also count products with the zeros beside an image, and, as thop does, two operations for a number that is
+    normalised and one for a number that is averaged: two norms and a mean a block, and the last norm.
+    """
+    options = sizes.DICO[name]
+    number, products = measured(DiCo, {**options, **LATENT, "out_channels": 8, "scan": True})
     assert abs(number - millions) < 0.06
+    # Of 3 x 3 convolutions: (in a group, out, side). 9 side^2 products a pair of features, of which (3 side - 2)^2 are
+    # inside.
+    w, sides = options["width"], (32, 16, 8, 16, 32)
+    stages = list(zip(options["stages"], sides, (w, 2 * w, 4 * w, 2 * w, 2 * w), strict=True))
+    convolutions = [(4, w, 32), (2 * w, 8, 32)]  # at the two ends
+    convolutions += [(w, w // 2, 32), (2 * w, w, 16), (4 * w, 8 * w, 8), (2 * w, 4 * w, 16)]  # between resolutions
+    convolutions += [(1, width, side) for blocks, side, width in stages for _ in range(blocks)]
+    padded = sum(a * b * (9 * side**2 - (3 * side - 2) ** 2) for a, b, side in convolutions)
+    others = sum((2 + 2 + 1) * blocks * side**2 * width for blocks, side, width in stages) + 2 * 32**2 * 2 * w
+    assert abs(products + (padded + others) / 1e9 - billions) < 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [1000, 0])
+@pytest.mark.parametrize("name", [f"{size}/{patch}" for size in "SBMLH" for patch in (2, 4)])
+def test_state_space(name, classes):
+    """feizc/DiS's network (models_dis.py; the mixer is Vim's), layer by layer, to the last parameter.
+
+    Published is DiS-H/2 at 900 million, which is the one without labels.
+    """
+    options, state, kernel = sizes.STATE_SPACE[name], 16, 4
+    w, depth, patch = options["width"], options["depth"], options["patch"]
+    inner, rank, places, pixels = 2 * w, -(-w // 16), (32 // patch) ** 2, patch**2
+    direction = (kernel + 1) * inner + inner * (rank + 2 * state) + (rank + 1) * inner + inner * state + inner
+    block = w + w * 2 * inner + 2 * direction + inner * w
+    count = depth * block + (depth // 2) * (2 * w + 1) * w
+    count += (4 * pixels + 1) * w + (places + 1 + bool(classes)) * w  # patches, and positions of all tokens
+    count += (w + 1) * 4 * w + (4 * w + 1) * w  # the time's two layers
+    count += w + (w + 1) * 8 * pixels  # the norm and the last layer
+    if classes:
+        count += (classes + 1) * w + (w + 1) * 2 * w  # labels, and what they and the time do to the last norm
+    shape = {**LATENT, "num_classes": classes, "out_channels": 8}
+    number, _ = measured(StateSpace, {**options, **shape, "scan": True})
+    assert round(number * 1e6) == count
+    if name == "H/2" and not classes:
+        assert abs(number - 900) < 1
 
 
 @pytest.mark.slow
@@ -110,6 +154,27 @@ def test_mdlm(name):
     )
     # An untimed network keeps one learned vector of conditions: ours is timed here, as theirs is in any case.
     assert round(number * 1e6) == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "hidden"), [("md4-small", 2048), ("md4-medium", 2752)])
+def test_md4(name, hidden):
+    """Its text network, layer by layer (tests/interop/published_md4.py), to the last parameter and product.
+
+    Of OpenWebText: 50257 tokens and a mask, 1024 of them.
+    """
+    tokens, length, cond, options = 50257, 1024, 64, sizes.TEXT[name]
+    depth, width = options["depth"], options["width"]
+    block = 4 * width**2 + 3 * width * hidden  # of matrices; no biases
+    told = depth * 6 * width + 2 * width  # of adaLN: in each block, and at the end
+    count = (tokens + 1) * width + depth * block + (cond + 1) * told + width * tokens
+    count += (cond + 1) * 4 * cond + (4 * cond + 1) * cond  # the time's two layers
+    products = length * (depth * (block + 2 * length * width) + width * tokens) + cond * told + 2 * 4 * cond**2
+    number, billions = measured(
+        TextTransformer, {**options, "length": length, "symbols_in": tokens + 1, "symbols_out": tokens, "scan": True}
+    )
+    assert round(number * 1e6) == count
+    assert round(billions * 1e9) == products
 
 
 @pytest.mark.slow

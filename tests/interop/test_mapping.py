@@ -109,7 +109,7 @@ def test_half_precision_files_and_shards(tmp_path, theirs):
     for file, held in shards.items():
         save_file({n: low[n] for n in held}, tmp_path / file)
     index = {"weight_map": {n: file for file, held in shards.items() for n in held}}
-    (tmp_path / tensors.INDEX).write_text(json.dumps(index))
+    (tmp_path / tensors.INDEX[0]).write_text(json.dumps(index))
     (tmp_path / "config.json").write_text('{"width": 6}')
     read, config, _ = tensors.open_tensors(tmp_path)
     assert config == {"width": 6}
@@ -124,7 +124,7 @@ def test_half_precision_files_and_shards(tmp_path, theirs):
     assert small["out"]["kernel"].dtype == jnp.bfloat16
 
     index["weight_map"]["proj.bias"] = "c.safetensors"
-    (tmp_path / tensors.INDEX).write_text(json.dumps(index))
+    (tmp_path / tensors.INDEX[0]).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"names the file c\.safetensors"):
         tensors.open_tensors(tmp_path)
 

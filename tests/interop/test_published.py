@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ddjax import grids, interop, predictions, sample, solvers
 from ddjax.cli import main
 from ddjax.denoisers import functional_init
-from ddjax.interop import adapters, images, mapping, published, unet_families
+from ddjax.interop import adapters, images, mapping, published, scheduler, unet_families
 from ddjax.schedules import LogLinear
 from ddjax.types import SoftTokens
 
@@ -37,7 +37,7 @@ UNET2D = {  # config.json of a model of diffusers
 SETTINGS = {
     "dit": DIT,
     "sit": {n: v for n, v in DIT.items() if n != "chain"},
-    "diffusers_dit": DIT | {"guided_channels": 2},
+    "diffusers_dit": {n: v for n, v in DIT.items() if n != "chain"} | {"guided_channels": 2} | scheduler.CHAIN,
     "uvit": {
         "size": 4, "channels": 2, "patch": 2, "width": 8, "depth": 3, "heads": 2, "mlp_width": 16, "num_classes": 3,
         "conv": False, "latents": True,

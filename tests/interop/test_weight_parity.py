@@ -272,7 +272,7 @@ def test_llada_from_shards(tmp_path, groups):
     for i, shard in enumerate(shards):
         save_file({n: state[n] for n in names[i::2]}, tmp_path / shard)
     where = {n: shards[i] for i in range(2) for n in names[i::2]}
-    (tmp_path / interop.tensors.INDEX).write_text(json.dumps({"weight_map": where}))
+    (tmp_path / interop.tensors.INDEX[0]).write_text(json.dumps({"weight_map": where}))
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = interop.load(tmp_path)
     x, x_theirs = tokens(VOCABULARY)

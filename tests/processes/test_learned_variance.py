@@ -36,6 +36,9 @@ def test_v_interpolates_the_papers_log_variances(x64, schedule):
     np.testing.assert_allclose(reverse.mean, plain.mean, rtol=1e-12)
     for prediction in (Prediction(X0, "x0"), two_heads(X0, -jnp.ones_like(V))):
         np.testing.assert_allclose(process.reverse(prediction, XT, S, T).std, plain.std, rtol=1e-12)
+    widest = LearnedVariance(schedule, unsaid=1.0)  # Ho et al. 2020, section 3.2: the other of their two choices
+    np.testing.assert_allclose(widest.reverse(Prediction(X0, "x0"), XT, S, T).std, math.sqrt(beta), rtol=1e-9)
+    np.testing.assert_allclose(widest.reverse(two_heads(X0, V), XT, S, T).std, reverse.std, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from ddjax.denoisers.layers.attention import (
     group_causal,
     group_teacher_forced,
     rope,
+    rope_2d,
 )
 from ddjax.denoisers.layers.basic import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, dropout, layer_norm, modulate
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
@@ -85,6 +86,7 @@ __all__ = [
     "lookup",
     "modulate",
     "rope",
+    "rope_2d",
     "selective_scan",
     "sincos",
     "sincos_2d",

@@ -146,6 +146,25 @@ def rope(
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
+def rope_2d(
+    x: Float[Array, "batch sites heads head"],
+    rows: Int[Array, "*batch sites"],
+    columns: Int[Array, "*batch sites"],
+    base: float = 1e4,
+) -> Float[Array, "batch sites heads head"]:
+    """`rope` by the row in the first half of a head's features, by the column in the other.
+
+    Scores then depend on the two differences only (Heo et al. 2024, "Rotary Position Embedding for Vision Transformer",
+    axial frequencies; Inf-DiT's).
+
+    rows, columns: of each site. Raises ValueError where a head's features do not divide by four.
+    """
+    if x.shape[-1] % 4:
+        raise ValueError(f"rope_2d pairs the features of each half: expected a multiple of 4, not {x.shape[-1]}")
+    by_row, by_column = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([rope(by_row, rows, base), rope(by_column, columns, base)], axis=-1)
+
+
 def dot_product_attention(
     q: Float[Array, "batch sites heads head"],
     k: Float[Array, "batch keys groups head"],
@@ -233,6 +252,7 @@ class Attention(nnx.Module):
     """Multi-head self-attention, by default without biases on q, k, v (a bias on k would not change a softmax).
 
     rotary: False, True, or the base of the rotary frequencies (`rope`; True is 10000).
+    places: None, or the grid of the sites, whose rows and columns rotary positions then are (`rope_2d`).
     qkv_bias, out_bias: whether there are biases on q, k and v, and on the output.
     told: width of a condition of which queries, keys and values are a linear function too, added to that of the site
         (Hatamizadeh et al. 2023, "DiffiT", equations 3 to 5: time-dependent self-attention). 0: none.
@@ -251,6 +271,7 @@ class Attention(nnx.Module):
         heads: int,
         *,
         rotary: bool | float = False,
+        places: tuple[int, int] | None = None,
         qkv_bias: bool = False,
         out_bias: bool = True,
         told: int = 0,
@@ -266,11 +287,13 @@ class Attention(nnx.Module):
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
         head = width // heads
-        if rotary and head % 2:
-            raise ValueError(f"rotary positions pair features: width / heads = {head} must be even")
+        if rotary and head % (2 if places is None else 4):
+            raise ValueError(
+                f"rotary positions pair features: width / heads = {head} must be even, and divide by 4 on a grid"
+            )
         check_implementation(implementation, dtype, head)
         self.heads, self.kv_heads = heads, kv_heads
-        self.rotary = rotary
+        self.rotary, self.places = rotary, places
         self.implementation = implementation
         self.qkv = Linear(width, width + 2 * kv_heads * head, bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, bias=out_bias, dtype=dtype, rngs=rngs)
@@ -303,8 +326,7 @@ class Attention(nnx.Module):
         q = q.reshape(batch, sites, self.heads, -1)
         q = constrain(q, "batch", "sites", "heads", None)
         if self.rotary:
-            base = 1e4 if self.rotary is True else self.rotary
-            q, k = (rope(x, layout and layout.positions, base) for x in (q, k))
+            q, k = (self._turned(x, jnp.arange(sites) if layout is None else layout.positions) for x in (q, k))
         q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
         if layout is not None and layout.keys is not None:
             k, v = k[:, layout.keys], v[:, layout.keys]
@@ -319,6 +341,12 @@ class Attention(nnx.Module):
             return with_weights(self.out, y.reshape(batch, sites, width), projection)
         y = dot_product_attention(q, k, v, self.implementation, layout and layout.mask, weights, bias)
         return with_weights(self.out, y.reshape(batch, sites, width), projection)
+
+    def _turned(self, x: Array, positions: Int[Array, "*batch sites"]) -> Array:
+        base = 1e4 if self.rotary is True else self.rotary
+        if self.places is None:
+            return rope(x, positions, base)
+        return rope_2d(x, positions // self.places[1], positions % self.places[1], base)
 
 
 def relative_bias(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention, rope
+from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention, rope_2d
 from ddjax.denoisers.layers.basic import DType, LayerNorm, Linear, zeros
 from ddjax.placement import constrain
 
@@ -88,7 +88,7 @@ class BlockAttention(nnx.Module):
         batch, sites, width = x.shape
         qkv = self.qkv(x).reshape(batch, sites, self.heads, 3, width // self.heads)
         q, k, v = (qkv[..., i, :] for i in range(3))
-        q, k = (_rotated(norm(y), rows, columns) for norm, y in ((self.query_norm, q), (self.key_norm, k)))
+        q, k = (rope_2d(norm(y), rows, columns) for norm, y in ((self.query_norm, q), (self.key_norm, k)))
         return q.astype(self.dtype), k.astype(self.dtype), v
 
     def _attend(self, q: Array, k: Array, v: Array, seen: Bool[Array, "blocks 4"]) -> Array:
@@ -143,12 +143,6 @@ class NearbyAttention(nnx.Module):
         k = (self.key_norm(kv[:, :, 0]) + self.key_position[...]).astype(self.dtype)
         y = dot_product_attention(q, k, kv[:, :, 1], self.implementation)
         return self.out(y.reshape(blocks, patches, width))
-
-
-def _rotated(x: Array, rows: Array, columns: Array) -> Array:
-    """By rows in the first half of the features, by columns in the other."""
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([rope(a, rows), rope(b, columns)], axis=-1)
 
 
 def _moved(y: Float[Array, "batch rows columns *rest"], down: int, right: int) -> Array:

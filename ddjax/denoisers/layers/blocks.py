@@ -65,7 +65,8 @@ class Block(nnx.Module):
         (`Attention(told=)`); "weights": those of the last layer of attention, which come from outside (`projection`),
         and of a convolution within the MLP (`layers.generated`; needs the grid of patches).
     kernels: of `layers.Generator`, where weights are made.
-    rotary, qkv_bias, out_bias, relative, kv_heads: of `layers.Attention`.
+    rotary, qkv_bias, out_bias, relative, kv_heads: of `layers.Attention`; on a grid of two axes rotary positions are
+        rows and columns.
     activation: of a "gated" MLP.
     norm: "plain" (without parameters), "scaled" (with a scale of its own), "affine" (and a shift) or "rms".
     epsilon: of the norm.
@@ -117,14 +118,17 @@ class Block(nnx.Module):
             raise ValueError("attention='linear' has no scores to add to, and is told nothing: 'modulation'")
         if self.generated and (mlp != "gelu" or grid is None):
             raise ValueError(f"conditioning={conditioning!r} is for the patches of images and mlp='gelu', not {mlp!r}")
-        if merge is not None and relative is not None:
-            raise ValueError("merged sites have no place: merge goes without relative positions")
+        if rotary and len(grid or ()) > 2:
+            raise ValueError(f"rotary positions are of a row or of rows and columns, not of a grid {grid}")
+        if merge is not None and (relative is not None or rotary):
+            raise ValueError("merged sites have no place: merge goes without relative and without rotary positions")
         self.attention = (
             LinearAttention(width, heads, grid, dtype=dtype, rngs=rngs)
             if attention == "linear"
             else Attention(
-                width, heads, rotary=rotary, qkv_bias=qkv_bias, out_bias=out_bias, relative=relative, kv_heads=kv_heads,
-                told=cond_width if "attention" in by else 0, dtype=dtype, implementation=attention, rngs=rngs,
+                width, heads, rotary=rotary, places=grid if len(grid or ()) == 2 else None, qkv_bias=qkv_bias,
+                out_bias=out_bias, relative=relative, kv_heads=kv_heads, told=cond_width if "attention" in by else 0,
+                dtype=dtype, implementation=attention, rngs=rngs,
             )
         )  # fmt: skip
         options = {"activation": activation} if mlp == "gated" else experts or {}
