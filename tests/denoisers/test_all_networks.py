@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,9 @@ from ddjax.denoisers import (
     UViT,
     functional_init,
     stack_blocks,
+    taps,
 )
 from ddjax.training.mesh import make_mesh, state_shardings
-
-pytestmark = pytest.mark.slow
 
 PIXELS, TOKENS = {"shape": (8, 8, 2)}, {"symbols_in": 6, "symbols_out": 5}
 LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
@@ -121,7 +121,17 @@ NETWORKS = {
     "unet-md4": (UNet, {**PIXELS, **TOKENS, "width": 16, "multipliers": (1,), "blocks": 1, "design": MD4_IMAGE}, ()),
     "classifier": (UNetEncoder, {**PIXELS, **LEVELS, "classes": 5, "head_width": 8, "design": UNetDesign(**FEW)}, ()),
 }
-every = pytest.mark.parametrize("name", NETWORKS)
+
+
+def every(test):
+    """A slow test of all networks."""
+    return pytest.mark.slow(pytest.mark.parametrize("name", NETWORKS)(test))
+
+
+QUICK = ("text", "low-rank")  # of whose taps the fast set asks, too
+taps_of = pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NETWORKS])
+NO_MAPS = ("dit-linear", "cat")  # of linear attention, which never makes one
+TOLD_ALONE = ("sites", "uncertainty")  # to listeners; the network does not go on with them
 
 
 def takes(name, option):
@@ -160,6 +170,90 @@ def output(name):
 
 def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+def unscanned(name):
+    """Scanned blocks have no taps, and say so: `test_scanned_blocks_refuse_taps`."""
+    return network(name, **({"scan": False} if "scan" in NETWORKS[name][1] else {}))
+
+
+@pytest.fixture
+def on_demand(monkeypatch):
+    """Names of the taps that are made only for who asks for them, in the order in which a network had them to give."""
+    names, wanted = [], taps.wanted
+    monkeypatch.setattr(taps, "wanted", lambda name: names.append(name) or wanted(name))
+    return names
+
+
+def tapped(name, apply, params, on_demand):
+    """All that the network has at its taps."""
+    with taps.record() as seen:
+        apply(params, *inputs(name))
+    maps = sorted(set(on_demand))
+    with taps.record(*maps) as more:
+        apply(params, *inputs(name))
+    assert not set(maps) & set(seen)
+    return dict(seen), dict(more) if maps else {}
+
+
+@taps_of
+def test_taps_overridden_by_what_they_hold_change_no_bit(name, on_demand):
+    params, apply = unscanned(name)
+    plain = apply(params, *inputs(name))
+    seen, maps = tapped(name, apply, params, on_demand)
+    attends = {at.removesuffix("/values") for at in seen if at.endswith("/values")}
+    assert {at.removesuffix("/attention/weights") for at in maps} == (set() if name in NO_MAPS else attends)
+    assert all(f"{at}/{part}" in seen for at in attends for part in ("queries", "keys"))
+
+    def itself(at, held):
+        def override(x):  # behind all overrides before it
+            np.testing.assert_array_equal(x, held, err_msg=at)
+            return held
+
+        return override
+
+    with taps.override({at: itself(at, held) for at, held in (seen | maps).items()}):
+        np.testing.assert_array_equal(apply(params, *inputs(name)), plain)
+
+
+@every
+def test_what_is_at_a_tap_is_what_the_network_goes_on_with(name, on_demand):
+    """The output has a gradient with respect to each: an override that nothing used would have none."""
+    params, apply = unscanned(name)
+    seen, maps = jax.eval_shape(lambda params: tapped(name, apply, params, on_demand), params)
+    points = {at: x for at, x in (seen | maps).items() if at not in TOLD_ALONE}
+    rng = np.random.default_rng(5)
+    factor = rng.normal(size=output(name).shape)
+
+    def value(shifts):
+        with taps.override({at: lambda x, at=at: x + shifts[at] for at in points}):
+            return (apply(params, *inputs(name)) * factor).sum()
+
+    slopes = jax.jit(jax.grad(value))({at: jnp.zeros(x.shape, x.dtype) for at, x in points.items()})
+    for at, slope in slopes.items():
+        assert np.isfinite(slope).all(), at
+        assert np.abs(slope).max() > 0, at
+
+
+@taps_of
+def test_unheard_taps_leave_the_program_as_it_is(name, monkeypatch):
+    params, apply = unscanned(name)
+    text = lambda: jax.jit(lambda params: apply(params, *inputs(name))).lower(params).as_text()
+    plain, seen = text(), None
+    with monkeypatch.context() as patch:
+        patch.setattr(taps.Below, "__call__", lambda self, point, x: x)
+        patch.setattr(taps.Below, "wanted", lambda self, point: False)
+        for module in [m for m in sys.modules.values() if getattr(m, "tap", None) is taps.tap]:
+            patch.setattr(module, "tap", lambda name, x: x)
+        with taps.record() as seen:
+            assert text() == plain
+        assert not seen
+
+    def heard(params):
+        with taps.record() as seen:
+            return apply(params, *inputs(name)), seen
+
+    assert jax.jit(heard).lower(params).as_text() != plain
 
 
 @every
