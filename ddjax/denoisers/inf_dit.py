@@ -89,9 +89,9 @@ class InfDiT(ImageNetwork):
     one row of blocks of these (theirs: `--inference_type ar`, at each step of the sampler). The result is the same, and
     memory, but for the images themselves, does not grow with the number of rows.
 
-    Taps: those of a transformer (`ddjax.taps`), of which the first layer's are "first" and below, the others' "block/i";
-    "first/nearby" is the look at the low-resolution image, with "/queries", "/keys", "/values" and
-    "/attention/weights". See `BlockAttention` for the sites' order. In turn there are none of the layers.
+    Taps: those of a transformer (`ddjax.taps`), of which the first layer's are "first" and below, the others'
+    "block/i"; "first/nearby" is the look at the low-resolution image, with "/queries", "/keys", "/values" and
+    "/attention/weights". Sites and maps go block by block (`BlockAttention`). In turn the layers have none.
 
     Args:
         shape: (H, W, C) of an image.

@@ -35,7 +35,10 @@ POINTS = {
     "cond": {"points": RNG.normal(size=(2, 5, 3)).astype(np.float32)},
 }
 UPSAMPLER = {"scale": 2, "patch": 2, "low_patch": 2, "block": 2, "width": 16, "depth": 3, "heads": 2}
-LOW = {"xt": RNG.normal(size=(2, 12, 8, 3)).astype(np.float32), "cond": {"image": RNG.normal(size=(2, 6, 4, 3)).astype(np.float32)}}
+LOW = {
+    "xt": RNG.normal(size=(2, 12, 8, 3)).astype(np.float32),
+    "cond": {"image": RNG.normal(size=(2, 6, 4, 3)).astype(np.float32)},
+}
 T = np.float32([0.2, 0.7])
 
 
@@ -201,10 +204,8 @@ def test_a_graphs_features_each_have_a_map(recorded):
     assert w.shape == (2, 6, 4, 4)
     for b, n in enumerate(sizes):
         for i in range(n):
-            scores = np.array([
-                q[b, i] * k[b, j] / np.sqrt(3) * (linear(own["e_mul"], e[b, i, j]) + 1) + linear(own["e_add"], e[b, i, j])
-                for j in range(n)
-            ])  # fmt: skip
+            factor, term = (linear(own[part], e[b, i, :n]) for part in ("e_mul", "e_add"))
+            scores = q[b, i] * k[b, :n] / np.sqrt(3) * (factor + 1) + term
             expected = numpy_networks.softmax(scores.T)  # (features, nodes that there are)
             np.testing.assert_allclose(w[b, :, i, :n], expected, atol=1e-5)
             np.testing.assert_array_equal(w[b, :, i, n:], 0)
