@@ -46,6 +46,8 @@ class NeuralProcess(nnx.Module):
         ValueError: for sizes that do not divide.
     """
 
+    takes = "points"
+
     def __init__(
         self,
         *,
@@ -96,7 +98,9 @@ class NeuralProcess(nnx.Module):
             ValueError: for shapes that do not go together.
         """
         check_state(xt, (("points",), (xt.shape[-1],)), None)
-        points = cond.get("points") if isinstance(cond, Mapping) and set(cond) == {"points"} else None
+        # Data without labels say "cond": None beside the points.
+        given = {name: x for name, x in cond.items() if x is not None} if isinstance(cond, Mapping) else {}
+        points = given.get("points") if set(given) == {"points"} else None
         if points is None or points.ndim != 3 or points.shape[:2] != xt.shape:
             found = "nothing" if points is None else f"shape {points.shape}"
             raise ValueError(f'expected cond={{"points": {(*xt.shape, "coordinates")}}}, got {found}')
