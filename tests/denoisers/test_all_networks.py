@@ -145,6 +145,7 @@ UNEQUAL = "its layers have different widths, so that there is nothing to scan"
 ROWS = "it keeps a row of numbers for each layer, which nobody needs to compute again"
 CLOSED = "it is a closed form, without layers"
 SCANNED = "it is scanned in all of these tests; the network without is another row, and is compared with it there"
+ALONE = "of the image one pixel is left there, which sees itself whatever its query and key"
 # What does not hold, by design, and why.
 EXEMPT = {
     **{(name, "scan"): UNEQUAL for name in ("tabular", "tabular-tokens", "mixed-table")},
@@ -152,6 +153,7 @@ EXEMPT = {
     **{("low-rank", option): CLOSED for option in ("scan", "remat")},
     **{(name, "scan"): SCANNED for name in ("edm2-scan", "unet-scan")},
     ("neural-process", "block/2"): "its output is made of what blocks show, and behind the last there is no other",
+    **{("ascan", f"block/3/{of}"): ALONE for of in ("queries", "keys")},
     ("low-rank", "zero"): "a new one is the exact denoiser of a normal law, which is not zero",
     ("low-rank", "bfloat16"): "it solves a linear system, which nothing does in half precision: float32 at least",
 }
@@ -223,9 +225,9 @@ def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-def unscanned(name):
+def unscanned(name, **more):
     """Scanned blocks have no taps, and say so (tests/denoisers/test_taps.py, test_unet.py)."""
-    return network(name, **({"scan": False} if "scan" in NETWORKS[name][1] else {}))
+    return network(name, **more, **({"scan": False} if "scan" in NETWORKS[name][1] else {}))
 
 
 @pytest.fixture
@@ -289,6 +291,18 @@ def test_what_is_at_a_tap_is_what_the_network_goes_on_with(name, on_demand):
     for at, slope in slopes.items():
         assert np.isfinite(slope).all(), at
         assert np.abs(slope).max() > 0, at
+
+
+@every
+def test_a_map_is_written_down_only_for_who_asks(name, on_demand, monkeypatch):
+    """Elsewhere the kernel that never does is called, also where everything else is recorded."""
+    if not takes(name, "attention") or "attention" in NETWORKS[name][1]:
+        pytest.skip("its attention, if any, has one implementation")
+    fused, calls = jax.nn.dot_product_attention, []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **o: calls.append(1) or fused(*a, **o))
+    params, apply = unscanned(name, attention="xla")
+    _, maps = points(name, apply, params, on_demand)  # recorded without the maps, and then these
+    assert len(calls) == len(maps)
 
 
 @most
