@@ -11,7 +11,7 @@ set -euo pipefail
 folder=$1
 shift
 steps=${STEPS:-600}
-images="dit uvit unet dico state_space edm2 multi_resolution diffit diffussm dit_linear dit_generated"
+images="dit uvit unet dico state_space edm2 multi_resolution diffit diffussm dit_linear dit_generated dit_experts dit_pooled"
 wanted=${*:-$images}
 [ "$steps" != 0 ] || wanted=${*:-$images inf_dit text table mixed_table graph}
 
@@ -20,6 +20,8 @@ for name in $wanted; do
     case $name in
         dit) options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1}" ;;
         dit_linear) network=dit options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1, 'attention': 'linear'}" ;;
+        dit_experts) network=dit options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1, 'mlp': 'experts', 'mlp_ratio': 1, 'experts': {'experts': 8, 'top_k': 2}}" ;;
+        dit_pooled) network=dit options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1, 'mlp': 'pooled', 'mlp_ratio': 2, 'experts': {'experts': 8}}" ;;
         dit_generated) network=dit options="{'width': 96, 'depth': 3, 'heads': 4, 'patch': 1, 'conditioning': 'weights'}" ;;
         uvit) options="{'width': 80, 'depth': 5, 'heads': 4, 'patch': 1}" ;;
         unet) options="{'design': 'ddpm++', 'width': 40, 'multipliers': (1, 2), 'blocks': 1, 'attend_at': (4,), 'time_scale': 1.0}" ;;

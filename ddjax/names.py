@@ -249,6 +249,8 @@ DENOISERS = {
     "mixed_table": denoisers.MixedTable,
     "graph": denoisers.GraphTransformer,
     "inf_dit": denoisers.InfDiT,
+    "low_rank": denoisers.LowRankGaussian,
+    "neural_process": denoisers.NeuralProcess,
 }
 
 

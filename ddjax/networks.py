@@ -14,6 +14,7 @@ from ddjax.config import Config, ConfigError
 from ddjax.data import conditions
 from ddjax.data.dataset import Dataset
 from ddjax.predictions import COUNT_KINDS, STATE_KINDS
+from ddjax.processes import Gaussian
 from ddjax.types import Apply
 
 
@@ -50,14 +51,17 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if data.num_symbols is not None and not data.parts:
         numbers = 2 if ordinal else _numbers(process, c.kind) + heads
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
-    options |= {"num_classes": data.num_classes * max(levels, 1), **conditions.options(data)}
+    make_network = naming.pick(names.DENOISERS, c.name, "config.denoiser.name")
+    told = {"num_classes": data.num_classes * max(levels, 1)}
+    options |= (told if data.num_classes else naming.taken(make_network, told)) | conditions.options(data)
     if hasattr(process, "latents"):
         options |= {"latent": process.latent}
     if config.data.coherence and not levels:
         options |= {"latent": 1}
     if hasattr(process, "points"):
         options |= {"latent": process.points, "time": False}
-    make_network = naming.pick(names.DENOISERS, c.name, "config.denoiser.name")
+    if "points" in data.conditions and takes(config) != "points":
+        raise ConfigError(f"config.data.conditions has points: they are for 'neural_process', not for {c.name!r}")
     options |= TAKES[takes(config)](config, data, process, 1 + shows)
     options |= _scale(make_network, config, data)
     naming.check_options(make_network, options, "config.denoiser.options")
@@ -170,9 +174,33 @@ def _graphs(config: Config, data: Dataset, process: Any, copies: int) -> dict[st
     return {**numbers, "nodes": len(data.sizes) - 1, "sizes": True}
 
 
+def _points(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    """How many points there are, and of how many coordinates, is no option."""
+    if data.conditions.keys() != {"points"}:
+        raise _unfit(config, data, 'values at points (config.data.conditions={"points": ...}, and nothing else)')
+    shapes = {state_shape(process, data.shape), output_shape(process, data.shape, config.denoiser.kind)}
+    if data.num_symbols is not None or copies > 1 or shapes != {data.shape}:
+        raise _unfit(config, data, "one number, noised and predicted, at each point")
+    return {}
+
+
+def _law(config: Config, data: Dataset, process: Any, copies: int) -> dict[str, Any]:
+    """The network's law has the data's shape, and says x_0 of what the process makes of it."""
+    if type(process) is not Gaussian or hasattr(process.schedule, "parameters") or copies > 1:
+        raise _unfit(config, data, "config.process.name='gaussian' with a schedule that is not learned")
+    if config.denoiser.kind != "x0":
+        raise ConfigError(
+            f"config.denoiser.kind={config.denoiser.kind!r}: {config.denoiser.name!r} is E[x_0 | x_t]; take 'x0'"
+        )
+    return {"shape": data.shape, "schedule": process.schedule}
+
+
 # What a network is for, its class's `takes` (images, where it does not say), and the options that follow from the data:
 # (config, data, process, how many states the network is shown) -> options. All raise ConfigError for other data.
-TAKES = {"images": _images, "texts": _texts, "rows": _rows, "parts": _parts, "graphs": _graphs}
+TAKES = {
+    "images": _images, "texts": _texts, "rows": _rows, "parts": _parts, "graphs": _graphs, "points": _points,
+    "law": _law,
+}  # fmt: skip
 
 
 def _nodes(data: Dataset, typed: bool) -> int:

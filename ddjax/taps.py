@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -119,6 +120,10 @@ class Below(NamedTuple):
     def wanted(self, point: str) -> bool:
         """See `wanted`."""
         return self.prefix is not None and wanted(f"{self.prefix}{point}")
+
+    def asked(self, point: str) -> Callable[[Array], Array] | None:
+        """The tap of what is made on demand; None where nobody asks for it by its name."""
+        return functools.partial(self, point) if self.wanted(point) else None
 
 
 @contextlib.contextmanager

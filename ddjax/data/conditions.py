@@ -14,7 +14,8 @@ from ddjax.data.beside import _Changed
 from ddjax.data.dataset import Dataset
 
 # The entries of a condition (`denoisers.given.Given`), how a network is built that takes them, and of each what stands
-# for none. A sequence is none where none of its entries is valid.
+# for none. A sequence is none where none of its entries is valid; without their points there are no values.
+ENTRIES = {"vector": 1, "sequence": 2, "valid": 1, "image": None, "points": 2}  # and their axes; an image's: the data's
 OPTIONS = {"vector": "vector", "sequence": "context_width", "image": "image_channels"}
 NULLS = {"vector": 0.0, "valid": False, "image": 0.0}
 
@@ -37,15 +38,16 @@ Make = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of x0 and the numbers o
 def conditioned(data: Dataset, names: Mapping[str, str | Mapping[str, int] | Make]) -> Dataset:
     """The data with some of their arrays in the condition, `cond = {"vector": ..., "cond": the labels or None}`.
 
-    names: from entries, "vector" `(n, numbers)`, "sequence" `(n, entries, width)`, "valid" `(n, entries)` and "image"
-        `(n, *sides, channels)`, to the arrays (of an .npz named by `beside=`). Valid is what is greater than 0; a
-        sequence without "valid" is all valid. The image has the data's sides, or all a whole number of times smaller
-        (`denoisers.InfDiT`). What a network is to undo is made of the data: `{"smaller": 4}`, of images of values
-        `smaller(x0, 4)`, or any function of x0 and the items' numbers, by which noise would go.
+    names: from entries, "vector" `(n, numbers)`, "sequence" `(n, entries, width)`, "valid" `(n, entries)`, "image"
+        `(n, *sides, channels)` and "points" `(n, sites, coordinates)` to the arrays (of an .npz named by `beside=`).
+        Valid is what is greater than 0; a sequence without "valid" is all valid. The image has the data's sides, or all
+        a whole number of times smaller (`denoisers.InfDiT`). Points are where a function has the values `(n, sites)`
+        (`denoisers.NeuralProcess`). What a network is to undo is made of the data: `{"smaller": 4}`, of images of
+        values `smaller(x0, 4)`, or any function of x0 and the items' numbers, by which noise would go.
     Raises ValueError for entries that there are not, arrays that the data have not, and shapes that do not fit.
     """
-    if wrong := sorted(set(names) - {*OPTIONS, "valid"}):
-        raise ValueError(f"{wrong[0]!r} is no entry of a condition; it is one of {', '.join((*OPTIONS, 'valid'))}")
+    if wrong := sorted(set(names) - set(ENTRIES)):
+        raise ValueError(f"{wrong[0]!r} is no entry of a condition; it is one of {', '.join(ENTRIES)}")
     if "valid" in names and "sequence" not in names:
         raise ValueError("'valid' says which entries of a sequence there are: name its 'sequence' too")
     first = data[:1]
@@ -90,8 +92,10 @@ def _found(data: Dataset, entry: str, name: Any, first: Mapping[str, Any]) -> Ca
 
 def _fits(data: Dataset, entry: str, shape: tuple[int, ...]) -> bool:
     """Whether an item's array can be this entry."""
+    if entry == "points":
+        return not data.parts and len(shape) == ENTRIES[entry] and shape[:1] == data.shape
     if entry != "image":
-        return len(shape) == {"vector": 1, "sequence": 2, "valid": 1}[entry]
+        return len(shape) == ENTRIES[entry]
     if data.parts or len(shape) != len(data.shape) or 0 in shape:
         return False
     times = {divmod(side, own) for side, own in zip(data.shape[:-1], shape[:-1], strict=True)}
@@ -104,7 +108,7 @@ def nulls(data: Dataset) -> Any:
     if not data.conditions:
         return label
     entries = {entry: null for entry, null in NULLS.items() if entry in data.conditions}
-    return entries if label is None else {**entries, "cond": label}
+    return (entries or None) if label is None else {**entries, "cond": label}
 
 
 def labels(cond: Any) -> Any:
@@ -130,6 +134,8 @@ def of(data: Dataset, cond: Any, n: int) -> Any:
         raise ValueError(f"cond has {unknown[0]!r}; {data.name!r} has {', '.join((*data.conditions, 'cond'))}")
     made = {}
     for entry, shape in data.conditions.items():
+        if entry == "points" and given.get(entry) is None:
+            raise ValueError(f"cond['points'] is missing: where values of {data.name!r} are asked for, {(n, *shape)}")
         default = entry == "valid" and given.get("sequence") is not None
         value = np.asarray(default if given.get(entry) is None else given[entry], _dtype(entry))
         if value.shape not in ((), shape, (n, *shape)):

@@ -163,7 +163,7 @@ class DiCo(ImageNetwork):
             sequence, valid = at_least_one(given.sequence, given.valid, self.nothing[...], batch)
             given, context = given.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
         c = [condition(batch, t, given) for condition in self.conditions]
-        tap("condition", c[1])
+        c[1] = tap("condition", c[1])
         tap("sites", self.places())
         x = self.features(self.patches(xt)).reshape(batch, *self.shape[:2], -1)
         if isinstance(self.embed, Conv):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention
+from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_product_attention
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
@@ -99,13 +99,14 @@ class MPAttention(nnx.Module):
         self.out = MPConv(features, features, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Image, named: Below = Below()) -> Image:
-        """The branch. named: taps keys and values."""
+        """The branch. named: taps, see `layers.Attention`."""
         batch, height, width, features = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, self.heads, 3, features // self.heads)
         heads = "heads" if self.heads > 1 else None  # a single one is on every device
         q, k, v = (constrain(normalized(qkv[..., i, :], -1), "batch", None, heads, None) for i in range(3))
-        k, v = named("/keys", k), named("/values", v)
-        return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
+        y = dot_product_attention(q, k, v, self.implementation, weights=named.asked(WEIGHTS))
+        return self.out(y.reshape(x.shape))
 
 
 class MPBlock(nnx.Module):
@@ -160,7 +161,7 @@ class MPBlock(nnx.Module):
             x = self.shortcut(x)
         x = mp_sum(x, h, self.balance)
         if self.attention is not None:
-            y = named("/attention", self.attention(x, Below(name and f"{name}/attention")))
+            y = named("/attention", self.attention(x, named))
             x = mp_sum(x, y, self.balance)
         return named("", constrain(jnp.clip(x, -self.clip, self.clip), "batch", None, None, None))
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddjax import random
 from ddjax.denoisers.graph_features import EIGENVECTORS, GLOBAL_FEATURES, NODE_FEATURES, eigenvectors, graph_features
+from ddjax.denoisers.layers.attention import WEIGHTS
 from ddjax.denoisers.layers.basic import (
     DType,
     LayerNorm,
@@ -46,6 +47,11 @@ class GraphTransformer(nnx.Module):
 
     Graphs of several sizes are states of the largest, told how many nodes there are, the first ones; what is said of
     them is what would be said of the graph alone (but for its share of the largest size, which the network is told).
+
+    Taps: "condition"; of layer i, the last of which is "block/last", "block/i/queries", "/keys" and "/values", `(batch,
+    nodes, width)`, "/attention/weights", `(batch, width, queries, keys)`, where each feature has a softmax of its own,
+    "/attention" (the branch of the nodes), "/nodes", "/edges" and "/whole". The last layer has no more of these than it
+    needs: without types no values and weights, and nothing of nodes and the whole.
 
     A layer attends among nodes; edges scale and shift the products of queries and keys (FiLM), from which they are made
     anew, and the whole graph, told the time and the label, scales and shifts both. The output layers start at zero.
@@ -186,7 +192,7 @@ class GraphTransformer(nnx.Module):
         labels = check_labels(cond, self.num_classes, batch)
         if self.labels is not None:
             y = y + lookup(self.labels[...], labels).astype(y.dtype)
-        tap("condition", y)
+        y = tap("condition", y)
         h, _ = run_blocks(self.stack, (x, e, y, there), None, keys)
         x, e, *_ = self.last(
             h, keys=None if keys is None else random.fold_in(keys, self.stack.depth), name="block/last"
@@ -329,7 +335,8 @@ class GraphLayer(nnx.Module):
         x, e, y, there = h
         x, e = constrain(x, "batch", None, None), constrain(e, "batch", None, None, None)
         width = x.shape[-1]
-        scores = self.q(x)[:, :, None] * self.k(x)[:, None] / (width // self.heads) ** 0.5  # (batch, n, n, width)
+        q, k = named("/queries", self.q(x)), named("/keys", self.k(x))
+        scores = q[:, :, None] * k[:, None] / (width // self.heads) ** 0.5  # (batch, n, n, width)
         scores = scores * (self.e_mul(e) + 1) + self.e_add(e)
         new = self.e_out(self.y_e_add(y)[:, None, None] + (self.y_e_mul(y)[:, None, None] + 1) * scores)
         new_e = named("/edges", self.edges(e, new, keys[1]))
@@ -338,10 +345,12 @@ class GraphLayer(nnx.Module):
             # Each feature has a softmax of its own: products are not summed over the features of a head.
             wide = scores.astype(at_least_float32(scores.dtype))
             wide = wide if there is None else jnp.where(there[:, None, :, None], wide, -1e30)
-            weights = jax.nn.softmax(wide, axis=2).astype(scores.dtype)
-            mixed = (weights * self.v(x)[:, None]).sum(axis=2)
+            weights, listened = jax.nn.softmax(wide, axis=2), named.asked(WEIGHTS)
+            if listened is not None:  # features in the place of heads, as everywhere
+                weights = jnp.moveaxis(listened(jnp.moveaxis(weights, -1, 1)), 1, -1)
+            mixed = (weights.astype(scores.dtype) * named("/values", self.v(x))[:, None]).sum(axis=2)
             new = self.x_out(self.y_x_add(y)[:, None] + (self.y_x_mul(y)[:, None] + 1) * mixed)
-            new_x = named("/nodes", self.nodes(x, new, keys[0]))
+            new_x = named("/nodes", self.nodes(x, named("/attention", new), keys[0]))
         if self.whole is not None:
             of_pairs = None if there is None else there[:, :, None] & there[:, None]
             new = self.y_y(y) + self.x_y(_summary(x, (1,), there)) + self.e_y(_summary(e, (1, 2), of_pairs))

@@ -55,9 +55,9 @@ class UpsamplerBlock(nnx.Module):
         """All blocks at once. low: `(batch, blocks, entries, width)`. name: prefix of the taps."""
         h, named = constrain(h, "batch", "sites", None), Below(name)
         told = jnp.split(self.modulation(c), 6, axis=-1)
-        y = named("/attention", self.attention(modulate(h, *told[:2]), self.grid))
+        y = named("/attention", self.attention(modulate(h, *told[:2]), self.grid, named))
         h = h + per_site(told[2], h.shape[1]) * y
-        return named("", self._rest(h, told[3:], low, named))
+        return named("", self._rest(h, told[3:], low, name))
 
     def behind(
         self, h: Array, c: Array, at: tuple[Array, Array], past: KeysValues, seen: Array, low: Array | None = None
@@ -65,12 +65,13 @@ class UpsamplerBlock(nnx.Module):
         """One block, behind those that it sees (`BlockAttention.behind`). low: `(batch, 1, entries, width)`."""
         told = jnp.split(self.modulation(c), 6, axis=-1)
         y, own = self.attention.behind(modulate(h, *told[:2]), at, past, seen)
-        return self._rest(h + per_site(told[2], h.shape[1]) * y, told[3:], low, Below(None)), own
+        return self._rest(h + per_site(told[2], h.shape[1]) * y, told[3:], low), own
 
-    def _rest(self, h: Array, told: list[Array], low: Array | None, named: Below) -> Array:
+    def _rest(self, h: Array, told: list[Array], low: Array | None, name: str | None = None) -> Array:
+        named, near = Below(name), Below(name and f"{name}/nearby")
         if self.nearby is not None:
             x = layer_norm(h).reshape(-1, self.attention.block**2, h.shape[-1])
-            h = h + named("/nearby", self.nearby(x, low.reshape(-1, *low.shape[2:])).reshape(h.shape))
+            h = h + near("", self.nearby(x, low.reshape(-1, *low.shape[2:]), near).reshape(h.shape))
         y = named("/mlp", self.mlp(modulate(h, *told[:2])))
         return h + per_site(told[2], h.shape[1]) * y
 
@@ -87,6 +88,10 @@ class InfDiT(ImageNetwork):
     In turn, every evaluation goes from block to block, each behind keys and values of those before it, and remembers
     one row of blocks of these (theirs: `--inference_type ar`, at each step of the sampler). The result is the same, and
     memory, but for the images themselves, does not grow with the number of rows.
+
+    Taps: those of a transformer (`ddjax.taps`), of which the first layer's are "first" and below, the others'
+    "block/i"; "first/nearby" is the look at the low-resolution image, with "/queries", "/keys", "/values" and
+    "/attention/weights". Sites and maps go block by block (`BlockAttention`). In turn the layers have none.
 
     Args:
         shape: (H, W, C) of an image.
@@ -183,7 +188,8 @@ class InfDiT(ImageNetwork):
         enlarged = jax.image.resize(low, (batch, *self.shape[:-1], low.shape[-1]), "cubic")
         x = jnp.concatenate([xt.astype(self.dtype), enlarged.astype(self.dtype)], axis=-1)
         if self.in_turn and not train:
-            refuse("block", "the blocks run in turn; build the network with in_turn=False")
+            for prefix in ("first", "block"):
+                refuse(prefix, "the blocks run in turn; build the network with in_turn=False")
             with unheard():
                 y = self._in_turn(x, low, c)
         else:

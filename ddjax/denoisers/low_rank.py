@@ -35,6 +35,8 @@ class LowRankGaussian(nnx.Module):
         ValueError: for a rank beyond the dimension.
     """
 
+    takes = "law"
+
     def __init__(self, *, shape: tuple[int, ...], rank: int, schedule: Any, num_classes: int = 0, rngs: nnx.Rngs):
         self.size = math.prod(shape)
         if not 0 <= rank <= self.size or num_classes < 0:

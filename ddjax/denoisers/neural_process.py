@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from ddjax.denoisers.layers.attention import dot_product_attention
+from ddjax.denoisers.layers.attention import WEIGHTS, dot_product_attention
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, check_rate, dropout, dropout_keys, zeros
 from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import TIME_SCALE, check_time
@@ -29,6 +29,10 @@ class NeuralProcess(nnx.Module):
     is the mean over coordinates. So it goes with any permutation of the points, and no permutation of the coordinates
     changes it; both may be as many as one likes. The output layer starts at zero.
 
+    Taps: "condition", "embed", "block/i" with "/attention" (the sum of both, behind its gelu), and below
+    "block/i/points" and "block/i/coordinates" each attention's "/queries", "/keys", "/values" and "/attention/weights",
+    whose first axis is of rows, those of an example one behind the other; "final".
+
     Args:
         width, depth, heads: of the blocks; heads divides width, and width is even and at least 4.
         time: False ignores t.
@@ -41,6 +45,8 @@ class NeuralProcess(nnx.Module):
     Raises:
         ValueError: for sizes that do not divide.
     """
+
+    takes = "points"
 
     def __init__(
         self,
@@ -92,7 +98,9 @@ class NeuralProcess(nnx.Module):
             ValueError: for shapes that do not go together.
         """
         check_state(xt, (("points",), (xt.shape[-1],)), None)
-        points = cond.get("points") if isinstance(cond, Mapping) and set(cond) == {"points"} else None
+        # Data without labels say "cond": None beside the points.
+        given = {name: x for name, x in cond.items() if x is not None} if isinstance(cond, Mapping) else {}
+        points = given.get("points") if set(given) == {"points"} else None
         if points is None or points.ndim != 3 or points.shape[:2] != xt.shape:
             found = "nothing" if points is None else f"shape {points.shape}"
             raise ValueError(f'expected cond={{"points": {(*xt.shape, "coordinates")}}}, got {found}')
@@ -142,17 +150,19 @@ class BiDimensionalBlock(nnx.Module):
         named = Below(name)
         h = constrain(h, "batch", None, None, None)
         y = h if self.time is None else h + self.time(c)[:, None, None]
-        along_points = self._attended("points", y.swapaxes(1, 2)).swapaxes(1, 2)
-        y = along_points + self._attended("coordinates", y)
+        along_points = self._attended("points", y.swapaxes(1, 2), name).swapaxes(1, 2)
+        y = along_points + self._attended("coordinates", y, name)
         y = named("/attention", dropout(jax.nn.gelu(y), self.dropout, keys))
         own, shown = jnp.split(y, 2, axis=-1)
         return named("", (h + own) / math.sqrt(2.0)), shown
 
-    def _attended(self, which: str, y: Float[Array, "batch rows sites width"]) -> Array:
-        """Attention among the sites of each row."""
+    def _attended(self, which: str, y: Float[Array, "batch rows sites width"], name: str | None) -> Array:
+        """Attention among the sites of each row, with taps below "points" or "coordinates" (`layers.Attention`)."""
         *rows, sites, width = y.shape
+        named = Below(name and f"{name}/{which}")
         qkv = self.qkv[which](y).reshape(-1, sites, self.heads, 3, width // self.heads)
-        y = dot_product_attention(*(qkv[..., i, :] for i in range(3)), self.implementation)
+        q, k, v = (named(f"/{point}", qkv[..., i, :]) for i, point in enumerate(("queries", "keys", "values")))
+        y = dot_product_attention(q, k, v, self.implementation, weights=named.asked(WEIGHTS))
         return self.project[which](y.reshape(*rows, sites, width))
 
 

@@ -70,8 +70,7 @@ class RowMLP(nnx.Module):
             told = self.time_out(jax.nn.silu(self.time_in(told)))
         if self.labels is not None:
             told = told + jax.nn.silu(lookup(self.labels[...], labels))
-        tap("condition", told)
-        h = tap("embed", (row + told).astype(self.dtype))
+        h = tap("embed", (row + tap("condition", told)).astype(self.dtype))
         for i, layer in enumerate(self.layers):
             h = constrain(jax.nn.relu(layer(h)), "batch", None)
             h = tap(f"layer/{i}", dropout(h, self.dropout, None if keys is None else random.fold_in(keys, i)))

@@ -31,9 +31,9 @@ class UNet(UShaped):
     at zero.
 
     Taps: "condition", "encoder/i", "middle/0" and "middle/1", "decoder/j" (resampling blocks count), each with
-    "/attention", "/attention/keys" and "/attention/values" where it attends; "skip/n" and "backbone/n", what the n-th
-    block on the way up that has a skip connection joins (`freeu`); "final". With `transformer` "middle/0", and for its
-    blocks "block/i" and below (`ddjax.taps`).
+    "/queries", "/keys", "/values", "/attention" and "/attention/weights" where it attends (`ddjax.taps`); "skip/n" and
+    "backbone/n", what the n-th block on the way up that has a skip connection joins (`freeu`); "final". With
+    `transformer` "middle/0", and for its blocks "block/i" and below.
 
     Args:
         shape: (H, W, C) of one example.

@@ -10,21 +10,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from ddjax.denoisers.layers.attention import dot_product_attention
+from ddjax.denoisers.layers.attention import WEIGHTS, dot_product_attention
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropout_keys, zeros
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock
 from ddjax.denoisers.layers.embed import TIME_SCALE
 from ddjax.denoisers.layers.noise import NoiseConditioner
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNetDesign
-from ddjax.taps import tap
+from ddjax.taps import Below, tap
 
 
 class UNetEncoder(UShaped):
     """The way down and the middle of a `UNet`, and attention pooling: logits of classes, for images at any noise.
 
     (Dhariwal & Nichol 2021, section 4, appendix H: `EncoderUNetModel` with `pool="attention"`.) It is called as a
-    denoiser is, without a condition.
+    denoiser is, without a condition. Its taps are those of `UNet`, and "pool/queries", "/keys", "/values" and
+    "/attention/weights".
 
     Args:
         shape: (H, W, C) of one image.
@@ -94,7 +95,7 @@ class UNetEncoder(UShaped):
         keys = dropout_keys(self.dropout, batch, rng, train)
         c = tap("condition", self.condition(batch, t, cond))
         h = self.walk(tap("embed", self.embed(xt)), c, keys, join=lambda h, skip: h)
-        return self.pool(tap("final", jax.nn.silu(self.norm(h))))
+        return self.pool(tap("final", jax.nn.silu(self.norm(h))), Below("pool"))
 
 
 class AttentionPool(nnx.Module):
@@ -113,10 +114,12 @@ class AttentionPool(nnx.Module):
         out_dtype = at_least_float32(dtype)
         self.out = Linear(features, classes, kernel_init=zeros, dtype=dtype, out_dtype=out_dtype, rngs=rngs)
 
-    def __call__(self, h: Float[Array, "batch H W features"]) -> Float[Array, "batch classes"]:
-        """Of an image."""
+    def __call__(self, h: Float[Array, "batch H W features"], named: Below = Below()) -> Float[Array, "batch classes"]:
+        """Of an image. named: taps, see `layers.Attention`; the mean alone has a query, and its key comes first."""
         h = h.reshape(h.shape[0], -1, h.shape[-1])
         h = jnp.concatenate([h.mean(axis=1, keepdims=True), h], axis=1) + self.position[...]
         qkv = self.qkv(h).reshape(*h.shape[:2], self.heads, 3, -1)
-        pooled = dot_product_attention(qkv[:, :1, :, 0], qkv[..., 1, :], qkv[..., 2, :])
+        q, k, v = qkv[:, :1, :, 0], qkv[..., 1, :], qkv[..., 2, :]
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
+        pooled = dot_product_attention(q, k, v, weights=named.asked(WEIGHTS))
         return self.out(pooled.reshape(h.shape[0], -1))

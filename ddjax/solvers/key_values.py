@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def keys_values(denoise: Denoise, xt: State, t: Time, cond: Any = None) -> Past:
 
 def tapped(seen: Mapping[str, Array], denoise: Denoise, xt: State) -> Past:
     """Keys and values in what `taps.record` saw of a call. Raises ValueError where there are none."""
-    depth = sum(name.endswith("/keys") for name in seen)
+    depth = next(i for i in itertools.count() if f"block/{i}/keys" not in seen)
     if not depth:
         raise ValueError("this network's keys and values cannot be tapped: it must be one like TextTransformer")
     batch, calls = xt.shape[0], evaluations(denoise)

@@ -1,13 +1,18 @@
-"""What every network of `ddjax.denoisers` must do, one row for each. All weights are random."""
+"""What every network of `ddjax.denoisers` must do, one row for each; what it need not is in `EXEMPT`, with the reason.
+
+All weights are random.
+"""
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddjax import auxiliary
 from ddjax.denoisers import (
     EDM2,
     UNET_DESIGNS,
@@ -17,6 +22,7 @@ from ddjax.denoisers import (
     DiT,
     GraphTransformer,
     InfDiT,
+    LowRankGaussian,
     MixedTable,
     MultiResolution,
     NeuralProcess,
@@ -29,10 +35,10 @@ from ddjax.denoisers import (
     UViT,
     functional_init,
     stack_blocks,
+    taps,
 )
+from ddjax.schedules import VPCosine
 from ddjax.training.mesh import make_mesh, state_shardings
-
-pytestmark = pytest.mark.slow
 
 PIXELS, TOKENS = {"shape": (8, 8, 2)}, {"symbols_in": 6, "symbols_out": 5}
 LEVELS = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (4,)}
@@ -49,6 +55,7 @@ WAIST = {"design": MD4_TOLD, "transformer": {"width": 16, "depth": 2, "heads": 2
 MD4 = {"conditioner": "md4", "activation": "sigmoid", "cond_width": 8, "embed_width": 8, "out_bias": False}
 
 
+ROUTED = {"experts": 4, "top_k": 2, "shared": 1, "capacity": 2.0}  # enough for all choices
 SCAN = {"blocks": 3, "scan": True}
 UNSEEN = ("frequencies", "phases", "uncertainty/linear/kernel")  # of what only an objective asks for
 
@@ -120,9 +127,47 @@ NETWORKS = {
     "text-udlm": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "conditioner": "udlm"}, ()),
     "text-grouped": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "heads": 4, "kv_heads": 2}, ()),
     "unet-md4": (UNet, {**PIXELS, **TOKENS, "width": 16, "multipliers": (1,), "blocks": 1, "design": MD4_IMAGE}, ()),
+    "dit-experts": (DiT, {**PIXELS, **TOKENS, **DEEP, "patch": 2, "mlp": "experts", "experts": ROUTED}, ()),
+    "text-experts": (TextTransformer, {"length": 8, **TOKENS, **DEEP, "mlp": "experts", "experts": ROUTED}, ()),
+    # In training its experts choose from the batch, of which an example then is not independent, by design; the tests
+    # of single examples and of vmap are of the network as it samples.
+    "dit-pooled": (DiT, {**PIXELS, **DEEP, "patch": 2, "mlp": "pooled", "experts": {"experts": 4}}, ()),
+    "low-rank": (LowRankGaussian, {"shape": (10,), "rank": 3, "schedule": VPCosine()}, ()),
     "classifier": (UNetEncoder, {**PIXELS, **LEVELS, "classes": 5, "head_width": 8, "design": UNetDesign(**FEW)}, ()),
 }
-every = pytest.mark.parametrize("name", NETWORKS)
+
+
+def every(test):
+    """A slow test of all networks."""
+    return pytest.mark.slow(pytest.mark.parametrize("name", NETWORKS)(test))
+
+
+UNEQUAL = "its layers have different widths, so that there is nothing to scan"
+ROWS = "it keeps a row of numbers for each layer, which nobody needs to compute again"
+CLOSED = "it is a closed form, without layers"
+SCANNED = "it is scanned in all of these tests; the network without is another row, and is compared with it there"
+ALONE = "of the image one pixel is left there, which sees itself whatever its query and key"
+# What does not hold, by design, and why.
+EXEMPT = {
+    **{(name, "scan"): UNEQUAL for name in ("tabular", "tabular-tokens", "mixed-table")},
+    **{(name, "remat"): ROWS for name in ("tabular", "tabular-tokens", "mixed-table")},
+    **{("low-rank", option): CLOSED for option in ("scan", "remat")},
+    **{(name, "scan"): SCANNED for name in ("edm2-scan", "unet-scan")},
+    ("neural-process", "block/2"): "its output is made of what blocks show, and behind the last there is no other",
+    **{("ascan", f"block/3/{of}"): ALONE for of in ("queries", "keys")},
+    ("low-rank", "zero"): "a new one is the exact denoiser of a normal law, which is not zero",
+    ("low-rank", "bfloat16"): "it solves a linear system, which nothing does in half precision: float32 at least",
+}
+QUICK = ("text", "low-rank")  # of whose taps the fast set asks, too
+TURNED = {"dit-pooled": 1}  # examples in which a logit so near its threshold falls on its other side when rounded
+NO_MAPS = ("dit-linear", "cat")  # of linear attention, which never makes one
+TOLD_ALONE = ("sites", "uncertainty")  # to listeners; the network does not go on with them
+
+
+def most(test):
+    """A test of all networks, of which a few are in the fast set."""
+    rows = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
+    return pytest.mark.parametrize("name", rows)(test)
 
 
 def takes(name, option):
@@ -131,6 +176,12 @@ def takes(name, option):
 
 def classes(name):
     return {"num_classes": 3} if takes(name, "num_classes") and NETWORKS[name][1].get("modulated", True) else {}
+
+
+def exempt(name, what):
+    """Skip what this network need not do."""
+    if (name, what) in EXEMPT:
+        pytest.skip(EXEMPT[name, what])
 
 
 @functools.cache
@@ -159,12 +210,126 @@ def output(name):
     return np.asarray(jax.jit(apply)(params, *inputs(name)))
 
 
+def training_loss(name, apply):
+    """Of the parameters: towards a random target, and what layers add of their own."""
+    target = np.random.default_rng(3).normal(size=output(name).shape)
+
+    def loss(params):
+        with auxiliary.collect() as told:
+            out = apply(params, *inputs(name), train=True)
+        return ((out - target) ** 2).mean() + sum(own.mean() for own in told.found().losses.values())
+
+    return loss
+
+
 def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
+def unscanned(name, **more):
+    """Scanned blocks have no taps, and say so (tests/denoisers/test_taps.py, test_unet.py)."""
+    return network(name, **more, **({"scan": False} if "scan" in NETWORKS[name][1] else {}))
+
+
+@pytest.fixture
+def on_demand(monkeypatch):
+    """Names of the taps that are made only for who asks for them, in the order in which a network had them to give."""
+    names, wanted = [], taps.wanted
+    monkeypatch.setattr(taps, "wanted", lambda name: names.append(name) or wanted(name))
+    return names
+
+
+def points(name, apply, params, on_demand):
+    """Shapes of all that the network has at its taps, and of the maps beside them that it makes on demand."""
+
+    def run(params, *names):
+        with taps.record(*names) as seen:
+            apply(params, *inputs(name))
+        return seen
+
+    seen = jax.eval_shape(run, params)
+    maps = sorted(set(on_demand))
+    assert not set(maps) & set(seen)
+    return seen, jax.eval_shape(lambda params: run(params, *maps), params) if maps else {}
+
+
+@most
+def test_taps_overridden_by_what_they_hold_change_no_bit(name, on_demand):
+    params, apply = unscanned(name)
+    seen, maps = points(name, apply, params, on_demand)
+    attends = {at.removesuffix("/values") for at in seen if at.endswith("/values")}
+    assert {at.removesuffix("/attention/weights") for at in maps} == (set() if name in NO_MAPS else attends)
+    assert all(f"{at}/{part}" in seen for at in attends for part in ("queries", "keys"))
+
+    def itself(at, held):
+        def override(x):  # behind all overrides before it
+            np.testing.assert_array_equal(x, held, err_msg=at)
+            return held
+
+        return override
+
+    plain = apply(params, *inputs(name))
+    with taps.record(*seen, *maps) as held:
+        np.testing.assert_array_equal(apply(params, *inputs(name)), plain)
+    with taps.override({at: itself(at, value) for at, value in held.items()}):
+        np.testing.assert_array_equal(apply(params, *inputs(name)), plain)
+
+
+@every
+def test_what_is_at_a_tap_is_what_the_network_goes_on_with(name, on_demand):
+    """The output has a gradient with respect to each: an override that nothing used would have none."""
+    params, apply = unscanned(name)
+    seen, maps = points(name, apply, params, on_demand)
+    used = {at: x for at, x in (seen | maps).items() if at not in TOLD_ALONE and (name, at) not in EXEMPT}
+    rng = np.random.default_rng(5)
+    factor = rng.normal(size=output(name).shape)
+
+    def value(shifts):
+        with taps.override({at: lambda x, at=at: x + shifts[at] for at in used}):
+            return (apply(params, *inputs(name)) * factor).sum()
+
+    slopes = jax.jit(jax.grad(value))({at: jnp.zeros(x.shape, x.dtype) for at, x in used.items()})
+    for at, slope in slopes.items():
+        assert np.isfinite(slope).all(), at
+        assert np.abs(slope).max() > 0, at
+
+
+@every
+def test_a_map_is_written_down_only_for_who_asks(name, on_demand, monkeypatch):
+    """Elsewhere the kernel that never does is called, also where everything else is recorded."""
+    if not takes(name, "attention") or "attention" in NETWORKS[name][1]:
+        pytest.skip("its attention, if any, has one implementation")
+    fused, calls = jax.nn.dot_product_attention, []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **o: calls.append(1) or fused(*a, **o))
+    params, apply = unscanned(name, attention="xla")
+    _, maps = points(name, apply, params, on_demand)  # recorded without the maps, and then these
+    assert len(calls) == len(maps)
+
+
+@most
+def test_unheard_taps_leave_the_program_as_it_is(name, monkeypatch):
+    params, apply = unscanned(name)
+    text = lambda: jax.jit(lambda params: apply(params, *inputs(name))).lower(params).as_text()
+    plain, seen = text(), None
+    with monkeypatch.context() as patch:
+        patch.setattr(taps.Below, "__call__", lambda self, point, x: x)
+        patch.setattr(taps.Below, "wanted", lambda self, point: False)
+        for module in [m for m in sys.modules.values() if getattr(m, "tap", None) is taps.tap]:
+            patch.setattr(module, "tap", lambda name, x: x)
+        with taps.record() as seen:
+            assert text() == plain
+        assert not seen
+
+    def heard(params):
+        with taps.record() as seen:
+            return apply(params, *inputs(name)), seen
+
+    assert jax.jit(heard).lower(params).as_text() != plain
+
+
 @every
 def test_it_starts_at_zero_with_float32_outputs(name):
+    exempt(name, "zero")
     kind, options, _ = NETWORKS[name]
     init, apply = functional_init(lambda rngs: kind(**options, **classes(name), dtype=jnp.bfloat16, rngs=rngs))
     params = jax.jit(init)(jax.random.key(0))
@@ -177,9 +342,7 @@ def test_it_starts_at_zero_with_float32_outputs(name):
 @every
 def test_gradients_reach_every_parameter(name):
     params, apply = network(name)
-    target = np.random.default_rng(3).normal(size=output(name).shape)
-    loss = lambda p: ((apply(p, *inputs(name)) - target) ** 2).mean()
-    grads = jax.jit(jax.grad(loss))(params)
+    grads = jax.jit(jax.grad(training_loss(name, apply)))(params)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         fixed = "/".join(part.key for part in path).endswith(NETWORKS[name][2] or "/")
         assert np.isfinite(g).all(), path
@@ -188,9 +351,11 @@ def test_gradients_reach_every_parameter(name):
 
 @every
 def test_bfloat16_is_the_same_network(name):
+    exempt(name, "bfloat16")
     params, apply = network(name, dtype=jnp.bfloat16)
     out, exact = jax.jit(apply)(params, *inputs(name)), output(name)
-    assert 1e-4 < np.abs(out - exact).max() / np.abs(exact).max() < 0.15
+    off = np.abs(out - exact).reshape(len(exact), -1).max(axis=1) / np.abs(exact).max()
+    assert 1e-4 < np.sort(off)[-1 - TURNED.get(name, 0)] < 0.15
 
 
 @every
@@ -213,9 +378,9 @@ def test_vmap_is_a_loop(name):
 @every
 @pytest.mark.parametrize("option", ["remat", "scan"])
 def test_options_that_change_nothing(name, option):
+    exempt(name, option)
     options = NETWORKS[name][1]
-    if not takes(name, option) or option in options:
-        pytest.skip(f"{name} has no {option}, or has it already")
+    assert takes(name, option), f"{name} has no {option}, and no reason is given in EXEMPT"
     # A U-Net scans what is equal of the blocks of a resolution.
     more = {"blocks": 3} if option == "scan" and "blocks" in options else {}
     plain, apply = network(name, **more)
@@ -223,8 +388,7 @@ def test_options_that_change_nothing(name, option):
     turned = lambda p: p if option != "scan" else stack_blocks(p, like) if more else stack_blocks(p)
     params = turned(plain)
     assert other != apply
-    value = lambda apply: lambda p: (apply(p, *inputs(name)) ** 2).mean()
-    one, two = (jax.jit(jax.value_and_grad(value(f)))(p) for f, p in ((apply, plain), (other, params)))
+    one, two = (jax.jit(jax.value_and_grad(training_loss(name, f)))(p) for f, p in ((apply, plain), (other, params)))
     np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), two[1], turned(one[1]))
 

@@ -71,13 +71,15 @@ def test_points_go_along_and_coordinates_do_not_count(net):
 
 def test_any_number_of_points_and_coordinates(net):
     run, params = net
+    y, t, cond = inputs()
+    np.testing.assert_array_equal(run(params, y, t, {**cond, "cond": None}), run(params, y, t, cond))
     assert run(params, *inputs(2, 1)).shape == (2, 2)
 
 
 def test_what_cannot_be_is_refused(net):
     run, params = net
     y, t, cond = inputs()
-    for wrong in (None, {}, {"points": cond["points"][:, :2]}, {"points": cond["points"], "cond": None}):
+    for wrong in (None, {}, {"points": cond["points"][:, :2]}, {"points": cond["points"], "cond": np.zeros(2, int)}):
         with pytest.raises(ValueError, match=r'expected cond={"points"'):
             run(params, y, t, wrong)
     with pytest.raises(ValueError, match="that heads divides"):

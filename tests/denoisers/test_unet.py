@@ -166,7 +166,8 @@ def test_taps_name_skips_and_backbones(net):
     with taps.override({name: lambda h: h for name in seen if name != "sites"}):
         np.testing.assert_array_equal(apply(params, *args), whole)
     attending = ("encoder/2", "middle/0", "decoder/1")
-    for name in (*(f"{n}/attention{part}" for n in attending for part in ("", "/keys", "/values")), "final"):
+    parts = ("queries", "keys", "values", "attention", "attention/weights")
+    for name in (*(f"{n}/{part}" for n in attending for part in parts), "final"):
         with taps.override({name: lambda h: 2 * h}):  # each is a point that the output depends on
             assert largest(apply(params, *args), whole) > 1e-4, name
 

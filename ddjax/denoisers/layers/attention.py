@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -334,7 +333,7 @@ class Attention(nnx.Module):
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(layout.past, (k, v), strict=True))
         # Every query meets all keys: where sites are cut over devices, keys and values travel, and queries stay.
         k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
-        weights = partial(named, WEIGHTS) if named.wanted(WEIGHTS) else None
+        weights = named.asked(WEIGHTS)
         bias = None if self.relative is None else relative_bias(self.relative[...], self.grid, layout)
         if layout is not None and layout.neighbours is not None:
             y = attention_to_neighbours(q, k, v, layout.neighbours, layout.mask, weights)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention, rope_2d
+from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_product_attention, rope_2d
 from ddjax.denoisers.layers.basic import DType, LayerNorm, Linear, zeros
 from ddjax.placement import constrain
+from ddjax.taps import Below
 
 BEFORE = ((0, 0), (1, 1), (0, 1), (1, 0))  # rows and columns from a block to itself, and to the three that it sees
 
@@ -49,16 +50,25 @@ class BlockAttention(nnx.Module):
         self.direction = nnx.Param(jnp.zeros((4, heads, head), jnp.float32))
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch sites width"], grid: tuple[int, int]) -> Array:
-        """Of all blocks at once, `grid` of them."""
+    def __call__(
+        self, x: Float[Array, "batch sites width"], grid: tuple[int, int], named: Below = Below()
+    ) -> Float[Array, "batch sites width"]:
+        """Of all blocks at once, `grid` of them.
+
+        named: taps queries, keys (of the sites, without a direction) and values, `(batch, sites, heads, head)`, and,
+        where someone asks for them, weights, `(batch * blocks, heads, patches, 4 * patches)`: of each block's patches
+        on those of the block itself, of the one above and to the left, of the one to the left, and of the one above.
+        """
         batch, sites, width = x.shape
         own = jnp.arange(grid[0] * grid[1])
         q, k, v = self._own(x, *self._within(own // grid[1], own % grid[1]))
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
         shape = (batch, *grid, self.block**2, self.heads, width // self.heads)
         k, v = (jnp.stack([_moved(y.reshape(shape), *by) for by in BEFORE], axis=3) for y in (k, v))
         seen = jnp.stack([_inside(grid, *by) for by in BEFORE], axis=-1)
         blocks = lambda y: y.reshape(-1, *y.shape[3:])  # noqa: E731
-        y = self._attend(blocks(q.reshape(shape)), blocks(k), blocks(v), jnp.tile(seen.reshape(-1, 4), (batch, 1)))
+        seen = jnp.tile(seen.reshape(-1, 4), (batch, 1))
+        y = self._attend(blocks(q.reshape(shape)), blocks(k), blocks(v), seen, named)
         return self.out(constrain(y.reshape(batch, sites, width), "batch", "sites", None))
 
     def behind(
@@ -91,13 +101,15 @@ class BlockAttention(nnx.Module):
         q, k = (rope_2d(norm(y), rows, columns) for norm, y in ((self.query_norm, q), (self.key_norm, k)))
         return q.astype(self.dtype), k.astype(self.dtype), v
 
-    def _attend(self, q: Array, k: Array, v: Array, seen: Bool[Array, "blocks 4"]) -> Array:
+    def _attend(
+        self, q: Array, k: Array, v: Array, seen: Bool[Array, "blocks 4"], named: Below = Below()
+    ) -> Float[Array, "blocks patches heads head"]:
         """q: `(blocks, patches, heads, head)`; k, v: `(blocks, 4, patches, heads, head)`."""
         k = k + self.direction[...][:, None].astype(k.dtype)
         k, v = (y.reshape(y.shape[0], -1, *y.shape[3:]) for y in (k, v))
         mask = jnp.repeat(seen, self.block**2, axis=-1)[:, None, None]
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[-1]))
-        return dot_product_attention(q, k, v, self.implementation, mask)
+        return dot_product_attention(q, k, v, self.implementation, mask, named.asked(WEIGHTS))
 
 
 class NearbyAttention(nnx.Module):
@@ -133,15 +145,16 @@ class NearbyAttention(nnx.Module):
         self.out = Linear(width, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "blocks patches width"], low: Float[Array, "blocks entries width"]
+        self, x: Float[Array, "blocks patches width"], low: Float[Array, "blocks entries width"], named: Below = Below()
     ) -> Float[Array, "blocks patches width"]:
-        """What the patches of each block see."""
+        """What the patches of each block see. named: taps, see `CrossAttention`, of blocks in the place of examples."""
         blocks, patches, width = x.shape
         q = self.query(x).reshape(blocks, patches, self.heads, -1)
         kv = self.key_value(low).reshape(blocks, low.shape[1], 2, self.heads, -1)
         q = (self.query_norm(q) + self.query_position[...]).astype(self.dtype)
         k = (self.key_norm(kv[:, :, 0]) + self.key_position[...]).astype(self.dtype)
-        y = dot_product_attention(q, k, kv[:, :, 1], self.implementation)
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", kv[:, :, 1])
+        y = dot_product_attention(q, k, v, self.implementation, weights=named.asked(WEIGHTS))
         return self.out(y.reshape(blocks, patches, width))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from ddjax.denoisers.layers.attention import check_implementation, dot_product_attention
+from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_product_attention
 from ddjax.denoisers.layers.basic import (
     DType,
     Initializer,
@@ -199,13 +199,14 @@ class SpatialAttention(nnx.Module):
         self.out = Linear(features, features, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Image, c: Float[Array, "batch cond"] | None = None, named: Below = Below()) -> Image:
-        """The branch, to be added to x. c: for the norm. named: taps keys and values."""
+        """The branch, to be added to x. c: for the norm. named: taps, see `Attention`."""
         batch, height, width, features = x.shape
         qkv = self.qkv(self.norm(x, c)).reshape(batch, height * width, self.heads, 3, features // self.heads)
         heads = "heads" if self.heads > 1 else None  # a single one is on every device
         q, k, v = (constrain(qkv[..., i, :], "batch", None, heads, None) for i in range(3))
-        k, v = named("/keys", k), named("/values", v)
-        return self.out(dot_product_attention(q, k, v, self.implementation).reshape(x.shape))
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
+        y = dot_product_attention(q, k, v, self.implementation, weights=named.asked(WEIGHTS))
+        return self.out(y.reshape(x.shape))
 
 
 class ResBlock(nnx.Module):
@@ -294,7 +295,7 @@ class ResBlock(nnx.Module):
         h = self.conv_out(dropout(jax.nn.silu(h), self.dropout, keys))
         x = self.gain * ((x if self.shortcut is None else self.shortcut(x)) + h)
         if self.attention is not None:
-            y = named("/attention", self.attention(x, c, Below(name and f"{name}/attention")))
+            y = named("/attention", self.attention(x, c, named))
             x = self.gain * (x + y)
         return named("", constrain(x, "batch", None, None, None))
 

@@ -40,7 +40,11 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, h: Float[Array, "batch sites width"], context: Context, named: Below = Below()
     ) -> Float[Array, "batch sites width"]:
-        """What the sites see; every example needs a valid entry. `named` taps the weights, `(..., sites, entries)`."""
+        """What the sites see; every example needs a valid entry.
+
+        named: taps queries, `(batch, sites, heads, head)`, keys and values of entries, and, where someone asks for
+        them, weights, `(batch, heads, sites, entries)`.
+        """
         sequence, valid = context
         batch, sites, width = h.shape
         head = width // self.heads
@@ -48,7 +52,7 @@ class CrossAttention(nnx.Module):
         k, v = jnp.moveaxis(self.key_value(sequence).reshape(batch, -1, self.heads, 2, head), 3, 0)
         q = constrain(q, "batch", "sites", "heads", None)
         k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
-        listened = (lambda w: named(WEIGHTS, w)) if named.wanted(WEIGHTS) else None
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
         mask = None if valid is None else valid[:, None]
-        y = dot_product_attention(q, k, v, self.implementation, mask, listened)
+        y = dot_product_attention(q, k, v, self.implementation, mask, named.asked(WEIGHTS))
         return self.out(y.reshape(batch, sites, width))

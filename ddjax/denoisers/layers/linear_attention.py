@@ -54,13 +54,16 @@ class LinearAttention(nnx.Module):
         layout: Layout | None = None,
         named: Callable[[str, Array], Array] = lambda point, x: x,
     ) -> Float[Array, "batch sites width"]:
-        """Every site attends to every site. `named` taps keys and values. Raises ValueError for a layout."""
+        """Every site attends to every site. Raises ValueError for a layout.
+
+        named: taps queries, keys and values, `(batch, sites, heads, head)`; no map of pairs of sites is ever made.
+        """
         if layout is not None:
             raise ValueError("attention='linear' sees all patches: no groups, relations, past or routes of patches")
         batch, sites, width = x.shape
         qkv = constrain(self.qkv(x), "batch", "sites", "heads").reshape(batch, sites, self.heads, 3, -1)
         q, k, v = (qkv[..., i, :] for i in range(3))
-        k, v = named("/keys", k), named("/values", v)
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
         sums = at_least_float32(x.dtype)
         q, k = (jax.nn.relu(y).astype(sums) + EPSILON for y in (q, k))
         memory = jnp.einsum("bnhd,bnhe->bhde", k, v.astype(sums)) / sites
