@@ -71,7 +71,8 @@ def _table(spacing: str, denoise: bool = False, less: int = 0) -> Callable[[Any,
 def _between_entries(process: Any, steps: int) -> Grid:
     """Evenly from entry 999 to 0, then data; sigma / alpha is linear between the entries, as theirs."""
     entries = np.arange(1000)
-    levels = np.exp(-0.5 * np.asarray(process.schedule.log_snr(jnp.asarray(entries / 999))))
+    times = jnp.asarray(np.maximum(entries / 999, ToData.least))
+    levels = np.exp(-0.5 * np.asarray(process.schedule.log_snr(times)))
     asked = np.interp(np.linspace(0, 999, steps)[::-1], entries, levels)
     return grids.through(ToData(process.schedule), steps, sigmas=[*asked, 0.0])
 

@@ -290,8 +290,9 @@ class ToData(Gaussian):
 
     def alpha(self, t):
         """The schedule's; below, 1 - (1 - alpha) share^2."""
-        _, share, t = self._split(t)
-        return 1.0 - (1.0 - self.schedule.alpha(t)) * share**2
+        below, share, at = self._split(t)
+        alpha = self.schedule.alpha(at)
+        return jnp.where(below, 1.0 - (1.0 - alpha) * share**2, alpha)
 
     def sigma(self, t):
         """The schedule's; below, alpha times the level."""
@@ -307,7 +308,7 @@ class ToData(Gaussian):
 
     def sigma_prime(self, t):
         """The schedule's; below, (alpha share)' times the level at `least`."""
-        below, share, at = self._split(t)
+        below, _, at = self._split(t)
         slope = (3.0 * self.alpha(t) - 2.0) / self.least * self.schedule.sigma(at) / self.schedule.alpha(at)
         return jnp.where(below, slope, self.schedule.sigma_prime(at))
 
