@@ -64,8 +64,15 @@ def _into_data(make: Make) -> Make:
     return with_data
 
 
-def _table(spacing: str, denoise: bool = False, less: int = 0) -> Callable[[Any, int], Grid]:
-    return lambda process, steps: grids.of_table(steps - less, spacing=spacing, denoise=denoise)
+def _table(spacing: str, denoise: bool = False) -> Callable[[Any, int], Grid]:
+    return lambda process, steps: grids.of_table(steps, spacing=spacing, denoise=denoise)
+
+
+def _to_entry_0(process: Any, steps: int) -> Grid:
+    """PNDM's: multiples of 1000 // steps, down to 0; its last step stays there, and is left out."""
+    if steps < 2:
+        raise ValueError(f"pndm and plms have one step less than the {steps} asked for: ask for two at least")
+    return grids.of_table(steps - 1, spacing="leading")
 
 
 def _between_entries(process: Any, steps: int) -> Grid:
@@ -99,8 +106,8 @@ DIFFUSERS = {
     "dpm_solver_multistep": (_into_data(_short_ends(solvers.dpm_solver_pp, 15)), _table("linspace")),
     "unipc": (_into_data(_short_ends(solvers.unipc)), _table("linspace")),
     "deis": (_short_ends(solvers.deis, 15, order=2, variant="logrhoab"), _table("linspace")),
-    "pndm": (_any_steps(solvers.pndm), _table("leading", less=1)),
-    "plms": (_any_steps(solvers.plms), _table("leading", less=1)),
+    "pndm": (_any_steps(solvers.pndm), _to_entry_0),
+    "plms": (_any_steps(solvers.plms), _to_entry_0),
     "euler": (_into_data(_any_steps(solvers.DDIM)), _between_entries),
     "heun": (_into_data(_any_steps(solvers.heun_in_noise)), _between_entries),
     "kdpm2": (_into_data(_any_steps(solvers.dpm_solver, order=2)), _between_entries),

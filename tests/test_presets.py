@@ -52,6 +52,22 @@ def test_flows_of_diffusers_go_by_a_thousandth(x64):
         np.testing.assert_allclose(presets.diffusers(name).times(Gaussian(CondOT()), 1), [1, 0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", presets.DIFFUSERS)
+def test_diffusers_sample_at_as_many_calls_as_theirs(name):
+    """In float32, six of their steps: one call each, or two but in the last; PNDM's less the one that does nothing."""
+    process = Gaussian(
+        CondOT() if name.startswith("flow") else EDM() if name.startswith("edm") else Table.ddpm_linear()
+    )
+    preset = presets.diffusers(name)
+    denoise = lambda xt, t, cond: Prediction(0.5 * jnp.tanh(xt), "x0")
+    settings = {"solver": preset.solver(process, 6), "times": preset.times(process, 6)}
+    out = ddjax.sample(jax.random.key(0), denoise, process, shape=(1, 3), **settings)
+    assert np.isfinite(out.x0).all()
+    twice = dict.fromkeys(("heun", "kdpm2", "kdpm2_ancestral", "flow_match_heun"), 11)
+    assert out.nfe == {"pndm": 3 * 4 + 2, "plms": 2 + 4, **twice}.get(name, 6)
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """A smooth x0 of x / alpha and sigma / alpha."""
@@ -174,3 +190,5 @@ def test_they_are_the_peers_choices():
     assert presets.k_diffusion("dpmpp_2m").solver(process, 5) == solvers.dpm_solver_pp(into_data)
     with pytest.raises(ValueError, match=r"knows ddpm.*got 'dpm\+\+'"):
         presets.diffusers("dpm++")
+    with pytest.raises(ValueError, match="one step less than the 1 asked for"):
+        presets.diffusers("pndm").times(process, 1)
