@@ -22,14 +22,11 @@ from ddjax.sampling import sample
 from ddjax.schedules import Table
 from ddjax.training.provenance import versions
 
-# By the name of ours in `presets.DIFFUSERS`: their class, and the options that end where ours does, at entry 0.
+# By the name of ours in `presets.DIFFUSERS`: their class, and its options.
 SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": False, "clip_sample": False}),
-    "dpm_solver_multistep": (
-        "DPMSolverMultistepScheduler",
-        {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpm_solver_multistep": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
 }
 CASES = {"images": ((64, 32, 32, 3), 64), "points": ((256, 2), 64)}  # shape, width of the network
 

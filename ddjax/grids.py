@@ -203,29 +203,43 @@ def quadratic(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
     return jnp.linspace(math.sqrt(start), math.sqrt(end), steps + 1) ** 2
 
 
-def of_table(steps: int, *, spacing: str = "trailing", entries: int = 1000, offset: int = 0) -> Grid:
-    """Times of a model trained on `entries` discrete ones (`schedules.Table`), as diffusers' multistep solvers pick.
+def of_table(
+    steps: int,
+    *,
+    spacing: str = "trailing",
+    entries: int = 1000,
+    offset: int = 0,
+    denoise: bool = False,
+) -> Grid:
+    """Times of a model trained on `entries` discrete ones (`schedules.Table`), as diffusers picks them.
 
     spacing (Lin et al. 2024, table 2): "leading", multiples of entries // (steps + 1), moved by `offset`; "trailing",
     down from the last in steps of entries / steps; "linspace", evenly with both ends. Entry i is at t = i / (entries
-    - 1), and the grid ends at entry 0, t = 0. Raises ValueError where two of the entries would be the same.
+    - 1), and the grid ends at entry 0, t = 0.
+    denoise: the last step is from an entry to the data, t = 0 of `schedules.ToData`: entry 0 ("leading", entry
+        `offset`) is then one of the `steps` entries, at `ToData.least`. "trailing" is the same with and without.
+    Diffusers' multistep solvers have denoise=False, the others True. Raises ValueError where two of the entries would
+    be the same.
     """
     _check(steps)
+    among = steps + (not denoise)  # entries with both ends
     if spacing == "leading":
-        picked = np.arange(steps, 0, -1) * (entries // (steps + 1)) + offset
+        asked = np.arange(among - 1, -1, -1) * (entries // among) + offset
     elif spacing == "trailing":
-        picked = np.round(np.arange(entries, 0, -entries / steps))[:steps] - 1
+        asked = np.round(np.arange(entries, 0, -entries / steps))[:steps] - 1
     elif spacing == "linspace":
-        picked = np.round(np.linspace(entries - 1, 0, steps + 1))[:-1]
+        asked = np.round(np.linspace(0, entries - 1, among))[::-1]
     else:
         raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
-    picked = np.append(picked, 0)
+    asked = asked[:steps]
+    picked = asked if denoise else np.append(asked, 0)
     if picked[0] > entries - 1 or not (np.diff(picked) < 0).all():
         raise ValueError(
             f"{steps} steps of {entries} entries, {spacing}, offset {offset}: each entry from {entries - 1} to 0 can "
             f"be used once, got {picked.astype(int)}"
         )
-    return jnp.asarray(picked / (entries - 1), float)
+    times = np.maximum(asked / (entries - 1), schedules.ToData.least)
+    return jnp.asarray(np.append(times, 0.0), float)
 
 
 def beta(steps: int, *, a: float = 0.6, b: float = 0.6, start: float = 1.0, end: float = 0.0) -> Grid:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddjax import grids
-from ddjax.schedules import EDM, CondOT, Cosine, Linear, VPCosine, VPLinear
+from ddjax.schedules import EDM, CondOT, Cosine, Linear, ToData, VPCosine, VPLinear
 
 # Align Your Steps' for Stable Diffusion 1.5 (Sabour et al. 2024, appendix).
 STABLE = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029, 0.0)
@@ -25,6 +25,7 @@ GRIDS = {
     "leading": lambda n: grids.of_table(n, spacing="leading", offset=1),
     "trailing": grids.of_table,
     "linspace": lambda n: grids.of_table(n, spacing="linspace"),
+    "linspace, data": lambda n: grids.of_table(n, spacing="linspace", denoise=True),
     "log-snr": lambda n: grids.uniform_log_snr(VPLinear(), n, start=-8.0, end=8.0),
     "log-snr-tokens": lambda n: grids.uniform_log_snr(Linear(), n, start=-8.0, end=8.0),
 }
@@ -134,6 +135,23 @@ def test_entries_of_a_table(x64):
     ]:
         np.testing.assert_allclose(grids.of_table(steps, spacing=spacing) * 999, picked, atol=1e-9)
     np.testing.assert_allclose(grids.of_table(1, entries=10, spacing="leading", offset=1) * 9, [6, 0], atol=1e-9)
+
+
+def test_entries_of_a_table_and_the_data(x64):
+    """The last entry is asked too: entry 0 just above t = 0. Their one-step schedulers'."""
+    for steps, spacing, offset, picked in [
+        (5, "leading", 0, [800, 600, 400, 200, 0]),
+        (5, "leading", 1, [801, 601, 401, 201, 1]),
+        (1, "leading", 0, [0]),
+        (4, "linspace", 0, [999, 666, 333, 0]),
+        (5, "trailing", 0, [999, 799, 599, 399, 199]),
+    ]:
+        times = grids.of_table(steps, spacing=spacing, offset=offset, denoise=True)
+        np.testing.assert_allclose(times * 999, [*picked, 0], atol=1e-9)
+        assert times[-2] == max(picked[-1] / 999, ToData.least)
+        assert times[-1] == 0
+    whole = grids.of_table(1000, denoise=True)  # every entry
+    np.testing.assert_allclose(whole * 999, [*range(999, -1, -1), 0], atol=1e-9)
 
 
 def test_bad_grids():

@@ -27,6 +27,7 @@ GAUSSIAN += [sc.Table.ddpm_linear(), sc.Table.ddpm_cosine(20), sc.Table((9.0, 1.
 GAUSSIAN += [sc.Shifted(sc.VPCosine(), 4.0), sc.Shifted(sc.CondOT(), 3.0, "cond_ot"), sc.Shifted(sc.EDM(), 0.5, "ve")]
 GAUSSIAN += [sc.KineticOptimal((0.9, 0.7, 0.0, 0.4), 0.8), sc.Monotone.initial(8)]
 GAUSSIAN += [sc.VPLinear(4.0, 4.0), sc.SubVP(3.0, 3.0)]  # beta constant
+GAUSSIAN += [sc.ToData(sc.Table.ddpm_linear())]
 METHODS = ("alpha", "sigma", "alpha_prime", "sigma_prime", "log_snr", "log_snr_prime")
 every = pytest.mark.parametrize("schedule", SURVIVAL + GAUSSIAN, ids=repr)
 survival = pytest.mark.parametrize("schedule", SURVIVAL, ids=repr)
@@ -53,6 +54,26 @@ def check(schedule, times=TIMES):
 @every
 def test_closed_forms(x64, schedule):
     check(schedule)
+
+
+@pytest.mark.slow
+def test_a_schedule_up_to_the_data(x64):
+    """From `least` on the schedule itself, below a straight line of sigma / alpha to 0."""
+    for schedule in (sc.Table.ddpm_linear(), sc.VE(), sc.CondOT()):
+        new, first = sc.ToData(schedule), jnp.asarray(sc.ToData.least)
+        check(new, sc.ToData.least * TIMES)
+        for name in METHODS:
+            for t in (first, jnp.asarray(0.3), jnp.asarray(1.0)):
+                assert getattr(new, name)(t) == getattr(schedule, name)(t)
+        level = jnp.exp(-0.5 * schedule.log_snr(first))
+        np.testing.assert_allclose(jnp.exp(-0.5 * new.log_snr(first * TIMES)), level * TIMES, rtol=1e-12)
+        assert (new.alpha(jnp.zeros(())), new.sigma(jnp.zeros(())), new.time(jnp.inf)) == (1, 0, 0)
+    # All that a variance-preserving schedule has left below entry 0 keeps the variance.
+    t = sc.ToData.least * TIMES
+    kept = sc.ToData(sc.Table.ddpm_linear())
+    np.testing.assert_allclose(kept.alpha(t) ** 2 + kept.sigma(t) ** 2, 1.0, atol=1e-8)
+    with pytest.raises(ValueError, match="needs a Gaussian schedule"):
+        sc.ToData(sc.Linear())
 
 
 @pytest.mark.parametrize(

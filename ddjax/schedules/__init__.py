@@ -24,7 +24,7 @@ from ddjax.schedules.gaussian import (
 )
 from ddjax.schedules.kinetic import KineticOptimal
 from ddjax.schedules.learned import Monotone, PerSite
-from ddjax.schedules.log_snr import Laplace, LogSNRLinear, Shifted, Sigmoid, Table
+from ddjax.schedules.log_snr import Laplace, LogSNRLinear, Shifted, Sigmoid, Table, ToData
 from ddjax.schedules.spectral import Heat, ShortestPath, squared_frequencies
 from ddjax.schedules.survival import Cosine, Geometric, Linear, LogLinear, Polynomial
 
@@ -56,6 +56,7 @@ __all__ = [
     "Survival",
     "Table",
     "Times",
+    "ToData",
     "Trigonometric",
     "VPCosine",
     "VPLinear",

@@ -1,4 +1,4 @@
-"""Gaussian schedules given by their log-SNR, under any scaling (see `ByLogSNR`)."""
+"""Gaussian schedules given by their log-SNR, under any scaling (see `ByLogSNR`), and a schedule up to the data."""
 
 from __future__ import annotations
 
@@ -260,3 +260,76 @@ class Shifted(ByLogSNR):
     def time(self, log_snr):
         """The schedule's time at 2 log factor more."""
         return self.schedule.time(jnp.asarray(log_snr) + 2.0 * math.log(self.factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class ToData(Gaussian):
+    """Another schedule that has noise at t = 0 (`Table`, `VPCosine`, `VE`), with the data there: alpha = 1, sigma = 0.
+
+    Grids that end at t = 0 then end in the data, as those of schedulers do whose last sigma is 0. Nothing changes from
+    `least` on, a time so small that the schedule is there what it is at 0; below, sigma / alpha falls in proportion to
+    t, and 1 - alpha to t^2 (of a variance-preserving schedule that stays so, to fourth order in sigma).
+    """
+
+    schedule: Gaussian
+
+    least = 1e-20
+
+    def __post_init__(self):
+        require(isinstance(self.schedule, Gaussian), self, "needs a Gaussian schedule")
+
+    @property
+    def common(self):
+        """That of the schedule, to the data."""
+        return ToData(self.schedule.common)
+
+    def _split(self, t: Times) -> tuple[Times, Times, Times]:
+        """Whether t is below `least`, its share of `least` (1 from there on), and the time to ask the schedule at."""
+        t = jnp.asarray(t)
+        return t < self.least, jnp.minimum(t / self.least, 1.0), jnp.maximum(t, self.least)
+
+    def alpha(self, t):
+        """The schedule's; below, 1 - (1 - alpha) share^2."""
+        below, share, at = self._split(t)
+        alpha = self.schedule.alpha(at)
+        return jnp.where(below, 1.0 - (1.0 - alpha) * share**2, alpha)
+
+    def sigma(self, t):
+        """The schedule's; below, alpha times the level."""
+        below, share, at = self._split(t)
+        sigma = self.schedule.sigma(at)
+        return jnp.where(below, self.alpha(t) * share * sigma / self.schedule.alpha(at), sigma)
+
+    def alpha_prime(self, t):
+        """The schedule's; below, the parabola's."""
+        below, share, at = self._split(t)
+        slope = -2.0 * (1.0 - self.schedule.alpha(at)) * share / self.least
+        return jnp.where(below, slope, self.schedule.alpha_prime(at))
+
+    def sigma_prime(self, t):
+        """The schedule's; below, (alpha share)' times the level at `least`."""
+        below, _, at = self._split(t)
+        slope = (3.0 * self.alpha(t) - 2.0) / self.least * self.schedule.sigma(at) / self.schedule.alpha(at)
+        return jnp.where(below, slope, self.schedule.sigma_prime(at))
+
+    def log_snr(self, t):
+        """The schedule's; below, higher by -2 log share."""
+        _, share, at = self._split(t)
+        return self.schedule.log_snr(at) - 2.0 * jnp.log(share)
+
+    def log_snr_prime(self, t):
+        """The schedule's; below, -2 / t."""
+        below, _, at = self._split(t)
+        return jnp.where(below, -2.0 / jnp.where(below, t, 1.0), self.schedule.log_snr_prime(at))
+
+    def time(self, log_snr):
+        """The schedule's; of higher log-SNRs than it has, `least` times the share."""
+        log_snr = jnp.asarray(log_snr)
+        highest = self.schedule.log_snr(jnp.asarray(self.least, jnp.result_type(log_snr, float)))
+        above = log_snr > highest
+        found = jnp.maximum(self.schedule.time(jnp.where(above, highest, log_snr)), self.least)
+        return jnp.where(above, self.least * jnp.exp(-0.5 * jnp.where(above, log_snr - highest, 0.0)), found)
+
+    def network_time(self, t):
+        """The schedule's."""
+        return self.schedule.network_time(t)

@@ -375,7 +375,14 @@ def unipc(
     return Multistep(process, order, form, "log_snr", variant, corrector, start, lower_order_final)
 
 
-def deis(process: Any, order: int = 3, *, variant: str = "tab", lower_order_start: bool = True) -> Multistep:
+def deis(
+    process: Any,
+    order: int = 3,
+    *,
+    variant: str = "tab",
+    lower_order_start: bool = True,
+    lower_order_final: int | None = None,
+) -> Multistep:
     """DEIS (Zhang & Chen 2023, algorithm 1). order: predictions in use, one more than the polynomial's degree.
 
     variant: "tab", polynomials in the clock; "rhoab", in sigma / alpha; "logrhoab", in its logarithm (diffusers).
@@ -383,7 +390,8 @@ def deis(process: Any, order: int = 3, *, variant: str = "tab", lower_order_star
     variants = {"tab": "time", "rhoab": "clock", "logrhoab": "log_snr"}
     if variant not in variants:
         raise ValueError(f"deis: variant must be one of {', '.join(variants)}, got {variant!r}")
-    return Multistep(process, order, "noise", variants[variant], start=_start(lower_order_start, order))
+    start = _start(lower_order_start, order)
+    return Multistep(process, order, "noise", variants[variant], start=start, lower_order_final=lower_order_final)
 
 
 def lms(process: Any, order: int = 4) -> Multistep:
