@@ -165,23 +165,14 @@ def betas(s: Mapping[str, Any]) -> np.ndarray:
 
 
 def spaced_steps(steps: int, *, chain: int, spacing: str, offset: int = 0) -> np.ndarray:
-    """Of a chain numbered 0 to chain - 1, `steps` of them (Lin et al. 2024, table 2; DDPM and DDIM of diffusers).
+    """`steps` entries of a chain (`grids.of_table`). What follows the last is the data: `Published.sample` steps there.
 
-    "leading": multiples of chain // steps, from 0 up, moved by `offset`; "trailing": chain - 1 and down from there in
-    steps of chain / steps; "linspace": with both ends. What follows the last is the data, whatever its number:
-    `Published.sample` takes that step. Raises ValueError where there are not so many.
+    Raises ValueError where there are not so many.
     """
     if not 2 <= steps <= chain:
         raise ValueError(f"steps={steps}: expected 2 to {chain}, the steps of the chain")
-    if spacing == "leading":
-        numbers = np.arange(steps)[::-1] * (chain // steps) + offset
-    elif spacing == "trailing":
-        numbers = np.round(np.arange(chain, 0, -chain / steps))[:steps] - 1
-    else:
-        numbers = np.round(np.linspace(chain - 1, 0, steps))
-    if numbers[0] > chain - 1:
-        raise ValueError(f"steps={steps} of {chain} with steps_offset={offset} begin at {numbers[0]}: expected fewer")
-    return (numbers / (chain - 1)).astype(np.float32)
+    times = grids.of_table(steps, spacing=spacing, entries=chain, offset=offset, denoise=True)
+    return np.asarray(times[:-1], np.float32)
 
 
 def flow_steps(steps: int, *, chain: int, shift: float) -> np.ndarray:
