@@ -64,7 +64,8 @@ SOLVERS |= {
     ),
     "nested_outer": lambda p: solvers.Nested(solvers.Heun(p), 2, outer=solvers.DDIM(p)),
 }  # fmt: skip
-OWN_STEP = ("ancestral", "fresh_latent")  # of an interpolant, with the correlation that it says
+# Of an interpolant: steps with the correlation that it says; the ODE on the clock, where a Gaussian's is on an angle.
+OWN_STEP = ("ancestral", "denoising_chain", "rk45")
 START = np.asarray([[0.9, -1.3], [0.2, 0.4]])
 
 
