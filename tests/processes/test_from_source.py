@@ -121,6 +121,10 @@ def test_at_the_ends(x64, path):
         np.testing.assert_allclose(found["velocity"], expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(gaussian.convert(Prediction(found["velocity"], "velocity"), "noise", xt, one).value,
                                    noise, rtol=1e-9)  # fmt: skip
+        if kind == "x0" and path.noise is not None and path.alpha_prime(one)[0] != 0:  # of a pair, what tells x0
+            z = path.gamma(one) / gaussian.schedule.sigma(one) * noise
+            said = Prediction(jnp.stack([z, found["velocity"]], -1), "noise+velocity")
+            np.testing.assert_allclose(gaussian.convert(said, "x0", xt, one).value, MEAN, rtol=1e-9)
     for kind in [k for k in process.kinds if "+" not in k]:
         for t in (zero, one):
             for name in ("x0", "noise", "velocity"):
