@@ -56,6 +56,7 @@ def test_the_schedule_is_the_width_of_the_noise(x64, path):
     assert (np.abs(near[~finite]) > 1e3).all()
 
 
+@pytest.mark.slow
 def test_known_schedules(x64):
     t = jnp.linspace(0.0, 1.0, 11)
     for path, other in (

@@ -116,7 +116,7 @@ def drawn(process, kind, name, times, init, dtype=float):
     return np.asarray(state[0])
 
 
-FAST = [("ddim", "bridge"), ("dpm_solver_pp", "straight")]
+FAST = [("ddim", "bridge")]
 PRODUCT = [
     pytest.param(name, row, marks=() if (name, row) in FAST else pytest.mark.slow)
     for name, row in [*itertools.product(SOLVERS, ROWS), *itertools.product(("ddim", "unipc"), MORE)]
