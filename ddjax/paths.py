@@ -48,6 +48,13 @@ class Noise:
             slope = slope - self.end * t**self.start * (1.0 - t) ** (self.end - 1.0)
         return self.scale * slope
 
+    def gamma_squared_prime(self, t: Times) -> Times:
+        """D gamma^2 / dt; finite where a power is 1/2 or more."""
+        slope = 2.0 * self.start * t ** (2.0 * self.start - 1.0) * (1.0 - t) ** (2.0 * self.end)
+        if self.end > 0:
+            slope = slope - 2.0 * self.end * t ** (2.0 * self.start) * (1.0 - t) ** (2.0 * self.end - 1.0)
+        return self.scale**2 * slope
+
 
 @dataclasses.dataclass(frozen=True)
 class Path(abc.ABC):
@@ -82,6 +89,10 @@ class Path(abc.ABC):
     def gamma_prime(self, t: Times) -> Times:
         """D gamma / dt."""
         return jnp.zeros_like(t) if self.noise is None else self.noise.gamma_prime(t)
+
+    def gamma_squared_prime(self, t: Times) -> Times:
+        """D gamma^2 / dt."""
+        return jnp.zeros_like(t) if self.noise is None else self.noise.gamma_squared_prime(t)
 
     def sigma(self, t: Times) -> Times:
         """Weight of all that is not x_0, sqrt(beta^2 + gamma^2)."""

@@ -91,6 +91,10 @@ class Gaussian:
         if not self.data_std > 0:
             raise ValueError(f"data_std must be positive, got {self.data_std}")
 
+    def as_gaussian(self) -> Gaussian:
+        """Itself (see `gaussian_of`)."""
+        return self
+
     # -- the forward process ---------------------------------------------------------------------------------
 
     def _coefficients(self, x: X, t: Time) -> tuple[Array, Array, Array]:
@@ -229,25 +233,24 @@ class Gaussian:
         check_kind(prediction.kind, self.kinds, self)
         if prediction.kind == kind:
             return prediction
-        x0, noise = self._x0_and_noise(prediction, xt, t)
-        if kind == "x0":
-            return Prediction(x0, kind)
-        if kind == "noise":
-            return Prediction(noise, kind)
+        return Prediction(self._value(kind, *self._x0_and_noise(prediction, xt, t), xt, t), kind)
+
+    def _value(self, kind: str, x0: X, noise: X, xt: X, t: Time) -> X:
+        """The value of a kind, for known (x0, noise)."""
+        if kind in ("x0", "noise"):
+            return x0 if kind == "x0" else noise
         alpha, sigma, _ = self._coefficients(xt, t)
         if kind == "score":
-            value = -divide(noise, sigma)
-        elif kind == "v":
-            value = alpha * noise - sigma * x0
-        elif kind == "velocity":
+            return -divide(noise, sigma)
+        if kind == "v":
+            return alpha * noise - sigma * x0
+        if kind == "velocity":
             t = left_broadcast(jnp.asarray(t), xt)
             # No noise adds nothing, also where sigma' is infinite.
             noisy = jnp.where(noise == 0, 0.0, self.schedule.sigma_prime(t) * noise)
-            value = self.schedule.alpha_prime(t) * x0 + noisy
-        else:  # edm
-            d = self.data_std
-            value = (sigma * x0 / d - alpha * d * noise) / jnp.sqrt(sigma**2 + (alpha * d) ** 2)
-        return Prediction(value, kind)
+            return self.schedule.alpha_prime(t) * x0 + noisy
+        d = self.data_std  # edm
+        return (sigma * x0 / d - alpha * d * noise) / jnp.sqrt(sigma**2 + (alpha * d) ** 2)
 
     def _x0_and_noise(self, prediction: Prediction, xt: X, t: Time) -> tuple[X, X]:
         """Solve for (x0, noise) the two equations: x_t = alpha x0 + sigma noise, and what the prediction says."""
@@ -275,7 +278,17 @@ class Gaussian:
         da, ds = jnp.where(infinite, 0.0, da), jnp.where(infinite, 1.0, ds)
         value = jnp.where(infinite, 0.0, value)
         kappa = da * sigma - ds * alpha
-        return (sigma * value - ds * xt) / kappa, (da * xt - alpha * value) / kappa
+        # Where alpha and alpha' are 0 (t = 1 of PolynomialPath) the velocity says nothing of x0.
+        noise = jnp.where(kappa == 0, divide(xt, sigma), divide(da * xt - alpha * value, kappa))
+        return divide(sigma * value - ds * xt, kappa), noise
+
+
+def gaussian_of(process: object) -> Gaussian | None:
+    """The Gaussian process that solvers step: itself, that of an interpolant's marginals, or None for others.
+
+    Raises ValueError for an interpolant whose x_1 comes with the data.
+    """
+    return process.as_gaussian() if hasattr(process, "as_gaussian") else None
 
 
 def divide(a: Array, b: Array) -> Array:

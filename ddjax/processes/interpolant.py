@@ -30,8 +30,10 @@ from ddjax.paths import Path, Straight
 from ddjax.predictions import Prediction, check_kind
 from ddjax.predictions import evaluations as cost
 from ddjax.processes.flow import StateFlow
+from ddjax.processes.from_source import FromSource
 from ddjax.processes.gaussian import Normal, X, divide
 from ddjax.pytrees import as_pytree
+from ddjax.schedules import OfPath
 from ddjax.types import Denoise, Keys, Time, left_broadcast, sites
 
 # (path, s, t) -> rho, the correlation of the noises at s and t given both ends
@@ -202,6 +204,14 @@ class Interpolant:
         self._source("the likelihood of the ODE")
         return VelocityFlow(self)
 
+    def as_gaussian(self) -> FromSource:
+        """The Gaussian process of the same marginals, which the solvers of those step.
+
+        Raises ValueError where x_1 is not said to be Gaussian, and as `schedules.OfPath` does.
+        """
+        std = self._source("a solver of Gaussian processes (others are Ancestral, Heun and those of the velocity)")
+        return FromSource(OfPath(self.schedule, std), interpolant=self)
+
     def departure(self, x1: X) -> Normal:
         """What sampling starts from, given x_1: x_1 with the noise that is left at t = 1."""
         return self.marginal(jnp.zeros_like(x1), jnp.ones(()), x1)
@@ -235,10 +245,15 @@ class Interpolant:
         Raises ValueError for an unknown kind, and for one statement where two are needed.
         """
         check_kind(kind, self.kinds, self)
-        said = self._said(prediction, xt)
-        missing = set(kind.split("+")) - said.keys()
-        parts = self._solve(said, prediction.kind, xt, t) if missing else None
-        values = [said[name] if name in said else self.statement(name, parts, t) for name in kind.split("+")]
+        said, names = self.said(prediction, xt), kind.split("+")
+        if set(names) <= said.keys():
+            values = [said[name] for name in names]
+        elif self._one_is_enough:
+            marginals = self.as_gaussian()
+            values = [said[n] if n in said else marginals.statement(n, prediction, xt, t) for n in names]
+        else:
+            parts = self._solve(said, prediction.kind, xt, t)
+            values = [said[name] if name in said else self.statement(name, parts, t) for name in names]
         return Prediction(values[0] if len(values) == 1 else jnp.stack(values, -1), kind)
 
     def statement(self, kind: str, parts: Parts, t: Time) -> Array:
@@ -261,9 +276,16 @@ class Interpolant:
         They add up to x_t. Where a weight is 0 its part cannot be known and is 0, unless it is what was predicted.
         Raises ValueError where the prediction does not determine them.
         """
-        return self._solve(self._said(prediction, xt), prediction.kind, xt, t)
+        if self._one_is_enough and "+" not in prediction.kind:
+            return tuple(self.convert(prediction, name, xt, t).value for name in PARTS)
+        return self._solve(self.said(prediction, xt), prediction.kind, xt, t)
 
-    def _said(self, prediction: Prediction, xt: X) -> dict[str, Array]:
+    @property
+    def _one_is_enough(self) -> bool:
+        """Whether z and x_1 both follow from x_0, being noise."""
+        return self.source_std is not None and self.schedule.noise is not None
+
+    def said(self, prediction: Prediction, xt: X) -> dict[str, Array]:
         """What was predicted, by name."""
         check_kind(prediction.kind, self.kinds, self)
         names, value = prediction.kind.split("+"), prediction.value

@@ -25,6 +25,7 @@ from ddjax.schedules.gaussian import (
 from ddjax.schedules.kinetic import KineticOptimal
 from ddjax.schedules.learned import Monotone, PerSite
 from ddjax.schedules.log_snr import Laplace, LogSNRLinear, Shifted, Sigmoid, Table, ToData
+from ddjax.schedules.of_path import OfPath
 from ddjax.schedules.spectral import Heat, ShortestPath, squared_frequencies
 from ddjax.schedules.survival import Cosine, Geometric, Linear, LogLinear, Polynomial
 
@@ -45,6 +46,7 @@ __all__ = [
     "LogSNRLinear",
     "Monotone",
     "OUBridge",
+    "OfPath",
     "PerSite",
     "Polynomial",
     "PolynomialPath",

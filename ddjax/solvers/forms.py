@@ -24,8 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ddjax.predictions import Prediction
-from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import divide
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.types import State, Time, left_broadcast
 
 FORMS = ("x0", "noise", "velocity")
@@ -49,6 +48,8 @@ class Place(NamedTuple):
 class Form:
     """One form of a process's ODE, with the coordinate in which its predictions are polynomials.
 
+    process: becomes the Gaussian one that has the predictions (`processes.gaussian.gaussian_of`); with velocities it
+        stays as it is.
     coordinate: "log_snr"; "clock", the form's own q; "time"; "steps", the number of the step, as if steps were equal
     and q linear along each of them.
     """
@@ -63,17 +64,15 @@ class Form:
         if self.coordinate not in COORDINATES:
             raise ValueError(f"coordinate must be one of {', '.join(COORDINATES)}, got {self.coordinate!r}")
         of_flow = self.name == "velocity"
-        if self.process.state != "gaussian" or not (hasattr(self.process, "noiseless") if of_flow else self._gaussian):
+        process = self.process if of_flow else gaussian_of(self.process)
+        if self.process.state != "gaussian" or not hasattr(process, "noiseless"):
             raise ValueError(
                 f"{type(self.process).__name__} has no ODE of the form {self.name!r}: use Ancestral"
                 + (", Heun or form='velocity'" if self.process.state == "gaussian" and not of_flow else "")
             )
         if of_flow and self.coordinate == "log_snr":
             raise ValueError("velocities are integrated over time: coordinate must be 'clock' or 'steps'")
-
-    @property
-    def _gaussian(self) -> bool:
-        return isinstance(self.process, Gaussian)
+        object.__setattr__(self, "process", process)
 
     def at(self, t: Time, x: State) -> Place:
         """What the schedule says at t."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import Normal
+from ddjax.processes.gaussian import Normal, gaussian_of
 from ddjax.solvers.base import Info, batched, everywhere
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.types import left_broadcast
@@ -28,14 +28,16 @@ class DDIM:
     noise: Noise = Fresh()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
-        if not isinstance(self.process, Gaussian):
+        process = gaussian_of(self.process)
+        if process is None:
             raise ValueError(
                 f"DDIM is for processes.Gaussian, got {type(self.process).__name__}: use Heun or Ancestral"
             )
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"DDIM's eta lies in [0, 1], got {self.eta}")
-        if self.eta > 0 and "score" not in self.process.kinds:
+        if self.eta > 0 and "score" not in process.kinds:
             raise ValueError(f"{type(self.process).__name__} has no SDE to take noise from: DDIM's eta must be 0")
+        object.__setattr__(self, "process", process)
 
     def init(self, xt, cond=None):
         """What the noise carries; nothing for `Fresh`."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ddjax import random
 from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import divide
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.solvers.base import Info, Solver, batched, everywhere, first_carry
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.solvers.preconditioning import Preconditioner
@@ -19,9 +19,11 @@ from ddjax.types import left_broadcast, per_example
 RULES = ("norms", "level")
 
 
-def _check(name: str, process: Any) -> None:
-    if not isinstance(process, Gaussian) or "score" not in process.kinds:
+def _with_score(name: str, process: Any) -> Gaussian:
+    found = gaussian_of(process)
+    if found is None or "score" not in found.kinds:
         raise ValueError(f"{name} needs the score of a processes.Gaussian, got {type(process).__name__}")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Langevin:
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self):
-        _check("Langevin", self.process)
+        object.__setattr__(self, "process", _with_score("Langevin", self.process))
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
         if not self.size > 0 or self.steps < 1:
@@ -133,7 +135,7 @@ class EulerMaruyama:
     noise: Noise = Fresh()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
-        _check("EulerMaruyama", self.process)
+        object.__setattr__(self, "process", _with_score("EulerMaruyama", self.process))
         if self.eta < 0:
             raise ValueError(f"eta is a share of the forward process's noise and must not be negative, got {self.eta}")
 

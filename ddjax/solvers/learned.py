@@ -33,6 +33,7 @@ from ddjax.frozen import FrozenTree
 from ddjax.grids import check_grid
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.solvers.base import Info, batched
 from ddjax.solvers.gaussian import DDIM
@@ -67,8 +68,10 @@ class Learned:
     coefficients: Any
 
     def __post_init__(self):
-        if not isinstance(self.process, Gaussian):
+        process = gaussian_of(self.process)
+        if process is None:
             raise ValueError(f"Learned is for processes.Gaussian, got {type(self.process).__name__}: it needs x0")
+        object.__setattr__(self, "process", process)
         if isinstance(self.coefficients, FrozenTree):
             self._check(self.coefficients.tree)
 

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ddjax.predictions import Prediction
 from ddjax.processes.gaussian import divide
 from ddjax.solvers.base import Info, batched, everywhere
 from ddjax.solvers.forms import Form, Place, check_order, weights
@@ -96,7 +95,7 @@ class Multistep:
 
     def __post_init__(self):
         check_order("Multistep", self.order, 5)
-        Form(self.process, self.form, self.coordinate)
+        object.__setattr__(self, "process", Form(self.process, self.form, self.coordinate).process)
         if self.slope not in SLOPES and not isinstance(self.slope, (int, float)):
             raise ValueError(f"slope must be a number or one of {', '.join(SLOPES)}, got {self.slope!r}")
         if self.slope == "bh1" and self.coordinate != "log_snr":
@@ -182,8 +181,8 @@ class Multistep:
         nodes, known = self._nodes(carry, here, there, order)
         if self.compensation is not None:
             better = self._compensated(carry, y, nodes)
-            first = form.first(Prediction(better, self.form), xt, t, here, there)
-            base = base + jnp.where(carry.known > 0, first - form.first(prediction, xt, t, here, there), 0.0)
+            whole_step = dataclasses.replace(form, coordinate="clock").moments(here, there, 1)[0]
+            base = base + jnp.where(carry.known > 0, whole_step * (better - y), 0.0)
             y = better
         moments = form.moments(here, there, self.order + 1, whole, growth)
         slope = self._slope(form, here, there, moments, whole, growth)

@@ -15,6 +15,7 @@ from ddjax import random
 from ddjax.frozen import Frozen
 from ddjax.grids import check_grid
 from ddjax.predictions import Prediction
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.solvers.base import Info, Solver, first_carry
 from ddjax.types import Keys, State, Time
 
@@ -73,7 +74,7 @@ class Nested:
     @property
     def process(self) -> Any:
         """The solver's."""
-        return self.solver.process
+        return gaussian_of(self.solver.process) or self.solver.process
 
     @property
     def grid_steps(self) -> int | None:

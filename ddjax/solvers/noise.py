@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from ddjax import random
 from ddjax.frozen import Frozen
-from ddjax.processes.gaussian import divide
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.types import Keys, State, Time
 
 
@@ -94,6 +94,7 @@ class Brownian:
     def __post_init__(self):
         if not self.eta > 0 or self.depth < 1:
             raise ValueError(f"Brownian needs eta > 0 and depth >= 1, got {(self.eta, self.depth)}")
+        object.__setattr__(self, "process", gaussian_of(self.process) or self.process)
 
     def init(self, x):
         """No path yet."""

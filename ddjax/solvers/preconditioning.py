@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool
 from ddjax.frozen import Frozen
 from ddjax.gaussian_law import GaussianLaw, check_process
 from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import divide
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.solvers.base import Info, Solver, batched, first_carry
 from ddjax.solvers.forms import FORMS
 from ddjax.types import State, left_broadcast, per_example
@@ -291,7 +291,8 @@ class Preconditioned:
     form: str = "x0"
 
     def __post_init__(self):
-        check_process("Preconditioned", getattr(self.solver, "process", None))
+        process = getattr(self.solver, "process", None)
+        check_process("Preconditioned", gaussian_of(process) or process)
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
         if getattr(self.solver, "times", None) is not None:
@@ -300,7 +301,7 @@ class Preconditioned:
     @property
     def process(self) -> Gaussian:
         """The solver's."""
-        return self.solver.process
+        return gaussian_of(self.solver.process)
 
     def init(self, xt, cond=None):
         """The carries of both."""

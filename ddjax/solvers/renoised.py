@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from ddjax import random
 from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import divide
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.solvers.base import Info, Solver, first_carry
 from ddjax.solvers.noise import Fresh, Noise
 from ddjax.solvers.singlestep import dpm_solver_pp_singlestep, heun_in_noise
@@ -43,8 +43,8 @@ class _Renoised:
 
     def _check(self) -> None:
         """Raise a ValueError for a solver that cannot be taken off its way."""
-        name, process = type(self).__name__, getattr(self.solver, "process", None)
-        if not isinstance(process, Gaussian) or "score" not in process.kinds:
+        name, process = type(self).__name__, gaussian_of(getattr(self.solver, "process", None))
+        if process is None or "score" not in process.kinds:
             raise ValueError(
                 f"{name} goes forward by the kernel of processes.Gaussian: the solver must be of one, "
                 f"got {self.solver!r}"
@@ -56,7 +56,7 @@ class _Renoised:
     @property
     def process(self) -> Gaussian:
         """The solver's."""
-        return self.solver.process
+        return gaussian_of(self.solver.process)
 
     def init(self, xt, cond=None):
         """The solver's carry and the noise's."""

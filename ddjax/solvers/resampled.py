@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddjax import random
-from ddjax.processes.gaussian import Gaussian
+from ddjax.processes.gaussian import Gaussian, gaussian_of
 from ddjax.solvers.base import Info, Solver, batched, first_carry, told
 from ddjax.solvers.renoised import diffuse
 
@@ -37,8 +37,8 @@ class Resampled:
     observed: Any = None
 
     def __post_init__(self):
-        process = getattr(self.solver, "process", None)
-        if not isinstance(process, Gaussian) or "score" not in process.kinds:
+        process = gaussian_of(getattr(self.solver, "process", None))
+        if process is None or "score" not in process.kinds:
             raise ValueError(f"Resampled goes forward by the kernel of processes.Gaussian, got {self.solver!r}")
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}: expected 1 or more")
@@ -46,7 +46,7 @@ class Resampled:
     @property
     def process(self) -> Gaussian:
         """The solver's."""
-        return self.solver.process
+        return gaussian_of(self.solver.process)
 
     def told(self, observed: Any) -> Resampled:
         """The same, knowing what is observed."""

@@ -63,7 +63,7 @@ class SingleStep:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        Form(self.process, self.form, self.coordinate)
+        object.__setattr__(self, "process", Form(self.process, self.form, self.coordinate).process)
 
     def init(self, xt, cond=None):
         """Nothing to carry."""

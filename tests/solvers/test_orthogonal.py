@@ -1,0 +1,158 @@
+"""Solver x process x parameterisation: whatever states the same exact denoiser ends in the same sample."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ode_laws import pair
+
+import ddjax
+from ddjax import names, naming, solvers
+from ddjax.paths import Noise, Residual, Straight, Trigonometric
+from ddjax.predictions import Prediction
+from ddjax.processes import Gaussian, Interpolant
+from ddjax.sampling import Loop
+from ddjax.schedules import EDM, VE, CondOT, OUBridge, PolynomialPath, VPLinear
+from ddjax.schedules import Trigonometric as Circle
+
+KINDS = ("x0", "noise", "score", "velocity", "v", "edm")
+STATEMENTS = ("x0", "x1", "residual", "velocity")
+NOISY = (*STATEMENTS, "noise", "score", "velocity+noise", "x1+score", "noise+x0")
+# What is sampled, the parameterisations, and the process of the same marginals, its schedule written by itself.
+ROWS = {
+    "vp": (Gaussian(VPLinear()), KINDS, None),
+    "ve": (Gaussian(VE()), KINDS, None),
+    "edm": (Gaussian(EDM()), KINDS, None),
+    "flow": (Gaussian(CondOT()), KINDS, None),
+    "straight": (Interpolant(Straight(), source_std=1.0), STATEMENTS, Gaussian(CondOT())),
+    "bridge": (Interpolant(Straight(Noise(0.7)), source_std=1.0), NOISY, Gaussian(OUBridge(0.0, 0.7, 0.7))),
+}
+MORE = {
+    "residual": (Interpolant(Residual(), source_std=1.0), STATEMENTS, Gaussian(PolynomialPath())),
+    "circle": (Interpolant(Trigonometric(), source_std=1.0), STATEMENTS, Gaussian(Circle())),
+}
+OPTIONS = {
+    "edm_stochastic": {"steps": 3},
+    "edm_restart": {"intervals": ((0.3, 0.8, 2, 1),)},
+    "nested": {"solver": "ddim", "inner_steps": 2},
+    "resampled": {"solver": "ddim", "rounds": 2},
+    "predictor_corrector": {"steps": 2},
+}
+SOLVERS = {}
+for _name in names.SOLVERS:
+    _make = lambda p, n=_name: naming.make(names.SOLVERS, n, "solver", p, **OPTIONS.get(n, {}))
+    try:
+        _make(ROWS["flow"][0])
+    except ValueError:
+        continue  # of tokens, or of another process
+    if _name != "given_latent":  # makes others for a process with a latent
+        SOLVERS[_name] = _make
+SOLVERS |= {
+    "ddim_eta": lambda p: solvers.DDIM(p, 0.7),
+    "dpm_solver_3": lambda p: solvers.dpm_solver(p, 3),
+    "dpm_solver_taylor": lambda p: solvers.dpm_solver(p, 2, taylor=True),
+    "unipc_noise": lambda p: solvers.unipc(p, 3, form="noise", lower_order_start=False),
+    "deis_rhoab": lambda p: solvers.deis(p, 2, variant="rhoab"),
+    "momentum_noise": lambda p: solvers.Momentum(solvers.DDIM(p), form="noise", nesterov=True),
+    "compensated": lambda p: solvers.Multistep(p, 2, compensation=(1.0, 0.9, 1.1, 1.0, 1.0)),
+    "sde_3m": lambda p: solvers.sde_dpm_solver_pp(p, 3, eta=0.5),
+    "brownian": lambda p: solvers.sde_dpm_solver_pp(p, noise=solvers.Brownian(p, depth=4)),
+    "churned_heun": lambda p: solvers.Churned(solvers.Heun(p), 0.3),
+    "langevin_level": lambda p: solvers.PredictorCorrector(
+        solvers.Heun(p), solvers.Langevin(p, 0.1, rule="level")
+    ),
+    "nested_outer": lambda p: solvers.Nested(solvers.Heun(p), 2, outer=solvers.DDIM(p)),
+}  # fmt: skip
+# Of an interpolant: steps with the correlation that it says; the ODE on the clock, where a Gaussian's is on an angle.
+OWN_STEP = ("ancestral", "denoising_chain", "rk45")
+START = np.asarray([[0.9, -1.3], [0.2, 0.4]])
+
+
+def stated(process, kind):
+    """+-0.8 with normals of std 0.5 around them, at each site: what a network of this kind says if it is right."""
+    schedule = process.schedule
+    if isinstance(process, Gaussian):
+        noise_of = schedule.sigma, schedule.sigma_prime
+    else:
+        path = schedule
+        noise_of = lambda t: jnp.sqrt(path.beta(t) ** 2 + path.gamma(t) ** 2), None
+
+    def denoise(xt, t, cond=None):
+        t = jnp.asarray(t).reshape(-1, *[1] * (xt.ndim - 1))
+        alpha, sigma = schedule.alpha(t), noise_of[0](t)
+        x0 = pair(jnp, xt, alpha, sigma)
+        e = jnp.where(sigma == 0, 0.0, (xt - alpha * x0) / jnp.where(sigma == 0, 1.0, sigma))
+        found = {"x0": x0, "noise": e, "score": -e / sigma}
+        if isinstance(process, Gaussian):
+            d = process.data_std
+            total = sigma**2 + (alpha * d) ** 2
+            found["v"] = alpha * e - sigma * x0
+            found["edm"] = (x0 - alpha * d**2 / total * xt) / (sigma * d / jnp.sqrt(total))
+            found["velocity"] = schedule.alpha_prime(t) * x0 + noise_of[1](t) * e
+        else:
+            found["x1"], found["noise"] = path.beta(t) / sigma * e, path.gamma(t) / sigma * e
+            found["residual"] = found["x1"] - x0
+            drift = schedule.alpha_prime(t) * x0 + path.beta_prime(t) * found["x1"]
+            found["velocity"] = drift + jnp.where(found["noise"] == 0, 0.0, path.gamma_prime(t) * found["noise"])
+        value = [found[name] for name in kind.split("+")]
+        return Prediction(value[0] if len(value) == 1 else jnp.stack(value, -1), kind)
+
+    return denoise
+
+
+def drawn(process, kind, name, times, init, dtype=float):
+    """What `ddjax.sample` gives; but for `rk45`, the loop as it is: for so few numbers to compile it costs more."""
+    denoise, solver, key = stated(process, kind), SOLVERS[name](process), jax.random.key(0)
+    times, init = jnp.asarray(times, dtype), jnp.asarray(init, dtype)
+    if name == "rk45":
+        made = ddjax.sample(key, denoise, process, shape=init.shape, solver=solver, times=times, init=init)
+        return np.asarray(made.x0)
+    loop = Loop.of(key, denoise, times, None, init, None, np.arange(len(init)), process, init.shape, solver)
+    state = loop.begin()
+    for i in range(len(times) - 1):
+        state = loop.step(state, i)
+    return np.asarray(state[0])
+
+
+FAST = [("ddim", "bridge")]
+PRODUCT = [
+    pytest.param(name, row, marks=() if (name, row) in FAST else pytest.mark.slow)
+    for name, row in [*itertools.product(SOLVERS, ROWS), *itertools.product(("ddim", "unipc"), MORE)]
+]
+
+
+def test_all_are_here():
+    assert len(SOLVERS) > 40
+    assert {"ddim", "heun", "rk45", "unipc", "sa_solver", "edm_restart", "predictor_corrector", "nested"} < set(SOLVERS)
+
+
+@pytest.mark.parametrize(("name", "row"), PRODUCT)
+def test_all_kinds_end_in_the_same_sample(x64, name, row):
+    """And an interpolant's where the Gaussian process of its marginals ends."""
+    if name == "rk45":
+        pytest.importorskip("diffrax")
+    process, kinds, same = (ROWS | MORE)[row]
+    # x_0 says no noise where there is none, which `rk45` asks there.
+    times = (0.9, 0.5, 0.2, 0.02 if name == "rk45" else 0.0)
+    init = START * float(process.prior((1,)).std[0])
+    same = process if same is None or name in OWN_STEP else same
+    expected = drawn(same, "x0", name, times, init)
+    assert np.isfinite(expected).all()
+    for kind in kinds[same is process :]:
+        found = drawn(process, kind, name, times, init)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9, err_msg=kind)
+
+
+@pytest.mark.parametrize(("name", "row"), PRODUCT)
+def test_few_steps_alone_from_noise_to_data_in_float32(name, row):
+    """1, 2 and 5 steps of one example, from t = 1 to t = 0."""
+    if name == "rk45":
+        pytest.importorskip("diffrax")
+    process, kinds, _ = (ROWS | MORE)[row]
+    init = START[:1] * float(process.prior((1,)).std[0])
+    for steps in (1, 2, 5):
+        times = np.linspace(1.0, 0.02 if name == "rk45" else 0.0, steps + 1)
+        for kind in kinds if steps == 1 else ("velocity",):
+            assert np.isfinite(drawn(process, kind, name, times, init, jnp.float32)).all(), (steps, kind)
