@@ -73,6 +73,15 @@ class UShaped(ImageNetwork):
                 "take more blocks at each resolution, or scan=False"
             )
 
+    def without_way_up(self) -> dict[str, int]:
+        """Leave the blocks on the way up out. The taps whose values went into them, and the features of each."""
+        encoder, middle, _ = self.stages
+        kept = [encoder[0].features_in, *(stage.features_out for stage in encoder if stage.kept)]
+        skips = {f"skip/{n}": features for n, features in zip(range(sum(self.joined)), reversed(kept), strict=False)}
+        part, stages = ("middle", middle) if middle else ("encoder", encoder)
+        self.decoder, self.stages, self.spans = nnx.List([]), (encoder, middle, ()), (*self.spans[:2], ())
+        return skips | {f"{part}/{len(stages) - 1}": stages[-1].features_out}
+
     @property
     def joined(self) -> tuple[bool, ...]:
         """Which blocks on the way up have a skip connection."""
@@ -90,8 +99,8 @@ class UShaped(ImageNetwork):
     ) -> Array:
         """Run the blocks, each `(h, c, keys=, name=)`, and what there is more of by name.
 
-        join: of the backbone and a skip connection. after: a block on the way down, what is made of its result. Skip
-        connections that nothing on the way up joins are told at their taps all the same.
+        join: of the backbone and a skip connection. after: a block on the way down, what is made of its result.
+        Without a way up, the skip connections that one would have joined are told at their taps all the same.
         """
         self._refuse_taps()
         skips, firsts = [h], accumulate(map(len, self.stages), initial=0)
@@ -112,7 +121,7 @@ class UShaped(ImageNetwork):
                 h = self._run(block, f"{part}/{start}", h, c, own_keys, more)
                 h = after(block, h) if part == "encoder" else h
                 skips += [h] if kept else []
-        for n, skip in enumerate(reversed(skips), sum(self.joined)):
+        for n, skip in enumerate(() if self.stages[2] else reversed(skips)):
             tap(f"skip/{n}", skip)
         return h
 

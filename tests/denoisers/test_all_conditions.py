@@ -232,8 +232,8 @@ def test_what_does_not_fit_is_refused_by_name(name):
 
 
 def test_a_sequence_needs_a_block_that_attends():
+    design = UNetDesign(groups=4, middle_attention=False)
     with pytest.raises(ValueError, match="context_width=6: blocks that attend look at a sequence, and none attends"):
-        design = UNetDesign(groups=4, middle_attention=False)
         UNet(**{**IMAGES, **U, **SEEN, "attend_at": ()}, design=design, rngs=nnx.Rngs(0))
 
 
