@@ -104,9 +104,11 @@ def test_a_vector_in_the_conditioning_vector_of_u_nets_by_definition(x64, noise)
     np.testing.assert_allclose(by_site, np.tile(layer(3, T, given)[:, None], (1, 2, 1)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vector_in_edm2_by_definition(noise):
     """Karras et al. 2024, equations 47, 75, 81 and 88, in NumPy."""
-    options = {"shape": (2, 2, 1), "width": 4, "multipliers": (1,), "blocks": 1, "vector": 5, "label_balance": 0.3}
+    options = {"shape": (2, 2, 1), "width": 4, "multipliers": (1,), "blocks": 1, "vector": 5}
+    options |= {"label_balance": 0.3, "head_width": 4}
     c, p = tapped(EDM2(**options, rngs=nnx.Rngs(0)), noise, X[:, :2, :2], T, cond={"vector": VECTOR})
 
     def layer(x, kernel):
@@ -119,6 +121,7 @@ def test_a_vector_in_edm2_by_definition(noise):
     np.testing.assert_allclose(c, total / (1 + np.exp(-total)) / 0.596, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vector_in_rows_and_graphs_by_definition(noise):
     """TabDDPM's target of a regression: silu of a linear layer, added; in DiGress' features of the whole, linear."""
     for make, inputs, ending in (
@@ -131,6 +134,7 @@ def test_a_vector_in_rows_and_graphs_by_definition(noise):
         np.testing.assert_allclose(told - nothing, ending(linear(VECTOR)) - ending(linear(0 * VECTOR)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vector_is_a_token(noise):
     layer, p = randomised(
         ConditionTokens(8, num_classes=3, time=True, vector=5, context=(4, 6), rngs=nnx.Rngs(0)), noise
@@ -143,16 +147,17 @@ def test_a_vector_is_a_token(noise):
     np.testing.assert_allclose(layer.vector(tokens), summed / (1 + np.exp(-summed)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_residual_block_looks_at_the_sequence_behind_its_pixels(noise):
     make = lambda width: ResBlock(
         8, 8, cond_width=4, heads=2, gain=0.5**0.5, norm=partial(GroupNorm, groups=4), context_width=width,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
     block, p = randomised(make(6), noise)
-    graphdef, state = nnx.split(make(0))
-    before = nnx.merge(graphdef, {name: value for name, value in p.items() if name != "cross"})
+    before = nnx.merge(nnx.split(make(0))[0], {name: value for name, value in p.items() if name != "cross"})
     cross = nnx.merge(nnx.split(CrossAttention(8, 6, 2, rngs=nnx.Rngs(0)))[0], p["cross"])
-    x, c, context = RNG.normal(size=(2, 2, 3, 8)), RNG.normal(size=(2, 4)), (SEQUENCE[:2], VALID[:2])
+    x, c = (RNG.normal(size=size).astype(np.float32) for size in ((2, 2, 3, 8), (2, 4)))
+    context = SEQUENCE[:2], VALID[:2]
     h = before(x, c)
     expected = 0.5**0.5 * (h + cross(h.reshape(2, 6, 8), context).reshape(h.shape))
     np.testing.assert_allclose(block(x, c, context=context), expected, atol=1e-5)
