@@ -146,9 +146,10 @@ def attach(
     """
     options = {"blocks": blocks, "channels": channels, "stem": tuple(stem)}
     init, apply = functional_init(lambda rngs: Controlled(make, **options, rngs=rngs))
-    new = init(key)
-    side = {"side": _like(new["side"], params), "hint": new["hint"], "out": new["out"]}
-    return beside(apply, params, _with_trunk), side
+    copied = _like(jax.eval_shape(init, key)["side"], params)
+    # In one program nothing is made of what is not asked for.
+    new = jax.jit(lambda key: {name: init(key)[name] for name in ("hint", "out")})(key)
+    return beside(apply, params, _with_trunk), {"side": copied, **new}
 
 
 def _first(side: DiT, blocks: int | None) -> dict[str, int]:
