@@ -104,6 +104,29 @@ def test_words_are_heard_by_stages(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_u_net_is_told_everything(folder, tmp_path):
+    c = config(folder)
+    options = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attend_at": [2]}
+    c = dataclasses.replace(
+        c,
+        denoiser=dataclasses.replace(c.denoiser, name="unet", options=options),
+        train=dataclasses.replace(c.train, steps=2, eval_every=0, checkpoint_every=2),
+    )
+    train(c, tmp_path / "run", show=False)
+    run, held_out = load(tmp_path / "run"), load_data(c, "test")[:2]["cond"]
+    assert run.params["condition"]["vector"]["kernel"].shape == (3, 32)
+    assert run.params["middle"]["0"]["cross"]["key_value"]["kernel"].shape == (6, 32)
+    assert run.params["embed"]["kernel"].shape == (3, 3, 4, 8)  # two channels of latents, two of the image
+    moved = lambda x: np.abs(np.asarray(x)).max()
+    assert moved(run.params["middle"]["0"]["cross"]["out"]["kernel"]) > 0  # they started at zero, and learn
+    samples = run.sample(jax.random.key(1), 2, cond=held_out)
+    for entry in NAMES:
+        other = {**held_out, entry: held_out[entry][::-1].copy()}
+        assert moved(run.sample(jax.random.key(1), 2, cond=other) - samples) > 0, entry
+    assert jnp.isfinite(run.sample(jax.random.key(1), 2)).all()  # told nothing
+
+
+@pytest.mark.slow
 def test_dropout_and_guidance_reach_every_entry(folder):
     """What is dropped is the null of each entry, and guidance leads away from all of them."""
     c = config(folder)

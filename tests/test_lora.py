@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from ddjax import lora
-from ddjax.denoisers import DiT, TextTransformer, functional, functional_init, stack_blocks, taps
+from ddjax.denoisers import DiT, TextTransformer, UNet, UNetDesign, functional, functional_init, stack_blocks, taps
 from ddjax.denoisers.layers import Linear
 from ddjax.objectives import elbo
 from ddjax.processes import Masked
@@ -118,6 +118,53 @@ def test_experts_have_one_each():
     old, ab = params["stack"]["blocks"]["0"]["mlp"]["up"], noise(new)["stack"]["blocks"]["0"]["mlp"]["up"]
     for e in range(4):
         np.testing.assert_allclose(merged[e], old[e] + 0.5 * ab["down"][e] @ ab["up"][e], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_u_nets_convolutions_and_attention(x64):
+    """A convolution has an adapter for each pixel of its kernel: what they add, by hand; and all of them learn."""
+    options = {"shape": (4, 4, 2), "width": 8, "multipliers": (1, 2), "blocks": 1, "attend_at": (2,)}
+    design, wide = UNetDesign(groups=4), jnp.float64
+    init, apply = functional_init(lambda rngs: UNet(**options, design=design, dtype=wide, rngs=rngs))
+    params = jax.tree.map(lambda x: x.astype(wide), noise(jax.eval_shape(init, jax.random.key(0))))
+    x = RNG.normal(size=(3, 4, 4, 2))
+    rules = (r"conv_(in|out)/kernel$", r"attention/(qkv|out)/kernel$", r"^final/out/kernel$")
+    adapted, new = lora.wrap(apply, params, rules, rank=2, alpha=3.0, key=jax.random.key(1))
+    assert new["encoder"]["0"]["conv_in"]["kernel"]["down"].shape == (3, 3, 8, 2)
+    assert set(new["middle"]["0"]["attention"]) == {"qkv", "out"}
+    np.testing.assert_array_equal(adapted(new, x, T), apply(params, x, T))
+    new = noise(new, seed=5)
+    one = new["final"]["out"]["kernel"]
+    with taps.record("final") as seen:
+        plain = apply(params, x, T)
+    padded = np.pad(seen["final"], ((0, 0), (1, 1), (1, 1), (0, 0)))
+    branch = sum(
+        padded[:, i : i + 4, j : j + 4] @ one["down"][i, j] @ one["up"][i, j] for i in range(3) for j in range(3)
+    )
+    out = adapted({"final": {"out": {"kernel": one}}}, x, T)
+    np.testing.assert_allclose(out, plain + 3 / 2 * branch, atol=1e-10)
+    assert np.abs(branch).max() > 1e-2
+    # Attention's last layer, whose input is weights times values: they are found by queries of one's own.
+    pair, p = new["middle"]["0"]["attention"]["out"]["kernel"], params["middle"]["0"]["attention"]
+    with taps.record("middle/0", "middle/0/attention") as seen:
+        apply(params, x, T)
+    h = np.asarray((seen["middle/0"] - seen["middle/0/attention"]).reshape(3, 4, 16))
+    normed = h.reshape(3, 4, 4, 4) - h.reshape(3, 4, 4, 4).mean((1, 3), keepdims=True)
+    normed = (normed / np.sqrt((normed**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(h.shape)
+    qkv = (normed * p["norm"]["scale"] + p["norm"]["bias"]) @ p["qkv"]["kernel"] + p["qkv"]["bias"]
+    q, k, v = np.moveaxis(np.asarray(qkv).reshape(3, 4, 3, 16), 2, 0)
+    scores = np.exp(q @ k.swapaxes(1, 2) / 4)
+    mixed = (scores / scores.sum(-1, keepdims=True) @ v).reshape(3, 2, 2, 16)
+    with taps.override({"middle/0/attention": lambda y: y + 3 / 2 * mixed @ pair["down"] @ pair["up"]}):
+        by_hand = apply(params, x, T)
+    out = adapted({"middle": {"0": {"attention": {"out": {"kernel": pair}}}}}, x, T)
+    np.testing.assert_allclose(out, by_hand, atol=1e-10)
+    assert np.abs(by_hand - plain).max() > 1e-3
+    grads = jax.jit(jax.grad(lambda new: ((adapted(new, x, T) - 1) ** 2).mean()))(new)
+    assert jax.tree.structure(grads) == jax.tree.structure(new)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(g).max() > 1e-9, path
+    np.testing.assert_allclose(apply(lora.merge(params, new, 3.0), x, T), adapted(new, x, T), atol=1e-10)
 
 
 def test_errors():

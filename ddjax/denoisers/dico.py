@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax.denoisers.dico_blocks import BLOCKS, Told
-from ddjax.denoisers.given import Given, at_least_one
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropout_keys, layer_norm, zeros
 from ddjax.denoisers.layers.blocks import Stack, check_conditioning
@@ -48,6 +48,7 @@ class DiCo(ImageNetwork):
         head_width: features of a head of attention (EfficientViT's: 32).
         mlp_ratio: hidden width of the MLP over the features.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector, image_channels: of these conditions, see `DiT`. 0: none.
         context_width: width of the entries of a sequence that is a condition, to which blocks of attention attend; see
             `DiT`. 0: none.
         time: False ignores t.
@@ -78,7 +79,9 @@ class DiCo(ImageNetwork):
         head_width: int = 64,
         mlp_ratio: float = 4,
         num_classes: int = 0,
+        vector: int = 0,
         context_width: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         conditioning: str = "modulation",
         kernels: int = 0,
@@ -93,7 +96,7 @@ class DiCo(ImageNetwork):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=width,
-            embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         stages = _letters(stages, scan)
         halvings = len(stages) // 2
@@ -115,7 +118,9 @@ class DiCo(ImageNetwork):
             if generated
             else Conv(self.features_in, width, **cast)
         )
-        self.conditions = nnx.List([Conditioner(w, num_classes=num_classes, time=time, rngs=rngs) for w in widths])
+        self.conditions = nnx.List(
+            [Conditioner(w, num_classes=num_classes, time=time, vector=vector, rngs=rngs) for w in widths]
+        )
         options = {
             "c": {},
             "f": {},
@@ -158,14 +163,12 @@ class DiCo(ImageNetwork):
         """Run the network: arguments, result and errors as those of `UViT`."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        given, context = Given.of(cond), None
-        if self.nothing is not None:
-            sequence, valid = at_least_one(given.sequence, given.valid, self.nothing[...], batch)
-            given, context = given.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
+        given, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
+        x, given = self.seen(xt, given)
         c = [condition(batch, t, given) for condition in self.conditions]
         c[1] = tap("condition", c[1])
         tap("sites", self.places())
-        x = self.features(self.patches(xt)).reshape(batch, *self.shape[:2], -1)
+        x = x.reshape(batch, *self.shape[:2], -1)
         if isinstance(self.embed, Conv):
             h = self.embed(x)
         else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Attention
 from ddjax.denoisers.layers.basic import MLP, DType, check_rate, dropout, dropout_keys, layer_norm
@@ -46,6 +48,7 @@ class DiffiT(UShaped):
         mlp_ratio: hidden width of the MLP over the features.
         cond_width: of the vector of time and label, default 4 width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector, image_channels: of these conditions, see `DiT`. 0: none.
         time: False ignores t.
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
@@ -72,6 +75,8 @@ class DiffiT(UShaped):
         mlp_ratio: float = 4,
         cond_width: int | None = None,
         num_classes: int = 0,
+        vector: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -84,11 +89,13 @@ class DiffiT(UShaped):
     ):
         ImageNetwork.__init__(
             self, shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=width,
-            embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         check_sides(shape, len(multipliers), blocks, ())
         self.dropout, cond_width = dropout, cond_width or 4 * width
-        self.condition = Conditioner(cond_width, num_classes=num_classes, time=time, silu=False, rngs=rngs)
+        self.condition = Conditioner(
+            cond_width, num_classes=num_classes, time=time, vector=vector, silu=False, rngs=rngs
+        )
         encoder, decoder = _plan([m * width for m in multipliers], blocks)
         grids = iter(_windows(shape, encoder + decoder, window))
 
@@ -113,21 +120,27 @@ class DiffiT(UShaped):
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors as those of `UViT`."""
+        h, _ = self.hidden(xt, t, cond, rng=rng, train=train)
+        return self.images(self.final(h).reshape(len(h), -1, self.features_out))
+
+    def hidden(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch H W width"], Float[Array, "batch cond"]]:
+        """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = constrain(tap("condition", self.condition(batch, t, cond)), "batch", None)
+        x, told = self.seen(xt, Given.of(cond))
+        c = constrain(tap("condition", self.condition(batch, t, told)), "batch", None)
         c = jnp.broadcast_to(c, (batch, c.shape[-1]))
         tap("sites", self.places())
-        x = self.features(self.patches(xt)).reshape(batch, *self.grid, -1)
-        h = tap("embed", self.embed(x))
-        h = self.walk(h, c, keys, join=lambda h, skip: jnp.concatenate([h, skip], axis=-1))
-        return self.images(self.final(h).reshape(batch, -1, self.features_out))
+        h = tap("embed", self.embed(x.reshape(batch, *self.grid, -1)))
+        return self.walk(h, c, keys, join=lambda h, skip: jnp.concatenate([h, skip], axis=-1)), c
 
 
 class DiffiTBlock(nnx.Module):

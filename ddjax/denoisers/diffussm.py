@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import DType, Linear, check_rate, dropout, dropout_keys, modulate, zeros
 from ddjax.denoisers.layers.blocks import FinalLayer, Stack
@@ -35,6 +37,7 @@ class DiffuSSM(ImageNetwork):
         ratio: of the lengths of the whole sequence and of the sites, divides both 2 width and the number of patches.
         state: numbers of each feature's state (`layers.DiagonalSSM`).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector, image_channels: of these conditions, see `DiT`. 0: none.
         time: False ignores t.
         dropout: rate on each block's branch, when train=True.
         dtype: compute dtype; parameters, the state spaces and the output stay float32.
@@ -58,6 +61,8 @@ class DiffuSSM(ImageNetwork):
         ratio: int = 2,
         state: int = 64,
         num_classes: int = 0,
+        vector: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -69,7 +74,7 @@ class DiffuSSM(ImageNetwork):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, patch=patch,
-            width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            width=width, embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         patches = math.prod(self.grid)
         if ratio < 1 or patches % ratio or 2 * width % ratio:
@@ -77,7 +82,7 @@ class DiffuSSM(ImageNetwork):
         self.dropout, self.ratio = dropout, ratio
         self.embed = Linear(ratio * self.features_in, width, dtype=dtype, rngs=rngs)
         self.position = nnx.Param(jnp.asarray(sincos((patches // ratio,), width)))
-        self.condition = Conditioner(width, num_classes=num_classes, time=time, rngs=rngs)
+        self.condition = Conditioner(width, num_classes=num_classes, time=time, vector=vector, rngs=rngs)
         block = partial(HourglassBlock, width, ratio=ratio, state=state, dropout=dropout, dtype=dtype)
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
         self.final = FinalLayer(width, ratio * self.features_out, cond_width=width, dtype=dtype, rngs=rngs)
@@ -86,7 +91,7 @@ class DiffuSSM(ImageNetwork):
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -94,10 +99,10 @@ class DiffuSSM(ImageNetwork):
         """Run the network: arguments, result and errors as those of `UViT`."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = constrain(tap("condition", self.condition(batch, t, cond)), "batch", None)
+        x, told = self.seen(xt, Given.of(cond))
+        c = constrain(tap("condition", self.condition(batch, t, told)), "batch", None)
         c = jnp.broadcast_to(c, (batch, c.shape[-1]))
         tap("sites", self.places() // self.ratio)
-        x = self.features(self.patches(xt))
         h = self.embed(x.reshape(batch, x.shape[1] // self.ratio, -1))
         h = tap("embed", h + self.position[...].astype(h.dtype))
         h, _ = run_blocks(self.stack, h, c, keys)

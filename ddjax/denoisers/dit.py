@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddjax import auxiliary, random
 from ddjax.denoisers import graphs
-from ddjax.denoisers.given import Given, at_least_one
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Layout, among_related
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
@@ -277,10 +277,7 @@ class DiT(ImageNetwork):
         keys = dropout_keys(self.dropout, batch, rng, train)
         label_keys = dropout_keys(self.condition.label_noise, batch, rng, train)
         label_keys = None if label_keys is None else random.fold_in(label_keys, LABELS)
-        told, context = given, None
-        if self.nothing is not None:
-            sequence, valid = at_least_one(given.sequence, given.valid, self.nothing[...], batch)
-            told, context = told.without("sequence", "valid"), (sequence.astype(self.dtype), valid)
+        told, context = given.attended(self.nothing, batch, self.dtype)
         if self.image_channels:
             told = told.without("image")
         importance = None

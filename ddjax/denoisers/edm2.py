@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_product_attention
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
-from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.placement import constrain, layer_axes, path_name
 from ddjax.taps import Below, tap
@@ -196,7 +197,8 @@ class EDM2(UShaped):
         head_width: features of each head.
         time_scale: the random waves are those of time_scale * t.
         balance: weight of each branch against its shortcut, 0 to 1.
-        label_balance: weight of the label against the time.
+        label_balance: weight of the label against the time, and of a vector against both.
+        vector, image_channels: of these conditions, see `DiT`; a vector is expected to have unit magnitude. 0: none.
         skip_balance: weight of the skip connection against the backbone.
         clip: largest number behind a block.
         uncertainty: waves of the time of which the network makes its uncertainty, told at the tap alone, for
@@ -220,6 +222,8 @@ class EDM2(UShaped):
         attend_at: Sequence[int] = (),
         head_width: int = 64,
         num_classes: int = 0,
+        vector: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         time_scale: float = 1.0,
         dropout: float = 0.0,
@@ -238,7 +242,7 @@ class EDM2(UShaped):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=width,
-            embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         check_sides(shape, len(multipliers), blocks, attend_at)
         self.dropout, self.skip_balance, self.label_balance = dropout, skip_balance, label_balance
@@ -268,42 +272,52 @@ class EDM2(UShaped):
         self.gain = nnx.Param(jnp.zeros((), jnp.float32))
         if uncertainty and not time:
             raise ValueError(f"uncertainty={uncertainty} is a function of the time, which time=False ignores")
-        # Last, so that a network without it has the initial weights that it had.
+        # Last, so that a network without them has the initial weights that it had.
         self.uncertainty = Uncertainty(uncertainty, rngs=rngs) if uncertainty else None
+        self.vector = MPConv(vector, cond_width, 0, rngs=rngs) if vector else None
 
     def __call__(
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
-        """Run the network: arguments, result and errors are those of `UNet`, without a latent."""
+        """Run the network: arguments, result and errors are those of `UNet`, without a latent and a sequence."""
+        h, _ = self.hidden(xt, t, cond, rng=rng, train=train)
+        y = self.final(tap("final", h), self.gain[...])
+        return self.images(y.reshape(len(h), -1, self.features_out))
+
+    def hidden(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch H W width"], Float[Array, "batch cond"]]:
+        """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         t = check_time(t, batch, None).astype(jnp.float32) if self.time else jnp.zeros((), jnp.float32)
         t = jnp.broadcast_to(self.time_scale * t, (batch,))
-        c = constrain(tap("condition", self._condition(t, cond)), "batch", None)
+        x, told = self.seen(xt, Given.of(cond))
+        c = constrain(tap("condition", self._condition(t, told)), "batch", None)
         if self.uncertainty is not None:
             tap("uncertainty", self.uncertainty(t))
         tap("sites", self.places())
-        x = self.features(self.patches(xt)).reshape(batch, *self.grid, -1)
+        x = x.reshape(batch, *self.grid, -1)
         h = tap("embed", self.embed(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)))
-        h = self.walk(h, c, keys, join=lambda h, skip: mp_concatenate(h, skip, self.skip_balance))
-        y = self.final(tap("final", h), self.gain[...])
-        return self.images(y.reshape(batch, -1, self.features_out))
+        return self.walk(h, c, keys, join=lambda h, skip: mp_concatenate(h, skip, self.skip_balance)), c
 
-    def _condition(self, t: Float[Array, " batch"], cond: Any) -> Float[Array, "batch cond"]:
-        if isinstance(cond, Mapping):
-            raise ValueError(f"cond has entries {', '.join(cond)}; this network takes labels alone, or None")
-        labels = check_labels(cond, self.num_classes, len(t))
+    def _condition(self, t: Float[Array, " batch"], given: Given) -> Float[Array, "batch cond"]:
+        given.check_taken(*("vector",) * (self.vector is not None))
+        labels = check_labels(given.cond, self.num_classes, len(t))
         c = self.time_in(mp_fourier(t, self.frequencies[...], self.phases[...]))
         if self.labels is not None:
             known = (labels != self.num_classes)[:, None]
             rows = self.labels.weights(self.num_classes**0.5)
             c = mp_sum(c, jnp.where(known, lookup(rows, labels), 0), self.label_balance)
+        if self.vector is not None:
+            vector = check_vector(given.vector, len(t), self.vector.kernel.shape[0])
+            c = mp_sum(c, self.vector(vector), self.label_balance)
         return mp_silu(c)
 
 

@@ -55,6 +55,19 @@ class Given(NamedTuple):
         """All but these entries, which the network has taken."""
         return self._replace(**dict.fromkeys(names))
 
+    def attended(
+        self, nothing: Array | None, batch: int, dtype: Any
+    ) -> tuple[Given, tuple[Array, Array | None] | None]:
+        """The rest, and the sequence that sites attend to, with which of its entries there are (None: all).
+
+        nothing: of the network, the entry in the place of none at all; None: it takes no sequence.
+        Raises ValueError for shapes that do not fit.
+        """
+        if nothing is None:
+            return self, None
+        sequence, valid = at_least_one(self.sequence, self.valid, nothing[...], batch)
+        return self.without("sequence", "valid"), (sequence.astype(dtype), valid)
+
     def check_taken(self, *taken: str) -> None:
         """Raise ValueError for an entry that the network would not look at."""
         for name, option in OPTIONS.items():

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddjax import random
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.graph_features import EIGENVECTORS, GLOBAL_FEATURES, NODE_FEATURES, eigenvectors, graph_features
 from ddjax.denoisers.layers.attention import WEIGHTS
 from ddjax.denoisers.layers.basic import (
@@ -25,7 +26,7 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.blocks import Stack
-from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
 from ddjax.denoisers.layers.long_skips import run_blocks
 from ddjax.denoisers.states import check_state, hard_state
 from ddjax.placement import constrain
@@ -72,6 +73,7 @@ class GraphTransformer(nnx.Module):
         eigenvectors: whether nodes are told two eigenvectors, too (`graph_features.eigenvectors`), as published.
         skip: whether the one-hot state is added to the logits, as published; a new network then says the state again.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector: numbers of a vector that is a condition, see `DiT`. 0: none.
         time: False ignores t.
         dropout: rate on each branch of each layer, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
@@ -103,6 +105,7 @@ class GraphTransformer(nnx.Module):
         eigenvectors: bool = False,
         skip: bool = False,
         num_classes: int = 0,
+        vector: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -146,6 +149,7 @@ class GraphTransformer(nnx.Module):
         self.last = layer(tells=(typed, True, False), rngs=rngs)
         self.nodes_out = mlp(width, hidden[0], self.symbols_out["nodes"]) if typed else None
         self.edges_out = mlp(edge_width, hidden[1], self.symbols_out["edges"])
+        self.vector = Linear(vector, global_width, bias=False, rngs=rngs) if vector else None
 
     def __call__(
         self,
@@ -163,7 +167,7 @@ class GraphTransformer(nnx.Module):
                 symbols_in)` makes the example's output NaN. Or soft tokens, `(batch, sites, symbols_in)`.
             t: time in [0, 1].
             cond: labels in `[0, num_classes]`; None is the null label. With `sizes`, `{"size": (batch,), "cond":
-                labels}`.
+                labels}`; with `vector`, "vector" beside them.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
@@ -176,7 +180,8 @@ class GraphTransformer(nnx.Module):
         own, pairs = self._onehot(xt)
         batch, edges = pairs.shape[0], unpack(pairs)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        cond, there = self._sized(cond, batch)
+        given, there = self._sized(cond, batch)
+        given.check_taken(*("vector",) * (self.vector is not None))
         nodes = [own if self.typed else jnp.ones((batch, self.nodes, 1), jnp.float32)]
         whole = [check_time(t, batch, None)[:, None] if self.time else jnp.ones((batch, 1), jnp.float32)]
         adjacency = edges[..., 1 : self.symbols_out["edges"]].sum(axis=-1)
@@ -189,9 +194,11 @@ class GraphTransformer(nnx.Module):
             whole = [*whole, there.sum(axis=-1, keepdims=True) / self.nodes]
         x, e = self.nodes_in(jnp.concatenate(nodes, axis=-1)), self.edges_in(edges)
         x, e, y = *_among(x, e, there), self.global_in(jnp.concatenate(whole, axis=-1))
-        labels = check_labels(cond, self.num_classes, batch)
+        labels = check_labels(given.cond, self.num_classes, batch)
         if self.labels is not None:
             y = y + lookup(self.labels[...], labels).astype(y.dtype)
+        if self.vector is not None:
+            y = y + self.vector(check_vector(given.vector, batch, self.vector.kernel.shape[0])).astype(y.dtype)
         y = tap("condition", y)
         h, _ = run_blocks(self.stack, (x, e, y, there), None, keys)
         x, e, *_ = self.last(
@@ -232,15 +239,18 @@ class GraphTransformer(nnx.Module):
         own = _onehot(xt["nodes"], self.symbols_in["nodes"]) if self.typed else None
         return own, _onehot(xt["edges"], self.symbols_in["edges"])
 
-    def _sized(self, cond: Any, batch: int) -> tuple[Any, Bool[Array, "batch nodes"] | None]:
-        """The labels, and which nodes there are."""
-        size = cond.get("size") if isinstance(cond, Mapping) else None
+    def _sized(self, cond: Any, batch: int) -> tuple[Given, Bool[Array, "batch nodes"] | None]:
+        """What else is given, and which nodes there are."""
+        size, rest = None, cond
+        if isinstance(cond, Mapping) and "size" in cond:
+            size, rest = cond["size"], {name: value for name, value in cond.items() if name != "size"}
+            rest = rest if rest.keys() - {"cond"} else rest.get("cond")
         if self.sizes != (size is not None) or (size is not None and jnp.shape(size) != (batch,)):
             wanted = (
                 f'{{"size": ({batch},), "cond": labels}}' if self.sizes else "labels: build the network with sizes=True"
             )
             raise ValueError(f"expected cond={wanted}, got {jax.tree.map(jnp.shape, cond)}")
-        return (cond.get("cond"), jnp.arange(self.nodes) < size[:, None]) if self.sizes else (cond, None)
+        return Given.of(rest), jnp.arange(self.nodes) < size[:, None] if self.sizes else None
 
 
 def _among(x: Array | None, e: Array, there: Array | None) -> tuple[Array | None, Array]:

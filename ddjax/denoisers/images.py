@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType
 from ddjax.denoisers.layers.embed import TokenBits, TokenEmbed
 from ddjax.denoisers.states import check_state, hard_state
@@ -97,6 +98,17 @@ class ImageNetwork(nnx.Module):
             raise ValueError(f'cond["image"] has shape {image.shape}; expected {expected}')
         patches = self.patches(image.astype(self.dtype))
         return patches.reshape(*patches.shape[:2], -1)
+
+    def seen(self, xt: Any, given: Given) -> tuple[Float[Array, "batch patches features_in"], Given]:
+        """What stands in each patch, of the state and of an image that is a condition, and what else is given.
+
+        Raises ValueError for an image of another shape.
+        """
+        x = self.features(self.patches(xt))
+        if not self.image_channels:
+            return x, given
+        image = self.beside(given.image, x.shape[0], self.image_channels)
+        return jnp.concatenate([x, image.astype(x.dtype)], axis=-1), given.without("image")
 
     def images(self, y: Float[Array, "batch patches features_out"]) -> Array:
         """Outputs of patches as images: `(batch, H, W, out_channels)`, or `(batch, H, W, C, symbols_out)`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax import random
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Attention
 from ddjax.denoisers.layers.basic import (
@@ -59,6 +60,7 @@ class MultiResolution(ImageNetwork):
         mlp_ratio: hidden width of the gated MLPs over width.
         output_heads: whether all branches say what they see, for `objectives.multi_resolution`.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        image_channels: of an image that is a condition, see `DiT`. 0: none.
         time: False ignores t.
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
@@ -86,6 +88,7 @@ class MultiResolution(ImageNetwork):
         mlp_ratio: float = 2,
         output_heads: bool = False,
         num_classes: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -98,7 +101,7 @@ class MultiResolution(ImageNetwork):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=widths[0],
-            embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         pools = (1,) * len(widths) if pools is None else tuple(pools)
         grids = _grids(shape, tuple(widths), tuple(depths), tuple(patches), pools)
@@ -127,7 +130,7 @@ class MultiResolution(ImageNetwork):
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -136,9 +139,11 @@ class MultiResolution(ImageNetwork):
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         t = check_time(t, batch, None).astype(jnp.float32) if self.time else jnp.full((batch,), 0.5, jnp.float32)
-        labels = check_labels(cond, self.num_classes, batch)
+        x, told = self.seen(xt, Given.of(cond))
+        told.check_taken()
+        labels = check_labels(told.cond, self.num_classes, batch)
         tap("sites", self.places())
-        x = self.features(self.patches(xt)).reshape(batch, *self.shape[:2], -1)
+        x = x.reshape(batch, *self.shape[:2], -1)
         made, first = None, 0
         for i, (branch, stack) in enumerate(zip(self.branches, self.stack, strict=True)):
             entered = branch.enter(x, made, labels, t)

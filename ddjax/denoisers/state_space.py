@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -40,6 +41,8 @@ class StateSpace(TokenRow):
         depth: number of blocks, odd (the authors' code counts all but the middle one).
         state, expand, kernel: see `layers.Mamba`.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels, no token.
+        vector: numbers of a vector that is a condition, a token more, see `DiT`. 0: none.
+        image_channels: of an image that is a condition, see `DiT`. 0: none.
         time: False ignores t, and there is no token for it.
         time_mlp: whether two layers follow the sines and cosines of the time.
         dropout: rate on each block's branch, when train=True.
@@ -65,6 +68,8 @@ class StateSpace(TokenRow):
         expand: int = 2,
         kernel: int = 4,
         num_classes: int = 0,
+        vector: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         time_mlp: bool = True,
         dropout: float = 0.0,
@@ -77,7 +82,7 @@ class StateSpace(TokenRow):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, patch=patch,
-            width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            width=width, embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         self.dropout = dropout
         block = partial(StateSpaceBlock, width, state=state, expand=expand, kernel=kernel, dropout=dropout, dtype=dtype)
@@ -88,6 +93,7 @@ class StateSpace(TokenRow):
             num_classes=num_classes,
             time=time,
             time_mlp=time_mlp,
+            vector=vector,
             scan=scan,
             remat=remat,
             rngs=rngs,
@@ -102,7 +108,7 @@ class StateSpace(TokenRow):
         self,
         xt: Float[Array, "batch H W C *symbols_in"] | Int[Array, "batch H W C"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax import random
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import (
     DType,
     Linear,
@@ -20,7 +21,7 @@ from ddjax.denoisers.layers.basic import (
     dropout_keys,
     zeros,
 )
-from ddjax.denoisers.layers.embed import TokenEmbed, check_labels, check_time, lookup, time_embedding
+from ddjax.denoisers.layers.embed import TokenEmbed, check_labels, check_time, check_vector, lookup, time_embedding
 from ddjax.denoisers.states import check_state, hard_state
 from ddjax.placement import constrain
 from ddjax.taps import tap
@@ -37,6 +38,7 @@ class RowMLP(nnx.Module):
         width: int,
         hidden: Sequence[int],
         num_classes: int,
+        vector: int,
         time: bool,
         dropout: float,
         dtype: DType,
@@ -52,24 +54,30 @@ class RowMLP(nnx.Module):
         self.layers = nnx.List([Linear(a, b, **options) for a, b in zip(widths, hidden, strict=False)])
         wide = at_least_float32(dtype)
         self.out = Linear(widths[-1], outputs, kernel_init=zeros, out_dtype=wide, **options)
+        self.vector = Linear(vector, width, rngs=rngs) if vector else None
 
     def run(
         self,
         row: Float[Array, "batch width"],
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None,
         rng: Key[Array, ""] | Key[Array, " batch"] | None,
         train: bool,
     ) -> Float[Array, "batch outputs"]:
         """What is said of a projected row."""
         batch = row.shape[0]
         keys = dropout_keys(self.dropout, batch, rng, train)
-        labels, told = check_labels(cond, self.num_classes, batch), 0.0
+        given = Given.of(cond)
+        given.check_taken(*("vector",) * (self.vector is not None))
+        labels, told = check_labels(given.cond, self.num_classes, batch), 0.0
         if self.time_in is not None:
             told = time_embedding(check_time(t, batch, None), self.time_in.kernel.shape[0])
             told = self.time_out(jax.nn.silu(self.time_in(told)))
         if self.labels is not None:
             told = told + jax.nn.silu(lookup(self.labels[...], labels))
+        if self.vector is not None:
+            vector = check_vector(given.vector, batch, self.vector.kernel.shape[0])
+            told = told + jax.nn.silu(self.vector(vector))
         h = tap("embed", (row + tap("condition", told)).astype(self.dtype))
         for i, layer in enumerate(self.layers):
             h = constrain(jax.nn.relu(layer(h)), "batch", None)
@@ -89,7 +97,8 @@ def _check_sizes(columns: int, hidden: Sequence[int], width: int, num_classes: i
 class TabularMLP(RowMLP):
     """The network of TabDDPM (Kotelnikov et al. 2023, arXiv:2209.15421, section 3).
 
-    The row, projected, and embeddings of the time and the label are added up; layers of ReLUs follow. A categorical
+    The row, projected, and embeddings of the time and the label (or, by a linear layer in the place of the table, of a
+    vector: one number is their target of a regression) are added up; layers of ReLUs follow. A categorical
     column enters as the projection of its one-hot vector, a table of its own. The output layer starts at zero.
 
     Args:
@@ -100,6 +109,7 @@ class TabularMLP(RowMLP):
         width: of the sum, even.
         hidden: widths of the layers.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector: numbers of a vector that is a condition, see `DiT`. 0: none.
         time: False ignores t.
         dropout: rate behind each layer, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
@@ -121,6 +131,7 @@ class TabularMLP(RowMLP):
         width: int = 128,
         hidden: Sequence[int] = (256, 256),
         num_classes: int = 0,
+        vector: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -138,14 +149,14 @@ class TabularMLP(RowMLP):
         self.embed = Linear(columns, width, **options) if symbols_in is None else None
         self.embed_bias = None if symbols_in is None else nnx.Param(jnp.zeros((width,), jnp.float32))
         outputs = columns * symbols_out if symbols_in else out_columns or columns
-        more = {"num_classes": num_classes, "time": time, "dropout": dropout}
+        more = {"num_classes": num_classes, "vector": vector, "time": time, "dropout": dropout}
         super().__init__(outputs, width=width, hidden=hidden, **more, **options)
 
     def __call__(
         self,
         xt: Float[Array, "batch columns *symbols_in"] | Int[Array, "batch columns"] | SoftTokens,
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
@@ -155,7 +166,7 @@ class TabularMLP(RowMLP):
         Args:
             xt: rows; a token outside `[0, symbols_in)` makes the row's output NaN. Or soft tokens.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label.
+            cond: labels in `[0, num_classes]`; None is the null label. With `vector` `{"vector": ..., "cond": labels}`.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
@@ -181,7 +192,7 @@ class MixedTable(RowMLP):
     Args:
         parts: what each part of the state is, by name: (columns, None, outputs) of numbers, and (columns, symbols_in,
             symbols_out) of symbols.
-        width, hidden, num_classes, time, dropout, dtype, rngs: as in `TabularMLP`.
+        width, hidden, num_classes, vector, time, dropout, dtype, rngs: as in `TabularMLP`.
 
     Raises:
         ValueError: for sizes that cannot be.
@@ -196,6 +207,7 @@ class MixedTable(RowMLP):
         width: int = 128,
         hidden: Sequence[int] = (256, 256),
         num_classes: int = 0,
+        vector: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
@@ -215,14 +227,14 @@ class MixedTable(RowMLP):
         )
         self.embed_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.sizes = tuple(out if symbols is None else columns * out for _, columns, symbols, out in self.parts)
-        more = {"num_classes": num_classes, "time": time, "dropout": dropout}
+        more = {"num_classes": num_classes, "vector": vector, "time": time, "dropout": dropout}
         super().__init__(sum(self.sizes), width=width, hidden=hidden, **more, **options)
 
     def __call__(
         self,
         xt: Mapping[str, Array | SoftTokens],
         t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | None = None,
+        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None = None,
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType, Linear, activation_of, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import TIME_SCALE, Conditioner, TokenEmbed
@@ -27,7 +28,7 @@ from ddjax.types import SoftTokens
 CONDITIONERS = {
     "dit": Conditioner,
     "udlm": partial(Conditioner, each=True),
-    "md4": partial(NoiseConditioner, design=UNET_DESIGNS["md4"], latent=0, time_scale=TIME_SCALE),
+    "md4": partial(NoiseConditioner, design=UNET_DESIGNS["md4"], time_scale=TIME_SCALE),
 }
 
 
@@ -69,8 +70,12 @@ class TextTransformer(nnx.Module):
         embed_width: None embeds straight to `width`; else embeds to this and projects (MD4's outside
             embedding).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector: numbers of a vector that is a condition, see `DiT`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, to which every block attends; see `DiT`.
+            0: none.
         time: False ignores t.
-        modulated: False for blocks without adaLN: no time, no labels (RADD, Ou et al. 2025; LLaDA, Nie et al. 2025).
+        modulated: False for blocks without adaLN: no time, no labels, no vector (RADD, Ou et al. 2025; LLaDA, Nie et
+            al. 2025).
         rotary: base of the rotary frequencies.
         norm, epsilon: of `layers.Block`: "plain", "scaled" (MDLM's), "affine" (RADD's) or "rms" (LLaDA's).
         out_bias, head_bias: whether the layer behind each attention, and the output layer, have biases.
@@ -107,6 +112,8 @@ class TextTransformer(nnx.Module):
         kv_heads: int | None = None,
         embed_width: int | None = None,
         num_classes: int = 0,
+        vector: int = 0,
+        context_width: int = 0,
         time: bool = True,
         modulated: bool = True,
         rotary: float = 1e4,
@@ -129,8 +136,10 @@ class TextTransformer(nnx.Module):
             mlp_width = 4 * width if mlp == "gelu" else 8 * -(-width // 3)
         if block is not None and block < 1:
             raise ValueError(f"block={block}: expected at least one site, or None for one block")
-        if not modulated and (time or num_classes):
-            raise ValueError("modulated=False: blocks without adaLN know no time and no labels: also set time=False")
+        if not modulated and (time or num_classes or vector):
+            raise ValueError(
+                "modulated=False: blocks without adaLN know no time, no labels and no vector: also set time=False"
+            )
         cond_width = (cond_width or width) if modulated else 0
         self.block = block
         self.length, self.symbols_in = length, symbols_in
@@ -141,12 +150,13 @@ class TextTransformer(nnx.Module):
             expected = ", ".join(map(repr, CONDITIONERS))
             raise ValueError(f"conditioner={conditioner!r}: expected one of {expected}")
         make = CONDITIONERS[conditioner]
-        self.condition = make(cond_width, num_classes=num_classes, time=time, rngs=rngs) if modulated else None
+        told = {"num_classes": num_classes, "time": time, "vector": vector}
+        self.condition = make(cond_width, **told, rngs=rngs) if modulated else None
         self.activated = activation_of(activation) if conditioner == "md4" else None
         block = partial(
             Block, width, heads, mlp=mlp, mlp_width=mlp_width, cond_width=cond_width, rotary=rotary,
             out_bias=out_bias, norm=norm, epsilon=epsilon, dropout=dropout, dtype=dtype, attention=attention,
-            experts=experts, activation=activation, kv_heads=kv_heads,
+            experts=experts, activation=activation, kv_heads=kv_heads, context_width=context_width,
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, route=route, rngs=rngs)
         self.final = FinalLayer(
@@ -158,6 +168,10 @@ class TextTransformer(nnx.Module):
             bias=head_bias,
             dtype=dtype,
             rngs=rngs,
+        )
+        # Last, so that a network without it has the initial weights that it had.
+        self.nothing = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
         )
 
     def __call__(
@@ -177,7 +191,7 @@ class TextTransformer(nnx.Module):
             t: time in [0, 1], of each example or of each site.
             cond: labels in `[0, num_classes]`; None is the null label. Or a dict of "clean" (with `block` or groups:
                 the clean sequence), "groups", "segments", "past" and "sites" (where to run; a site beyond the sequence
-                counts for nothing), and labels as "cond".
+                counts for nothing), of what else it is told (`given.Given`), and labels as "cond".
             rng: one key, or one per example, for dropout and a route; needed when train=True and one is there.
             train: whether dropout acts, and the route.
 
@@ -199,18 +213,21 @@ class TextTransformer(nnx.Module):
         batch, some = state.shape[0], length if view.sites is None else view.sites.shape[1]
         keys = dropout_keys(self.dropout, batch, rng, train)
         tap("sites", np.arange(length, dtype=np.int32))
+        told, context = Given.of(view.cond).attended(self.nothing, batch, self.dtype)
         t = t if t is None or jnp.ndim(t) < 2 else view.at(t)
         if self.condition is None:
             c = own = None
-            if view.cond is not None:
+            told.check_taken()
+            if told.cond is not None:
                 raise ValueError("cond was given but the network has no labels: pass cond=None")
         else:
-            c = own = tap("condition", self._condition(batch, t, view.cond, sites=some))
+            c = own = tap("condition", self._condition(batch, t, told, sites=some))
             c = own = constrain(c, "batch", *(None,) * (c.ndim - 1))
         if view.clean is not None and c is not None:
-            c = self._with_clean(own, view.cond)
+            c = self._with_clean(own, told)
         h = self._embedded(view.seen(xt, view.clean))
-        h = self.stack(h, c, keys, layout, route_keys=self.stack.route_keys(batch, rng, train), train=train)
+        routes = self.stack.route_keys(batch, rng, train)
+        h = self.stack(h, c, keys, layout, route_keys=routes, context=context, train=train)
         return view.everywhere(self.final(h[:, :some], own), length)
 
     def _embedded(self, seen: Any) -> Float[Array, "batch sites width"]:
@@ -222,10 +239,10 @@ class TextTransformer(nnx.Module):
         c = self.condition(*told, **more)
         return c if self.activated is None else self.activated(c)
 
-    def _with_clean(self, c: Array, cond: Array | None) -> Array:
+    def _with_clean(self, c: Array, told: Given) -> Array:
         """The conditioning vectors of the noisy sequence and of the clean one, which is at t = 0."""
         if not self.condition.time:
             return c  # one vector serves both
-        clean = self._condition(c.shape[0], jnp.zeros(()), cond)[:, None]
+        clean = self._condition(c.shape[0], jnp.zeros(()), told)[:, None]
         c = c[:, None] if c.ndim == 2 else c
         return jnp.concatenate([c, jnp.broadcast_to(clean, c.shape)], axis=1)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import Linear
 from ddjax.denoisers.layers.generated import GeneratedLinear
@@ -31,6 +32,7 @@ class TokenRow(ImageNetwork):
         num_classes: int,
         time: bool,
         time_mlp: bool,
+        vector: int = 0,
         context: tuple[int, int] | None = None,
         generated: bool = False,
         kernels: int = 0,
@@ -40,8 +42,8 @@ class TokenRow(ImageNetwork):
     ) -> None:
         """Make the embeddings and the blocks, each `block(skips=, rngs=)`. Raises ValueError as its parts do.
 
-        context: of `ConditionTokens`. generated: whether what the network is told makes weights (`layers.generated`).
-        kernels: of `layers.Generator`.
+        vector, context: of `ConditionTokens`. generated: whether what the network is told makes weights
+        (`layers.generated`). kernels: of `layers.Generator`.
         """
         self.generated = generated
         self.embed = (
@@ -50,7 +52,7 @@ class TokenRow(ImageNetwork):
             else Linear(self.features_in, width, dtype=self.dtype, rngs=rngs)
         )
         self.condition = ConditionTokens(
-            width, num_classes=num_classes, time=time, mlp=time_mlp, context=context, rngs=rngs
+            width, num_classes=num_classes, time=time, vector=vector, mlp=time_mlp, context=context, rngs=rngs
         )
         places = self.condition.count + int(np.prod(self.grid))
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (places, width), jnp.float32))
@@ -62,9 +64,9 @@ class TokenRow(ImageNetwork):
         self, xt: Any, t: Array | None, cond: Any, batch: int
     ) -> tuple[Float[Array, "batch told width"], Float[Array, "batch tokens width"]]:
         """The tokens of the label and the time, and all of them with their positions."""
-        told = tap("condition", self.condition(batch, t, cond))
+        x, given = self.seen(xt, Given.of(cond))
+        told = tap("condition", self.condition(batch, t, given))
         tap("sites", self.places())
-        x = self.features(self.patches(xt))
         h = self.embed(x, self.condition.vector(told)) if self.generated else self.embed(x)
         h = jnp.concatenate([told.astype(h.dtype), h], axis=1) + self.position[...].astype(h.dtype)
         return told, tap("embed", h)

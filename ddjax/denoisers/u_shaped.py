@@ -73,6 +73,15 @@ class UShaped(ImageNetwork):
                 "take more blocks at each resolution, or scan=False"
             )
 
+    def without_way_up(self) -> dict[str, int]:
+        """Leave the blocks on the way up out. The taps whose values went into them, and the features of each."""
+        encoder, middle, _ = self.stages
+        kept = [encoder[0].features_in, *(stage.features_out for stage in encoder if stage.kept)]
+        skips = {f"skip/{n}": features for n, features in zip(range(sum(self.joined)), reversed(kept), strict=False)}
+        part, stages = ("middle", middle) if middle else ("encoder", encoder)
+        self.decoder, self.stages, self.spans = nnx.List([]), (encoder, middle, ()), (*self.spans[:2], ())
+        return skips | {f"{part}/{len(stages) - 1}": stages[-1].features_out}
+
     @property
     def joined(self) -> tuple[bool, ...]:
         """Which blocks on the way up have a skip connection."""
@@ -86,10 +95,12 @@ class UShaped(ImageNetwork):
         *,
         join: Callable[[Array, Array], Array],
         after: Callable[[nnx.Module, Array], Array] = lambda block, h: h,
+        **more: Any,
     ) -> Array:
-        """Run the blocks, each `(h, c, keys=, name=)`.
+        """Run the blocks, each `(h, c, keys=, name=)`, and what there is more of by name.
 
         join: of the backbone and a skip connection. after: a block on the way down, what is made of its result.
+        Without a way up, the skip connections that one would have joined are told at their taps all the same.
         """
         self._refuse_taps()
         skips, firsts = [h], accumulate(map(len, self.stages), initial=0)
@@ -100,25 +111,27 @@ class UShaped(ImageNetwork):
                 if stop > start + 1:
                     taken = [skips.pop() for _ in range(start, stop)] if joined else None
                     numbers = range(first + start, first + stop)
-                    h, made = self._scanned(block, h, c, keys, numbers, kept, taken, join)
+                    h, made = self._scanned(block, h, c, keys, numbers, kept, taken, join, more)
                     skips += [made[i] for i in range(stop - start)] if kept else []  # slices of one array
                     continue
                 if joined:
                     n = sum(self.joined[:start])
                     h = join(tap(f"backbone/{n}", h), tap(f"skip/{n}", skips.pop()))
                 own_keys = None if keys is None else random.fold_in(keys, first + start)
-                h = self._run(block, f"{part}/{start}", h, c, own_keys)
+                h = self._run(block, f"{part}/{start}", h, c, own_keys, more)
                 h = after(block, h) if part == "encoder" else h
                 skips += [h] if kept else []
+        for n, skip in enumerate(() if self.stages[2] else reversed(skips)):
+            tap(f"skip/{n}", skip)
         return h
 
-    def _run(self, block: nnx.Module, name: str, h: Array, c: Array, keys: Array | None) -> Array:
+    def _run(self, block: nnx.Module, name: str, h: Array, c: Array, keys: Array | None, more: dict[str, Any]) -> Array:
         # A listener needs the values, which remat's inner trace would not let out; remat changes none. A transformer
         # sees to it itself.
         if self.remat == "none" or active(name) or hasattr(block, "stack"):
-            return block(h, c, keys=keys, name=name)
+            return block(h, c, keys=keys, name=name, **more)
         graphdef, params = nnx.split(block)
-        body = lambda params, h, c, keys: nnx.merge(graphdef, params)(h, c, keys=keys, name=name)  # noqa: E731
+        body = lambda params, h, c, keys: nnx.merge(graphdef, params)(h, c, keys=keys, name=name, **more)  # noqa: E731
         return rematerialised(body, self.remat)(params, h, c, keys)
 
     def _scanned(
@@ -131,6 +144,7 @@ class UShaped(ImageNetwork):
         kept: bool,
         skips: Sequence[Array] | None,
         join: Callable[[Array, Array], Array],
+        more: dict[str, Any],
     ) -> tuple[Array, Array | None]:
         """What the last of some equal blocks gives, and, where it is kept, each; skips: a connection for each."""
         graphdef, stacked = nnx.split(blocks)
@@ -139,7 +153,7 @@ class UShaped(ImageNetwork):
             params, skip, i = layer
             x = h if skip is None else join(h, skip)
             layer_keys = None if keys is None else random.fold_in(keys, i)
-            h = nnx.merge(graphdef, params)(x, c, keys=layer_keys, name=None)
+            h = nnx.merge(graphdef, params)(x, c, keys=layer_keys, name=None, **more)
             return h, h if kept else None
 
         # Inside a scan nothing can be merged with the forward pass, so the CSE barrier would only cost.

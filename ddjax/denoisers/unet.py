@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType, at_least_float32, dropout_keys, zeros
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock, downsample
 from ddjax.denoisers.layers.embed import TIME_SCALE
@@ -48,6 +49,9 @@ class UNet(UShaped):
         transformer: the middle is a transformer of patches of 2 x 2 pixels in the place of two blocks: its {"width",
             "depth", "heads"} (`layers.PatchTransformer`).
         latent: numbers of a latent that the network is told, `cond = {"z": (batch, latent), "cond": labels}`. 0: none.
+        vector, image_channels: of these conditions, see `DiT`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, see `DiT`: blocks that attend attend to
+            them too, behind the pixels (Rombach et al. 2022, "latent diffusion", section 3.3). 0: none.
         time: False ignores t.
         time_scale: the time embedding is one of time_scale * t: 1000 for t in [0, 1], 1 for EDM's c_noise.
         dropout: rate between the convolutions of each block, when train=True.
@@ -60,7 +64,7 @@ class UNet(UShaped):
 
     Raises:
         ValueError: for sizes that do not divide, options of the wrong state space, or `scan` where no two neighbouring
-            blocks are equal.
+            blocks are equal, or `context_width` where none attends.
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class UNet(UShaped):
         transformer: Mapping[str, int] | None = None,
         num_classes: int = 0,
         latent: int = 0,
+        vector: int = 0,
+        context_width: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         time_scale: float = TIME_SCALE,
         dropout: float = 0.0,
@@ -93,7 +100,7 @@ class UNet(UShaped):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, width=width,
-            embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         if isinstance(design, str) and design not in UNET_DESIGNS:
             raise ValueError(f"design={design!r}: expected a UNetDesign, or one of {', '.join(UNET_DESIGNS)}")
@@ -106,7 +113,7 @@ class UNet(UShaped):
         told = {"cond_width": cond_width, "dtype": dtype, "rngs": rngs} if d.told_norms else {}
         norm = partial(GroupNorm, groups=d.groups, least=d.least, epsilon=d.epsilon, **told)
         self.condition = NoiseConditioner(
-            width, d, num_classes=num_classes, latent=latent, time=time, time_scale=time_scale, rngs=rngs
+            width, d, num_classes=num_classes, latent=latent, vector=vector, time=time, time_scale=time_scale, rngs=rngs
         )
         grid = tuple(side >> (len(multipliers) - 1) for side in shape[:2])
 
@@ -114,7 +121,7 @@ class UNet(UShaped):
             if stage.transforms:
                 return PatchTransformer(
                     stage.features_in, grid, **transformer, cond_width=cond_width, dropout=dropout, dtype=dtype,
-                    attention=attention, scan=scan, remat=remat, rngs=rngs,
+                    attention=attention, context_width=context_width, scan=scan, remat=remat, rngs=rngs,
                 )  # fmt: skip
             if stage.resample is not None and d.resample == "conv":
                 return Resampling(stage.features_in, stage.resample, padding=d.padding, dtype=dtype, rngs=rngs)
@@ -123,7 +130,7 @@ class UNet(UShaped):
                 stage.features_in, stage.features_out, cond_width=0 if d.told_norms else cond_width, heads=number,
                 resample=stage.resample, weights=d.weights, scale_shift=d.scale_shift, project=d.project, gain=d.gain,
                 modulation_bias=d.modulation_bias, norm=norm, dropout=dropout, dtype=dtype, attention=attention,
-                rngs=rngs,
+                context_width=context_width, rngs=rngs,
             )  # fmt: skip
 
         levels = [(round(m * width), shape[0] >> i in attend_at) for i, m in enumerate(multipliers)]
@@ -131,11 +138,17 @@ class UNet(UShaped):
         encoder, middle, decoder = plan(levels, first, blocks, d.up_attention, (d.middle_attention, False))
         if transformer is not None:
             middle = [middle[0]._replace(attends=False, transforms=True)]
+        if context_width and not any(stage.attends or stage.transforms for stage in (*encoder, *middle, *decoder)):
+            raise ValueError(f"context_width={context_width}: blocks that attend look at a sequence, and none attends")
         features = self.features_in * (1 + 2 * len(d.input_waves))
         self.embed = Conv(features, first, dtype=dtype, rngs=rngs)
         self.inputs = _inputs(features, encoder, d, dtype, rngs) if d.residual_input else None
         self.lay(encoder, middle, decoder, block, remat=remat, scan=scan)
         self.final = FinalConv(levels[0][0], self.features_out, norm=norm, dtype=dtype, rngs=rngs)
+        # Last, so that a network without it has the initial weights that it had.
+        self.nothing = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
+        )
 
     def __call__(
         self,
@@ -151,8 +164,8 @@ class UNet(UShaped):
         Args:
             xt: the state, as `DiT` takes it.
             t: time.
-            cond: labels in `[0, num_classes]`; None is the null label. With `latent` `{"z": ..., "cond": labels}`;
-                a z of None, or labels alone, tell nothing of it.
+            cond: labels in `[0, num_classes]`; None is the null label. Or a dict of what else the network is told
+                (`given.Given`), with the labels as "cond"; an entry of None, or none, tells nothing of it.
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 
@@ -162,11 +175,21 @@ class UNet(UShaped):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
+        h, c = self.hidden(xt, t, cond, rng=rng, train=train)
+        y = self.images(self.final(h, c).reshape(len(h), -1, self.features_out))
+        return y + xt if self.design.add_input else y
+
+    def hidden(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch H W width"], Float[Array, "batch cond"]]:
+        """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        c = constrain(tap("condition", self.condition(batch, t, cond)), "batch", None)
+        told, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
+        x, told = self.seen(xt, told)
+        c = constrain(tap("condition", self.condition(batch, t, told)), "batch", None)
         tap("sites", self.places())
-        x = self.features(self.patches(xt)).reshape(batch, *self.grid, -1)
+        x = x.reshape(batch, *self.grid, -1)
         if waves := self.design.input_waves:
             x = jnp.concatenate([x, input_waves(x, waves)], axis=-1)
         shown = iter(self.inputs or ())
@@ -179,9 +202,9 @@ class UNet(UShaped):
             return h
 
         h = tap("embed", self.embed(x))
-        h = self.walk(h, c, keys, join=lambda h, skip: jnp.concatenate([h, skip], axis=-1), after=after)
-        y = self.images(self.final(h, c).reshape(batch, -1, self.features_out))
-        return y + xt if self.design.add_input else y
+        join = lambda h, skip: jnp.concatenate([h, skip], axis=-1)  # noqa: E731
+        more = {} if context is None else {"context": context}
+        return self.walk(h, c, keys, join=join, after=after, **more), c
 
 
 class FinalConv(nnx.Module):

@@ -60,9 +60,7 @@ class UNetEncoder(UShaped):
         d = UNET_DESIGNS[design] if isinstance(design, str) else design
         self.dropout = dropout
         norm = partial(GroupNorm, groups=d.groups, least=d.least, epsilon=d.epsilon)
-        self.condition = NoiseConditioner(
-            width, d, num_classes=0, latent=0, time=True, time_scale=time_scale, rngs=rngs
-        )
+        self.condition = NoiseConditioner(width, d, num_classes=0, time=True, time_scale=time_scale, rngs=rngs)
 
         def block(stage: Stage) -> ResBlock | Resampling:
             if stage.resample is not None and d.resample == "conv":

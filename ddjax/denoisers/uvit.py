@@ -46,6 +46,8 @@ class UViT(TokenRow):
             behind the middle one, as many or fewer: an encoder stronger than its decoder (Cao et al. 2022, "ASCEND").
         mlp_ratio: hidden width of the MLP over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels, no token.
+        vector: numbers of a vector that is a condition, a token more, see `DiT`. 0: none.
+        image_channels: of an image that is a condition, see `DiT`. 0: none.
         time: False ignores t, and there is no token for it.
         time_mlp: whether two layers follow the sines and cosines of the time (in none of the published models).
         context: entries and width of a sequence that is a condition, `cond = {"sequence": (batch, entries, width),
@@ -79,6 +81,8 @@ class UViT(TokenRow):
         heads: int,
         mlp_ratio: float = 4,
         num_classes: int = 0,
+        vector: int = 0,
+        image_channels: int = 0,
         time: bool = True,
         time_mlp: bool = False,
         context: tuple[int, int] | None = None,
@@ -96,7 +100,7 @@ class UViT(TokenRow):
     ):
         super().__init__(
             shape=shape, symbols_in=symbols_in, symbols_out=symbols_out, out_channels=out_channels, patch=patch,
-            width=width, embed_width=embed_width, bits=bits, dtype=dtype, rngs=rngs,
+            width=width, embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         conv = symbols_in is None if conv is None else conv
         self.dropout = dropout
@@ -113,6 +117,7 @@ class UViT(TokenRow):
             num_classes=num_classes,
             time=time,
             time_mlp=time_mlp,
+            vector=vector,
             context=context,
             generated=generated,
             kernels=kernels,
@@ -142,8 +147,8 @@ class UViT(TokenRow):
         Args:
             xt: the state; a token outside `[0, symbols_in)` makes the example's output NaN. Or soft tokens.
             t: time in [0, 1].
-            cond: labels in `[0, num_classes]`; None is the null label. With `context` a dict of "sequence" and "valid",
-                with the labels as "cond".
+            cond: labels in `[0, num_classes]`; None is the null label. Or a dict of what else the network is told
+                (`given.Given`: "vector", "sequence", "valid", "image"), with the labels as "cond".
             rng: one key, or one per example, for dropout; needed when train=True and dropout > 0.
             train: whether dropout acts.
 

@@ -1,13 +1,36 @@
-"""The transformer with everything that it can be told: gradients, options that change nothing, rows, devices."""
+"""Every network with all that it can be told; the transformer also: gradients, options, rows, devices."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ddjax.denoisers import DiT, functional_init, stack_blocks
+from ddjax.denoisers import (
+    EDM2,
+    UNET_DESIGNS,
+    DiCo,
+    DiffiT,
+    DiffuSSM,
+    DiT,
+    GraphTransformer,
+    InfDiT,
+    MixedTable,
+    MultiResolution,
+    StateSpace,
+    TabularMLP,
+    TextTransformer,
+    UNet,
+    UNetDesign,
+    UViT,
+    functional_init,
+    nulls,
+    stack_blocks,
+)
+from ddjax.objectives import with_condition_dropout
 from ddjax.training.mesh import make_mesh, state_shardings
 
 pytestmark = pytest.mark.slow
@@ -79,6 +102,139 @@ def test_rows_vmap_and_bfloat16():
     out = jax.jit(half)(params, X, T, COND)
     assert out.dtype == jnp.float32
     assert 1e-4 < np.abs(out - expected).max() / np.abs(expected).max() < 0.15
+
+
+# Each network with all the entries of a condition that it takes beside labels, by the options that let it.
+IMAGES, TOKENS = {"shape": (4, 4, 2)}, {"symbols_in": 6, "symbols_out": 5}
+BOTH, SEEN = {"vector": 5, "image_channels": 1}, {"context_width": 6}
+SMALL = {"width": 16, "heads": 2}
+U = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (2,)}
+MD4 = dataclasses.replace(UNET_DESIGNS["md4_transformer"], groups=4)
+WAIST = {**IMAGES, "width": 16, "multipliers": (1, 2), "blocks": 1, "design": MD4}
+TEXT = {"length": 8, **TOKENS, **SMALL, "depth": 2, "vector": 5, **SEEN}
+GRAPH = {"edge_width": 8, "global_width": 8, "depth": 2, "hidden": (8, 8, 8), "feed_forward": (8, 8, 8), "vector": 5}
+ROWS = {"width": 16, "hidden": (16, 16), "vector": 5}
+NETWORKS = {
+    "dit": (DiT, CONFIG),
+    "unet": (UNet, {**IMAGES, **U, **BOTH, **SEEN, "latent": 2, "heads": 2, "design": UNetDesign(groups=4)}),
+    "unet-tokens": (UNet, {**IMAGES, **TOKENS, **U, **BOTH, "design": "ncsn++"}),
+    "unet-transformer": (UNet, {**WAIST, **BOTH, **SEEN, "transformer": {**SMALL, "depth": 1}}),
+    "unet-scan": (UNet, {**IMAGES, **U, **BOTH, **SEEN, "blocks": 3, "scan": True, "design": UNetDesign(groups=4)}),
+    "unet-remat": (UNet, {**IMAGES, **U, **BOTH, **SEEN, "remat": True, "design": UNetDesign(groups=4)}),
+    "edm2": (EDM2, {**IMAGES, **U, **BOTH, "head_width": 8}),
+    "dico": (DiCo, {**IMAGES, "width": 8, "stages": ("c", "a", "c"), "head_width": 8, **BOTH, **SEEN}),
+    "uvit": (UViT, {**IMAGES, **SMALL, "depth": 3, "patch": 2, **BOTH, "context": (3, 6)}),
+    "state-space": (StateSpace, {**IMAGES, "width": 16, "depth": 3, "patch": 2, "state": 4, **BOTH}),
+    "multi-resolution": (
+        MultiResolution,
+        {**IMAGES, "widths": (16, 8), "depths": (3, 3), "heads": 2, "image_channels": 1},
+    ),
+    "diffit": (DiffiT, {**IMAGES, **SMALL, "multipliers": (1, 2), "blocks": 1, **BOTH}),
+    "diffussm": (DiffuSSM, {**IMAGES, **TOKENS, "width": 16, "depth": 2, "state": 4, **BOTH}),
+    "inf-dit": (InfDiT, {**IMAGES, **SMALL, "depth": 2, "scale": 1, "patch": 1, "low_patch": 1, "block": 2, **BOTH}),
+    "text": (TextTransformer, TEXT),
+    "text-block": (TextTransformer, {**TEXT, "block": 4, "conditioner": "md4"}),
+    "text-plain": (TextTransformer, {**TEXT, "vector": 0, "modulated": False, "time": False}),
+    "graph": (GraphTransformer, {"nodes": 4, **TOKENS, **GRAPH, **SMALL}),
+    "graph-sizes": (GraphTransformer, {"nodes": 4, "sizes": True, **TOKENS, **GRAPH, **SMALL}),
+    "tabular": (TabularMLP, {"columns": 6, **ROWS}),
+    "mixed-table": (MixedTable, {"parts": {"numbers": (4, None, 4), "a": (2, 5, 4)}, **ROWS}),
+}
+every = pytest.mark.parametrize("name", NETWORKS)
+COUNTS = {"z": "latent", "vector": "vector", "sequence": "context_width", "image": "image_channels"}
+
+
+def entries(name):
+    """The condition of a network."""
+    options = NETWORKS[name][1]
+    taken = [entry for entry, option in COUNTS.items() if options.get(option)]
+    taken += ["sequence"] * ("context" in options)
+    taken += ["valid"] * ("sequence" in taken) + ["cond"] * options.get("modulated", True)
+    return {entry: COND[entry] for entry in taken}
+
+
+@functools.cache
+def told(name):
+    """`run(cond)`, the network of random weights at one state, all outputs of an example in a row."""
+    kind, options = NETWORKS[name]
+    labels = {"num_classes": 3} if options.get("modulated", True) else {}
+    init, apply = functional_init(lambda rngs: kind(**{**options, **labels}, rngs=rngs))
+    rng, shapes = np.random.default_rng(7), jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+    xt = rng.normal(size=(4, *options.get("shape", (options.get("length", 6),)))).astype(np.float32)
+    xt = (np.abs(10 * xt) % 6).astype(np.int32) if "symbols_in" in options else xt
+    xt = {"numbers": xt[:, :4], "a": (np.abs(10 * xt[:, 4:]) % 5).astype(np.int32)} if "parts" in options else xt
+
+    def row(cond):
+        if "sizes" in options:
+            cond = {"size": np.int32([2, 3, 4, 4]), **(cond if isinstance(cond, dict) else {"cond": cond})}
+        y = apply(params, xt, T, cond)
+        return jnp.concatenate([part.reshape(4, -1) for part in jax.tree.leaves(y)], axis=-1)
+
+    return jax.jit(row)
+
+
+@every
+def test_each_entry_is_heard_in_its_own_example(name):
+    run, cond = told(name), entries(name)
+    assert len(cond) > 1 or name == "text-plain"
+    expected = run(cond)
+    for entry, value in cond.items():
+        other = {"valid": ~value if entry == "valid" else value, "cond": np.int32([1, 0, 3, 1])}.get(entry)
+        other = np.concatenate([(value[:1] + 1) if other is None else other[:1], value[1:]])
+        out = run({**cond, entry: other})
+        assert np.abs(out[0] - expected[0]).max() > 1e-3 * np.abs(expected).max(), entry
+        np.testing.assert_array_equal(out[1:], expected[1:])
+
+
+@every
+def test_none_is_null(name):
+    """An entry of None, all left out, and the nulls are one thing; condition dropout by name puts them there."""
+    run, cond = told(name), entries(name)
+    null = nulls(cond, 3)
+    assert null.keys() == cond.keys() - {"z", "sequence"}
+    seen = lambda key, apply, params, x0, cond=None, *_: cond
+    for entry in null:
+        dropped = with_condition_dropout(seen, {entry: 1.0}, null)(jax.random.key(0), None, None, T, cond)
+        assert {other for other in cond if np.any(dropped[other] != cond[other])} == {entry}
+        gone = {entry, "sequence"} if entry == "valid" else {entry}
+        without = {other: None if other in gone else value for other, value in cond.items()}
+        out = run(dropped)
+        close(out, run(without))
+        assert np.abs(out - run(cond)).max() > 1e-3 * np.abs(out).max()
+    nothing = {entry: np.full_like(value, null[entry]) for entry, value in cond.items() if entry in null}
+    if "z" not in cond:  # a latent is no condition
+        close(run({**cond, **nothing}), run(None))
+
+
+@every
+def test_entries_that_are_not_there_are_not_seen(name):
+    run, cond = told(name), entries(name)
+    if "valid" not in cond:
+        return
+    hidden = np.where(VALID[..., None], cond["sequence"], 7)
+    np.testing.assert_array_equal(run({**cond, "sequence": hidden}), run(cond))
+    alone = {**cond, "valid": VALID | True}
+    assert np.abs(run({**alone, "sequence": hidden}) - run(alone))[:3].max() > 1e-3
+
+
+@every
+def test_what_does_not_fit_is_refused_by_name(name):
+    run, cond = told(name), entries(name)
+    for entry in cond.keys() - {"cond"}:
+        with pytest.raises(ValueError, match="latent" if entry == "z" else rf'cond\["{entry}"\] has shape'):
+            jax.eval_shape(run, {**cond, entry: cond[entry][..., :1].repeat(9, axis=-1)})
+    for entry in FLOATS.keys() - cond.keys():
+        with pytest.raises(ValueError, match=rf'cond\["{entry}"\] was given but the network takes none: build it with'):
+            jax.eval_shape(run, {**cond, entry: COND[entry]})
+    with pytest.raises(ValueError, match=r"cond has entries words"):
+        jax.eval_shape(run, {**cond, "vector": None, "words": 1})
+
+
+def test_a_sequence_needs_a_block_that_attends():
+    design = UNetDesign(groups=4, middle_attention=False)
+    with pytest.raises(ValueError, match="context_width=6: blocks that attend look at a sequence, and none attends"):
+        UNet(**{**IMAGES, **U, **SEEN, "attend_at": ()}, design=design, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 (fake) devices")

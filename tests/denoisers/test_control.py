@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ddjax.denoisers import DiT, functional_init, taps
+from ddjax.denoisers import EDM2, DiffiT, DiT, UNet, UNetDesign, functional_init, taps
 from ddjax.denoisers.control import attach
+from ddjax.denoisers.edm2 import mp_concatenate
 
 RNG = np.random.default_rng(1)
 SMALL = {"shape": (4, 4, 1), "patch": 2, "width": 8, "depth": 3, "heads": 2, "num_classes": 3}
@@ -94,6 +96,7 @@ def test_errors(trunk):
         ({"scan": True}, 1, "scan=False"),
         ({"image_channels": 1}, 1, "must not be shown an image itself"),
         ({}, 4, "blocks=4: expected from 1 to the trunk's 3"),
+        ({}, None, "blocks=None: expected from 1 to the trunk's 3"),
     ):
         with pytest.raises(ValueError, match=message):
             attach(functools.partial(make, **options), params, blocks=blocks, channels=2, key=jax.random.key(1))
@@ -102,3 +105,184 @@ def test_errors(trunk):
         apply(side, X, T, {"groups": np.zeros((3, 4), int), "cond": COND})
     with pytest.raises(ValueError, match=r'cond\["image"\] has shape'):
         apply(side, X, T, {"image": X})
+
+
+LEVELS = {"shape": (4, 4, 1), "width": 8, "multipliers": (1, 2), "blocks": 1, "num_classes": 3}
+FEW = {"groups": 4}
+ATTENDING = {**LEVELS, "attend_at": (2,)}
+U_SHAPED = {
+    "adm": (UNet, {**ATTENDING, "vector": 5, "context_width": 6, "design": UNetDesign(**FEW)}),
+    "ncsn++": (UNet, {**ATTENDING, "design": "ncsn++"}),
+    "edm2": (EDM2, {**ATTENDING, "head_width": 8, "uncertainty": 4}),
+    "diffit": (DiffiT, {**LEVELS, "heads": 2, "window": 2}),
+}
+WORDS = {name: RNG.normal(size=size).astype(np.float32) for name, size in (("vector", (3, 5)), ("sequence", (3, 2, 6)))}
+WORDS["valid"] = np.array([[1, 0], [0, 0], [1, 1]], bool)
+
+
+def u_shaped(name, rngs, **options):
+    kind, own = U_SHAPED[name]
+    return kind(**{**own, **options}, rngs=rngs)
+
+
+def image_of(channels, side=4):
+    return RNG.normal(size=(3, side, side, channels)).astype(np.float32)
+
+
+def convolved(x, p, stride=1):
+    """A 3 x 3 convolution, offset by offset."""
+    x, side = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), x.shape[1]
+    y = sum(x[:, i : i + side : stride, j : j + side : stride] @ p["kernel"][i, j] for i in range(3) for j in range(3))
+    return y + p["bias"]
+
+
+def merged(make, params):
+    return nnx.merge(nnx.split(make(nnx.Rngs(0)))[0], jax.tree.map(jnp.asarray, params))
+
+
+def down(network, h, c):
+    """The skip connections, and what leaves the middle."""
+    skips = [h]
+    for stage, block in zip(network.stages[0], network.encoder, strict=True):
+        h = block(h, c)
+        skips += [h] if stage.kept else []
+    for block in network.middle:
+        h = block(h, c)
+    return skips, h
+
+
+@pytest.fixture(params=U_SHAPED)
+def u_trunk(request, noise):
+    make = functools.partial(u_shaped, request.param)
+    init, apply = functional_init(make)
+    return request.param, make, apply, noise(jax.eval_shape(init, jax.random.key(0)))
+
+
+@pytest.mark.slow
+def test_beside_a_u_net_a_new_one_is_the_trunk(u_trunk, jit):
+    """Bit for bit where operations run one by one; in a program, as XLA fuses them."""
+    name, make, plain, params = u_trunk
+    apply, side = attach(make, params, channels=2, key=jax.random.key(1))
+    told = {**WORDS, "cond": LABELS} if name == "adm" else LABELS
+    shown = {**told, "image": IMAGE} if name == "adm" else COND
+    expected, run = jit(plain)(params, X, T, told), jit(lambda *args: apply(*args))
+    for cond in (shown, told):
+        np.testing.assert_allclose(run(side, X, T, cond), expected, atol=1e-6 * np.abs(expected).max())
+    if name == "adm":
+        np.testing.assert_array_equal(apply(side, X, T, shown), plain(params, X, T, told))
+    assert not {"final", "gain", "uncertainty"} & side["side"].keys()
+    assert not side["side"].get("decoder")
+    for part in ("encoder", "middle", "embed", "condition"):
+        if part in params:
+            jax.tree.map(np.testing.assert_array_equal, side["side"][part], params[part])
+
+
+@pytest.mark.slow
+def test_beside_a_u_net_it_adds_to_skip_connections_and_the_middle(u_trunk, noise, jit):
+    """Block by block, by hand: Zhang et al. 2023, figure 3."""
+    name, make, plain, params = u_trunk
+    if name == "ncsn++":  # what is fed in at each resolution has its own test below
+        return
+    if name == "adm":  # blocks alone, without words
+        make = functools.partial(make, context_width=0)
+        init, plain = functional_init(make)
+        params = noise(jax.eval_shape(init, jax.random.key(0)))
+    apply, side = attach(make, params, channels=2, stem=(4, 6), key=jax.random.key(1))
+    side, image = noise(side, seed=3), image_of(2, side=8)
+    x = image
+    for i, stride in enumerate((1, 1, 2)):
+        x = convolved(x, side["hint"]["convs"][str(i)], stride)
+        x = x * jax.nn.sigmoid(x)
+    hint = convolved(x, side["hint"]["out"])
+    linear = [side["out"][str(n)] for n in range(len(side["out"]))]
+
+    @jit
+    def by_hand(params, copied):
+        with taps.record("condition", "embed") as seen:
+            alone = plain(params, X, T, LABELS)
+        with taps.record("condition", "embed") as own:
+            plain(copied, X, T, LABELS)
+        network, copy = merged(make, params), merged(make, copied)
+        skips, h = down(network, seen["embed"], seen["condition"])
+        added, middle = down(copy, own["embed"] + hint, own["condition"])
+        h, taken = h + middle @ linear[-1]["kernel"] + linear[-1]["bias"], 0
+        for stage, block in zip(network.stages[2], network.decoder, strict=True):
+            if stage.joined:
+                skip = skips.pop() + added.pop() @ linear[taken]["kernel"] + linear[taken]["bias"]
+                h = mp_concatenate(h, skip, 0.5) if name == "edm2" else jnp.concatenate([h, skip], axis=-1)
+                taken += 1
+            h = block(h, seen["condition"])
+        assert taken == len(linear) - 1 > 0
+        return network.final(h, params["gain"] if name == "edm2" else seen["condition"]), alone
+
+    y, alone = by_hand(params, {**params, **side["side"]})
+    out = jit(lambda p: apply(p, X, T, {"image": image, "cond": LABELS}))(side)
+    np.testing.assert_allclose(out, y, atol=2e-5 * np.abs(y).max())
+    assert np.abs(y - alone).max() > 1e-2 * np.abs(y).max()
+
+
+@pytest.mark.slow
+def test_beside_a_u_net_all_learns_but_the_trunk_and_rows_do_not_mix(u_trunk, noise, jit):
+    name, make, _, params = u_trunk
+    apply, side = attach(make, params, channels=2, key=jax.random.key(1))
+    side = noise(side, seed=3)
+    told = {**WORDS, "cond": LABELS} if name == "adm" else {"cond": LABELS}
+    value = jit(jax.grad(lambda p, image: (apply(p, X, T, {**told, "image": image}) ** 2).sum(), argnums=(0, 1)))
+    grads, of_image = value(side, IMAGE)
+    assert jax.tree.structure(grads) == jax.tree.structure(side)
+    assert set(grads) == {"side", "hint", "out"}
+    fixed = ("frequencies", "phases")  # random waves of the time, which never learn
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(g).all(), path
+        assert (np.abs(g).max() > 0) != (path[-1].key in fixed), path
+    assert np.abs(of_image).max(axis=(1, 2, 3)).min() > 0
+    run = jit(lambda image: apply(side, X, T, {**told, "image": image}))
+    out, other = run(IMAGE), run(np.concatenate([IMAGE[:1] + 1, IMAGE[1:]]))
+    np.testing.assert_array_equal(out[1:], other[1:])
+    assert np.abs(out[0] - other[0]).max() > 1e-3 * np.abs(out).max()
+
+
+@pytest.mark.slow
+def test_beside_ncsnpp_what_is_fed_in_again_goes_along(noise, jit):
+    """The copy as a whole network gives the skip connections: behind what is fed in at the lower resolution."""
+    make = functools.partial(u_shaped, "ncsn++")
+    init, plain = functional_init(make)
+    params = noise(jax.eval_shape(init, jax.random.key(0)))
+    apply, side = attach(make, params, channels=2, key=jax.random.key(1))
+    side = noise(side, seed=3)
+    names = [f"skip/{n}" for n in range(4)] + ["middle/1"]
+
+    @jit
+    def by_hand(params, side):
+        hinted = {"embed": lambda h: h + _stem(side["hint"], IMAGE)}
+        with taps.override(hinted), taps.record(*names) as seen:
+            plain({**params, **side["side"]}, X, T, LABELS)
+        add = lambda h, p, more: h + more @ p["kernel"] + p["bias"]
+        added = {m: functools.partial(add, p=side["out"][str(n)], more=seen[m]) for n, m in enumerate(names)}
+        with taps.override(added):
+            return plain(params, X, T, LABELS)
+
+    expected = by_hand(params, side)
+    out = jit(lambda p: apply(p, X, T, COND))(side)
+    np.testing.assert_allclose(out, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def _stem(p, image):
+    x = convolved(image, p["convs"]["0"])
+    return convolved(x * jax.nn.sigmoid(x), p["out"])
+
+
+@pytest.mark.slow
+def test_errors_beside_a_u_net(noise):
+    make = functools.partial(u_shaped, "adm")
+    init, _ = functional_init(make)
+    params = noise(jax.eval_shape(init, jax.random.key(0)))
+    for options, blocks, message in (
+        ({"image_channels": 1}, None, "must not be shown an image itself"),
+        ({}, 1, "blocks=1: of a U-shaped network all on the way down are copied"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach(functools.partial(make, **options), params, blocks=blocks, channels=2, key=jax.random.key(1))
+    apply, side = attach(make, params, channels=2, stem=(4, 4), key=jax.random.key(1))
+    with pytest.raises(ValueError, match=r'cond\["image"\] has shape \(3, 4, 4, 2\); expected \(3, 8, 8, 2\)'):
+        apply(side, X, T, {"image": IMAGE})

@@ -1,14 +1,30 @@
 """Conditions: labels, vectors, sequences and images, each with something that says nothing."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from ddjax.denoisers import DiT, TextTransformer, functional_init, nulls
+from ddjax import taps
+from ddjax.denoisers import (
+    EDM2,
+    UNET_DESIGNS,
+    DiT,
+    GraphTransformer,
+    TabularMLP,
+    TextTransformer,
+    functional_init,
+    nulls,
+)
 from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers import Conditioner, CrossAttention
+from ddjax.denoisers.layers.convolution import GroupNorm, ResBlock
+from ddjax.denoisers.layers.noise import NoiseConditioner
+from ddjax.denoisers.layers.told import ConditionTokens
 from ddjax.denoisers.views import View
 from ddjax.guidance import classifier_free
 from ddjax.predictions import Prediction
@@ -20,6 +36,9 @@ X, T, LABELS = RNG.normal(size=(3, 4, 4, 1)).astype(np.float32), np.float32([0.1
 VECTOR, SEQUENCE = (RNG.normal(size=size).astype(np.float32) for size in ((3, 5), (3, 4, 6)))
 IMAGE = RNG.normal(size=(3, 4, 4, 2)).astype(np.float32)
 VALID = np.array([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+ALL_BUT_IMAGE = {"vector": VECTOR, "sequence": SEQUENCE, "valid": VALID, "cond": LABELS}
+GRAPH = {"symbols_in": 2, "symbols_out": 2, "width": 4, "edge_width": 4, "global_width": 4, "depth": 2, "heads": 1}
+GRAPH |= {"hidden": (4, 4, 4), "feed_forward": (4, 4, 4), "features": False}
 ALL = {"vector": VECTOR, "sequence": SEQUENCE, "valid": VALID, "image": IMAGE, "cond": LABELS}
 
 
@@ -64,6 +83,84 @@ def test_the_vector_of_all_conditions_by_definition(x64, noise):
     np.testing.assert_array_equal(
         layer(3, None, {"z": z, "cond": LABELS}), layer(3, None, {**given, "vector": 0 * given["vector"]})
     )
+
+
+def tapped(network, noise, *inputs, cond=None):
+    """What the network of random weights makes of its condition, and these."""
+    network, p = randomised(network, noise)
+    with taps.record("condition") as seen:
+        network(*inputs, cond)
+    return np.asarray(seen["condition"], np.float64), p
+
+
+def test_a_vector_in_the_conditioning_vector_of_u_nets_by_definition(x64, noise):
+    design = dataclasses.replace(UNET_DESIGNS["adm"], cond_silu=False)
+    options = {"num_classes": 3, "time": True, "time_scale": 1000.0}
+    layer, p = randomised(NoiseConditioner(8, design, vector=5, **options, rngs=nnx.Rngs(0)), noise)
+    alone = layer(3, T, LABELS)
+    given = {"vector": VECTOR.astype(float), "cond": LABELS}
+    np.testing.assert_allclose(layer(3, T, given) - alone, VECTOR @ p["vector"]["kernel"], atol=1e-5)
+    by_site = layer(3, np.tile(T[:, None], (1, 2)), given, sites=2)
+    np.testing.assert_allclose(by_site, np.tile(layer(3, T, given)[:, None], (1, 2, 1)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_vector_in_edm2_by_definition(noise):
+    """Karras et al. 2024, equations 47, 75, 81 and 88, in NumPy."""
+    options = {"shape": (2, 2, 1), "width": 4, "multipliers": (1,), "blocks": 1, "vector": 5}
+    options |= {"label_balance": 0.3, "head_width": 4}
+    c, p = tapped(EDM2(**options, rngs=nnx.Rngs(0)), noise, X[:, :2, :2], T, cond={"vector": VECTOR})
+
+    def layer(x, kernel):
+        k = np.asarray(kernel, np.float64)
+        return x @ (k / (1e-4 + np.sqrt((k**2).mean(0))) / len(k) ** 0.5)
+
+    waves = 2**0.5 * np.cos(T[:, None] * np.asarray(p["frequencies"]) + np.asarray(p["phases"]))
+    total = 0.7 * layer(waves, p["time_in"]["kernel"]) + 0.3 * layer(VECTOR, p["vector"]["kernel"])
+    total = total / np.hypot(0.7, 0.3)
+    np.testing.assert_allclose(c, total / (1 + np.exp(-total)) / 0.596, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_vector_in_rows_and_graphs_by_definition(noise):
+    """TabDDPM's target of a regression: silu of a linear layer, added; in DiGress' features of the whole, linear."""
+    for make, inputs, ending in (
+        (lambda n: TabularMLP(columns=2, width=4, hidden=(4,), vector=n, rngs=nnx.Rngs(0)), X[:, 0, :2, 0], nnx.silu),
+        (lambda n: GraphTransformer(nodes=2, vector=n, **GRAPH, rngs=nnx.Rngs(0)), LABELS[:, None] % 2, lambda v: v),
+    ):
+        told, p = tapped(make(5), noise, inputs, T, cond={"vector": VECTOR})
+        nothing, _ = tapped(make(5), noise, inputs, T)
+        linear = lambda v, p=p["vector"]: v @ p["kernel"] + p.get("bias", 0.0)
+        np.testing.assert_allclose(told - nothing, ending(linear(VECTOR)) - ending(linear(0 * VECTOR)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_vector_is_a_token(noise):
+    layer, p = randomised(
+        ConditionTokens(8, num_classes=3, time=True, vector=5, context=(4, 6), rngs=nnx.Rngs(0)), noise
+    )
+    tokens = layer(3, T, ALL_BUT_IMAGE)
+    assert tokens.shape == (3, 7, 8)
+    np.testing.assert_allclose(tokens[:, 2], VECTOR @ p["vector_in"]["kernel"] + p["vector_in"]["bias"], atol=1e-5)
+    np.testing.assert_allclose(tokens[:, 0], p["labels"][LABELS], atol=1e-6)
+    summed = tokens[:, :3].sum(1) + tokens[:, 3:].mean(1)
+    np.testing.assert_allclose(layer.vector(tokens), summed / (1 + np.exp(-summed)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_residual_block_looks_at_the_sequence_behind_its_pixels(noise):
+    make = lambda width: ResBlock(
+        8, 8, cond_width=4, heads=2, gain=0.5**0.5, norm=partial(GroupNorm, groups=4), context_width=width,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    block, p = randomised(make(6), noise)
+    before = nnx.merge(nnx.split(make(0))[0], {name: value for name, value in p.items() if name != "cross"})
+    cross = nnx.merge(nnx.split(CrossAttention(8, 6, 2, rngs=nnx.Rngs(0)))[0], p["cross"])
+    x, c = (RNG.normal(size=size).astype(np.float32) for size in ((2, 2, 3, 8), (2, 4)))
+    context = SEQUENCE[:2], VALID[:2]
+    h = before(x, c)
+    expected = 0.5**0.5 * (h + cross(h.reshape(2, 6, 8), context).reshape(h.shape))
+    np.testing.assert_allclose(block(x, c, context=context), expected, atol=1e-5)
 
 
 @pytest.mark.slow

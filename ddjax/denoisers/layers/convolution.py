@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ddjax.denoisers.layers.basic import (
     xavier,
     zeros,
 )
+from ddjax.denoisers.layers.cross import Context, CrossAttention
 from ddjax.placement import constrain
 from ddjax.taps import Below
 
@@ -168,7 +170,7 @@ class Resampling(nnx.Module):
         self.conv = Conv(features, features_out or features, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str | None = None
+        self, x: Image, c: Array, *, keys: Key[Array, " batch"] | None = None, name: str | None = None, **more: Any
     ) -> Image:
         """Of the image; the rest is for blocks in its place."""
         return Below(name)("", self.conv(upsample(x) if self.resample == "up" else x))
@@ -230,6 +232,7 @@ class ResBlock(nnx.Module):
         dropout: rate.
         dtype: compute dtype.
         attention: None, "xla" or "cudnn".
+        context_width: of the entries of a sequence to which blocks that attend attend too, behind that; 0: none.
         rngs: keys of the initial parameters.
     """
 
@@ -250,6 +253,7 @@ class ResBlock(nnx.Module):
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
+        context_width: int = 0,
         rngs: nnx.Rngs,
     ):
         check_rate(dropout)
@@ -270,6 +274,11 @@ class ResBlock(nnx.Module):
             if heads
             else None
         )
+        self.cross = (
+            CrossAttention(features_out, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+            if heads and context_width
+            else None
+        )
 
     def __call__(
         self,
@@ -278,8 +287,12 @@ class ResBlock(nnx.Module):
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
+        context: Context | None = None,
     ) -> Float[Array, "batch H2 W2 out"]:
-        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
+
+        context: the sequence, with `context_width`.
+        """
         x, named = constrain(x, "batch", None, None, None), Below(name)
         h = jax.nn.silu(self.norm_in(x, c)).astype(x.dtype)
         if self.resample is not None:
@@ -297,6 +310,10 @@ class ResBlock(nnx.Module):
         if self.attention is not None:
             y = named("/attention", self.attention(x, c, named))
             x = self.gain * (x + y)
+        if self.cross is not None:
+            below = Below(name and f"{name}/cross")
+            y = self.cross(x.reshape(x.shape[0], -1, x.shape[-1]), context, below)
+            x = self.gain * (x + below("", y.reshape(x.shape)))
         return named("", constrain(x, "batch", None, None, None))
 
 

@@ -184,7 +184,7 @@ class Conditioner(nnx.Module):
         if self.latent is not None:
             told.append(self.latent(_check_latent(given.z, batch, self.latent.kernel.shape[0])))
         if self.vector is not None:
-            told.append(self.vector(_check_vector(given.vector, batch, self.vector.kernel.shape[0])))
+            told.append(self.vector(check_vector(given.vector, batch, self.vector.kernel.shape[0])))
         for v in told:
             total = total + part(v[:, None] if total.ndim == 3 else v)
         return jax.nn.silu(total) if self.silu and not self.each else total
@@ -219,7 +219,8 @@ def _check_latent(z: Array | None, batch: int, numbers: int) -> Float[Array, "ba
     return z
 
 
-def _check_vector(vector: Array | None, batch: int, numbers: int) -> Float[Array, "batch vector"]:
+def check_vector(vector: Array | None, batch: int, numbers: int) -> Float[Array, "batch vector"]:
+    """A vector that is a condition, zeros where there is none. Raises ValueError for another shape."""
     if vector is None:
         return jnp.zeros((batch, numbers), jnp.float32)
     if vector.shape != (batch, numbers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import Linear
-from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
 from ddjax.denoisers.unet_designs import UNetDesign
 
 
@@ -22,7 +22,8 @@ class NoiseConditioner(nnx.Module):
     `time_out(silu(time_in(waves))) + labels[label]` with silu around it; or the label is added to the waves, as
     `labels[label] sqrt(num_classes) + label_bias`; or it stands beside them. The null label adds nothing to either sum,
     and zeros beside the waves. A latent is added to the waves. An untimed network has a learned vector in the place of
-    the waves.
+    the waves. A vector that is a condition is added, without a bias, to what the two layers give (as unCLIP's embedding
+    of an image, Ramesh et al. 2022, section 2.1): zeros add nothing.
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class NoiseConditioner(nnx.Module):
         design: UNetDesign,
         *,
         num_classes: int,
-        latent: int,
+        latent: int = 0,
+        vector: int = 0,
         time: bool,
         time_scale: float,
         rngs: nnx.Rngs,
@@ -58,18 +60,18 @@ class NoiseConditioner(nnx.Module):
         size = design.cond_multiple * width if design.labels == "output" else features
         self.labels = nnx.Param(normal(rngs.params(), (num_classes, size), jnp.float32)) if num_classes else None
         self.label_bias = nnx.Param(jnp.zeros((size,), jnp.float32)) if num_classes and at_input else None
+        self.vector = Linear(vector, design.cond_multiple * width, bias=False, rngs=rngs) if vector else None
 
     def __call__(
         self, batch: int, t: Array | None, cond: Any, sites: int | None = None
     ) -> Float[Array, "batch *sites width"]:
-        """The vector of each example. `t` is `()` or `(batch,)`.
+        """The vector of each example. `t` is `()` or `(batch,)`; `cond` int `(batch,)`, None (null), or `Given`'s dict.
 
         sites: where given, `t` may also be `(batch, sites)`, and there is then a vector for each site.
         """
-        z = None
-        if self.latent is not None and isinstance(cond, Mapping):
-            z, cond = self._latent(cond, batch)
-        labels = check_labels(cond, self.num_classes, batch)
+        given = Given.of(cond)
+        given.check_taken(*("z",) * (self.latent is not None), *("vector",) * (self.vector is not None))
+        z, labels = self._latent(given.z, batch), check_labels(given.cond, self.num_classes, batch)
         h = self.constant[...][None] if not self.time else self._waves(check_time(t, batch, sites))
         vectors = jnp.zeros(())
         if self.labels is not None:
@@ -84,6 +86,9 @@ class NoiseConditioner(nnx.Module):
             vectors = jnp.broadcast_to(vectors[over_sites], h.shape)
             h, vectors, over_sites = jnp.concatenate([h, vectors], axis=-1), jnp.zeros(()), ()
         c = self.time_out(jax.nn.silu(self.time_in(h))) + vectors[over_sites]
+        if self.vector is not None:
+            told = self.vector(check_vector(given.vector, batch, self.vector.kernel.shape[0]))
+            c = c + (told[:, None] if c.ndim == 3 else told)
         return jax.nn.silu(c) if self.design.cond_silu else c
 
     def _waves(self, t: Float[Array, "*batch"]) -> Float[Array, "*batch features"]:
@@ -97,10 +102,8 @@ class NoiseConditioner(nnx.Module):
         pair = (jnp.cos(angles), jnp.sin(angles))
         return jnp.concatenate(pair if self.design.time == "cos_sin" else pair[::-1], axis=-1)
 
-    def _latent(self, cond: Mapping[str, Any], batch: int) -> tuple[Array | None, Any]:
-        size = self.latent.kernel.shape[0]
-        if set(cond) != {"z", "cond"} or (cond["z"] is not None and cond["z"].shape != (batch, size)):
-            raise ValueError(
-                f'the network knows a latent: expected cond={{"z": ({batch}, {size}) or None, "cond": labels or None}}'
-            )
-        return cond["z"], cond["cond"]
+    def _latent(self, z: Array | None, batch: int) -> Array | None:
+        if z is not None and z.shape != (batch, self.latent.kernel.shape[0]):
+            expected = f'cond={{"z": ({batch}, {self.latent.kernel.shape[0]}) or None, "cond": labels or None}}'
+            raise ValueError(f"the network knows a latent: expected {expected}, got a z of shape {z.shape}")
+        return z

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 from ddjax.denoisers.layers.basic import DType, Linear, modulate, zeros
 from ddjax.denoisers.layers.blocks import Block, Stack
 from ddjax.denoisers.layers.convolution import Image, unwindowed, windows
+from ddjax.denoisers.layers.cross import Context
 from ddjax.denoisers.layers.embed import sincos
 from ddjax.placement import constrain
 from ddjax.taps import Below
@@ -30,6 +31,7 @@ class PatchTransformer(nnx.Module):
         cond_width: of the conditioning vector, which passes through silu here.
         patch: side of a patch in pixels.
         dropout, dtype, attention: see `DiT`.
+        context_width: of the entries of a sequence that is a condition; see `layers.Block`.
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -50,6 +52,7 @@ class PatchTransformer(nnx.Module):
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
+        context_width: int = 0,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
@@ -63,7 +66,7 @@ class PatchTransformer(nnx.Module):
         self.position = nnx.Param(jnp.asarray(sincos([side // patch for side in grid], width)))
         block = partial(
             Block, width, heads, mlp="gelu", mlp_width=4 * width, cond_width=cond_width, qkv_bias=True, out_bias=False,
-            dropout=dropout, dtype=dtype, attention=attention,
+            dropout=dropout, dtype=dtype, attention=attention, context_width=context_width,
         )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
         self.modulation = Linear(cond_width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
@@ -76,6 +79,7 @@ class PatchTransformer(nnx.Module):
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
+        context: Context | None = None,
     ) -> Image:
         """Of the image. `keys` turn dropout on; `name` is the tap of the result; those of its blocks are "block/i"."""
         batch, _, _, features = x.shape
@@ -83,6 +87,6 @@ class PatchTransformer(nnx.Module):
         patches = windows(x, self.patch).reshape(batch, -1, self.embed.kernel.shape[0])
         h = self.embed(patches) + self.position[...].astype(x.dtype)
         shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
-        y = self.out(modulate(self.stack(h, c, keys), shift, scale))
+        y = self.out(modulate(self.stack(h, c, keys, context=context), shift, scale))
         y = unwindowed(y.reshape(-1, self.patch[0] * self.patch[1], features), x.shape, self.patch)
         return Below(name)("", constrain(y, "batch", None, None, None))
