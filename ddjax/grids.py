@@ -222,16 +222,8 @@ def of_table(
     be the same.
     """
     _check(steps)
-    among = steps + (not denoise)  # entries with both ends
-    if spacing == "leading":
-        asked = np.arange(among - 1, -1, -1) * (entries // among) + offset
-    elif spacing == "trailing":
-        asked = np.round(np.arange(entries, 0, -entries / steps))[:steps] - 1
-    elif spacing == "linspace":
-        asked = np.round(np.linspace(0, entries - 1, among))[::-1]
-    else:
-        raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
-    asked = asked[:steps]
+    among = steps if denoise or spacing == "trailing" else steps + 1  # entries with both ends
+    asked = spaced_entries(among, spacing=spacing, entries=entries, offset=offset)[:steps]
     picked = asked if denoise else np.append(asked, 0)
     if picked[0] > entries - 1 or not (np.diff(picked) < 0).all():
         raise ValueError(
@@ -240,6 +232,17 @@ def of_table(
         )
     times = np.maximum(asked / (entries - 1), schedules.ToData.least)
     return jnp.asarray(np.append(times, 0.0), float)
+
+
+def spaced_entries(count: int, *, spacing: str, entries: int, offset: int = 0) -> np.ndarray:
+    """`count` of the numbers from `entries` - 1 down to 0, as `of_table` spaces them."""
+    if spacing == "leading":
+        return np.arange(count - 1, -1, -1) * (entries // count) + offset
+    if spacing == "trailing":
+        return np.round(np.arange(entries, 0, -entries / count))[:count] - 1
+    if spacing == "linspace":
+        return np.round(np.linspace(0, entries - 1, count))[::-1]
+    raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
 
 
 def beta(steps: int, *, a: float = 0.6, b: float = 0.6, start: float = 1.0, end: float = 0.0) -> Grid:

@@ -165,14 +165,16 @@ def betas(s: Mapping[str, Any]) -> np.ndarray:
 
 
 def spaced_steps(steps: int, *, chain: int, spacing: str, offset: int = 0) -> np.ndarray:
-    """`steps` entries of a chain (`grids.of_table`). What follows the last is the data: `Published.sample` steps there.
+    """`steps` entries of a chain, as `grids.of_table` has them. What follows is the data: `Published.sample` ends so.
 
     Raises ValueError where there are not so many.
     """
     if not 2 <= steps <= chain:
         raise ValueError(f"steps={steps}: expected 2 to {chain}, the steps of the chain")
-    times = grids.of_table(steps, spacing=spacing, entries=chain, offset=offset, denoise=True)
-    return np.asarray(times[:-1], np.float32)
+    numbers = grids.spaced_entries(steps, spacing=spacing, entries=chain, offset=offset)
+    if numbers[0] > chain - 1:
+        raise ValueError(f"steps={steps} of {chain} with steps_offset={offset} begin at {numbers[0]}: expected fewer")
+    return (numbers / (chain - 1)).astype(np.float32)
 
 
 def flow_steps(steps: int, *, chain: int, shift: float) -> np.ndarray:

@@ -76,7 +76,7 @@ def test_steps_of_a_chain():
     for wrong in (1, 11):
         with pytest.raises(ValueError, match="expected 2 to 10"):
             steps(wrong, "trailing", chain=10)
-    with pytest.raises(ValueError, match="offset 1: each entry from 9 to 0"):
+    with pytest.raises(ValueError, match="steps_offset=1 begin at 10"):
         steps(10, "leading", chain=10, offset=1)
     np.testing.assert_allclose(scheduler.flow_steps(2, chain=4, shift=1.0), [1.0, 0.25, 0.0])
     # 1/4 is moved to 3/6, and once more to (3/2)/2.
