@@ -230,7 +230,7 @@ def test_both_ends_other_processes_and_times_of_examples():
 def test_errors():
     process = Gaussian(CondOT())
     for message, make in {
-        "which Interpolant does not have": lambda: Nested(Ancestral(Interpolant())),
+        "x1 of this interpolant comes with the data": lambda: Nested(Ancestral(Interpolant())),
         "which PFGM does not have": lambda: Nested(DDIM(ddjax.processes.PFGM(EDM()))),
         "at least one step, got 0": lambda: Nested(DDIM(process), 0),
         r"at least one step, got \(\)": lambda: Nested(DDIM(process), ()),
