@@ -206,7 +206,7 @@ def test_one_path_for_all_grids(x64, name):
         (name, 1.0)
         for name in (
             *("sde_1", "sde_2m", "sde_2m_exact", "sde_3m", "sa_1", "sa_2", "sa_3"),
-            *("euler_ancestral", "2s_ancestral", "euler_maruyama"),
+            *("euler_ancestral", "euler_maruyama"),
         )
     ],
 )
