@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beside_torch import close, drawn
 
 torch = pytest.importorskip("torch", reason="install ddjax[parity] to compare with torch")
 
@@ -40,19 +41,6 @@ def loaded(module, path, *family, prefix="", **settings):
     tensors = {prefix + k: v.clone().contiguous() for k, v in module.state_dict().items()}
     save_file(tensors, path / "m.safetensors")
     return interop.load(path / "m.safetensors", *family, **settings)
-
-
-def drawn(*shape, seed=0):
-    """Normals, ours and theirs (channels before rows)."""
-    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return x, torch.from_numpy(np.moveaxis(x, -1, -3).copy())
-
-
-def close(ours, wanted, rtol=2e-4):
-    wanted = wanted.detach().permute(0, 2, 3, 1).numpy()
-    assert np.isfinite(wanted).all()
-    assert wanted.std() > 0.05
-    np.testing.assert_allclose(np.asarray(ours), wanted, rtol=0, atol=rtol * np.abs(wanted).max())
 
 
 def labels():

@@ -1,10 +1,13 @@
 """A diffusers pipeline by one call: what its own scheduler says, against the scheduler itself; what is refused."""
 
+import functools
 import json
 
+import beside_torch
 import jax
 import numpy as np
 import pytest
+from beside_torch import drawn
 from safetensors.numpy import load_file, save_file
 
 from ddjax import interop, solvers
@@ -14,6 +17,8 @@ from ddjax.processes import Gaussian
 SIDE, B, CLASSES = 8, 2, 5
 CHAIN = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+close = functools.partial(beside_torch.close, rtol=3e-4)
 
 
 def said(found=None, **given):
@@ -152,20 +157,6 @@ def unet(**options):
             **options,
         )
     )  # fmt: skip
-
-
-def drawn(*shape, seed=0):
-    import torch
-
-    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return x, torch.from_numpy(np.moveaxis(x, -1, -3).copy())
-
-
-def close(ours, wanted, rtol=3e-4):
-    wanted = wanted.detach().permute(0, 2, 3, 1).numpy()
-    assert np.isfinite(wanted).all()
-    assert wanted.std() > 0.05
-    np.testing.assert_allclose(np.asarray(ours), wanted, rtol=0, atol=rtol * np.abs(wanted).max())
 
 
 def looped(sampler, module, y, steps, **more):
