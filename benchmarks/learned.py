@@ -4,7 +4,7 @@
     python benchmarks/learned.py mnist --run RUN --out learned.json --seeds 1 --num 64 --batch 16 --iterations 150
     python benchmarks/learned.py mnist --run RUN --loss kernel --out kernel.json --seeds 0 --num 512 --seen 2048
     python benchmarks/learned.py mnist --run RUN --loss labels --out labels.json --seeds 0 --num 512
-    python benchmarks/learned.py mnist --run RUN --guidance 1.5 --loss both --out both.json --seeds 0 --num 512 --seen 2048
+    python benchmarks/learned.py mnist --run RUN --loss both --guidance 1.5 --out both.json --num 256 --seen 1024
     python benchmarks/learned.py table --out learned.json
 
 For each seed three sets of noises: one is searched on; on the second, all is chosen (the best solver and its best grid
