@@ -27,14 +27,21 @@ def _check_schedule(schedule: object, kind: type, name: str) -> None:
         raise ValueError(f"{name} is a grid of noise levels: it is for a {kind.__name__} schedule, got {schedule!r}")
 
 
+def _as_array(times: Any) -> Array:
+    """As it is where it is one: asking again takes longer than all of the checks."""
+    if isinstance(times, jax.Array):
+        return times
+    return jnp.asarray(times, None if hasattr(times, "dtype") else float)
+
+
 def check_grid(times: Grid | Sequence[float]) -> Grid:
     """The grid as an array. Raises ValueError unless it is at least two times in [0, 1] that decrease."""
-    times = jnp.asarray(times, None if hasattr(times, "dtype") else float)
+    times = _as_array(times)
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times must be a grid of at least two decreasing times, got shape {times.shape}")
     if not isinstance(times, jax.core.Tracer):
         values = np.asarray(times)
-        if not ((np.diff(values) < 0).all() and values[0] <= 1 and values[-1] >= 0):
+        if not ((values[1:] < values[:-1]).all() and values[0] <= 1 and values[-1] >= 0):
             raise ValueError(f"times must decrease from at most 1 to at least 0 (1 is noise, 0 data), got {values}")
     return times
 
@@ -46,7 +53,7 @@ def check_grids(times: Any, batch: int) -> Array:
     """
     if np.ndim(times) != 2:
         return check_grid(times)
-    times = jnp.asarray(times, None if hasattr(times, "dtype") else float)
+    times = _as_array(times)
     if times.shape[0] != batch or times.shape[1] < 2:
         raise ValueError(
             f"times of shape {times.shape} are no grids for {batch} examples: give (steps + 1,) or ({batch}, steps + 1)"
