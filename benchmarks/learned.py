@@ -14,16 +14,16 @@ and third sets larger: kernel distances of 512 pictures are right to 0.0015 in p
 
     hand-made       the best of all solvers, each on its best grid
     fixed grid      the best solver of one evaluation a step, on its best grid
-    learned grid    the same solver: `search.Grid` from there
-    learned         `search.General` from there, or from the learned grid
+    learned grid    the same solver: `search.Grid` from there (by another loss than `fine`, with `--grid-rates`)
+    learned         `search.General` from there; by `fine` from the learned grid too
 
 What "best" means is `--loss`, for hand-made ones as for what is learned:
 
     fine     the distance to a fine solution from the same noise
     kernel   the kernel distances of samples to training pictures, in pixels and in the features of a small network that
-             reads digits; nothing but `search.General` is searched then, from the fixed grid
-    labels   the cross-entropy of the labels that this network reads; the same
-    both     the sum of these, a nat counted as 0.1; the same
+             reads digits
+    labels   the cross-entropy of the labels that this network reads
+    both     the sum of these, a nat counted as 0.1
 
 What is reported was seen by none: the kernel distances to all test pictures, in pixels and in the features of another
 network, of other training pictures; and labels by a support vector classifier.
@@ -273,11 +273,12 @@ def compare(case: Case, steps: int, names: Any, **options: Any) -> dict[str, Any
     if case.judged.label:
         rows["fine"]["label"] = case.judged.label(case.reported.target)
     starts = {"fixed": times}
-    if case.by is search.to_fine:
+    if case.rates[0]:
         _, grid, rate = case.learn(search.Grid(solver, times), case.rates[0], **options)
         rows["learned grid"] = {"what": f"rate {rate}, iteration {grid.iteration}"}
         rows["learned grid"] |= case.report(grid.solver, grid.times)
-        starts["learned"] = grid.times
+        if case.by is search.to_fine:
+            starts["learned"] = grid.times
     found = {
         name: case.learn(search.General(written_out(solver, t)), case.rates[1], **options) for name, t in starts.items()
     }
@@ -332,6 +333,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--every", type=int, default=25, help="iterations between looks at the second set")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates of the sampler's search")
+    parser.add_argument("--grid-rates", type=float, nargs="*", help="of the grid's; none: no grid is searched")
     parser.add_argument("--fine", type=int, default=1000, help="steps of the fine solution")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="fine", help="what all is learned and chosen by")
     parser.add_argument("--only", nargs="+", metavar="SOLVER", default=list(nfe.DETERMINISTIC), help="hand-made ones")
@@ -350,7 +352,9 @@ def main() -> None:
         fixed, rates = fixed_grids(problem.process.schedule, start, 0.02, 20.0), ((0.1,), (0.02,))
     if arguments.loss != "fine":
         shown()  # now: a search is traced
-    rates = (rates[0], arguments.rates or rates[1])
+    if arguments.loss != "fine":
+        rates = (), rates[1]
+    rates = (rates[0] if arguments.grid_rates is None else arguments.grid_rates, arguments.rates or rates[1])
     for seed in arguments.seeds:
         case = Case(problem, seen, fixed, start, seed, arguments.fine, rates, LOSSES[arguments.loss])
         for steps in arguments.steps:
