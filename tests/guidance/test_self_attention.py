@@ -154,8 +154,11 @@ CASES = {
 }
 
 
+QUICK = ("noise", "v")
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_it_is_its_definition(name):
     case, x = CASES[name], RNG.normal(size=(2, 8, 6, 3))
     denoise = network(case.process, case.kind, side=2)
@@ -167,6 +170,7 @@ def test_it_is_its_definition(name):
         np.testing.assert_allclose(out.value, by_definition(case, x, None, 2, **options), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("shape", "side"), [((12, 3), 3), ((4, 6, 3), 1), ((4, 2, 6, 3), 2)])
 def test_sites_are_those_of_the_states_grid_or_squares_of_them(shape, side):
@@ -175,6 +179,7 @@ def test_sites_are_those_of_the_states_grid_or_squares_of_them(shape, side):
     np.testing.assert_allclose(guided(x, T).value, by_definition(case, x, None, side, 2.5), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_with_classifier_free_guidance():
     case, denoise, x = CASES["v"], network(VP, "v", 2), RNG.normal(size=(2, 8, 6, 3))
@@ -226,6 +231,7 @@ def test_a_learned_variance_is_the_plain_one():
     np.testing.assert_allclose(out, np.concatenate([expected, np.sin(x)], -1), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_states_with_auxiliary_variables():
     """The blur of x0 moves the variables beside it too, by the process's mean; what is predicted does not matter."""
@@ -270,7 +276,7 @@ def test_it_guides_a_sampler():
         np.testing.assert_array_equal(guided.nfe, 2 * plain.nfe)
         assert np.abs(guided.x0 - plain.x0).max() > 1e-2
         drawn[kind] = guided.x0
-    # Where the data end no noise is known from x0, and no x0 from noise: the first step is made without.
+    # At t = 1 nothing of x0 is known from noise, and of the others all: there alone they differ.
     assert np.isfinite(drawn["noise"]).all()
     np.testing.assert_allclose(drawn["x0"], drawn["velocity"], atol=1e-4)
 
