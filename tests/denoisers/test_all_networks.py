@@ -343,7 +343,7 @@ def test_queries_keys_and_values_are_made_by_weights_of_their_own(name, jit):
         at = heard[0].removesuffix(f"/{part}")
         assert {f"{at}/{p}" for p in parts} & {*heard} == {f"{at}/{part}"}, (part, heard[:3])
         made.add(heard[0])
-    assert made == {f"{at}/{part}" for at in attending(shapes) for part in parts}
+    assert made == {at for at in shapes if at.split("/")[-1] in parts}
 
 
 @every
