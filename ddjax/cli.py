@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ config can be overridden: --config.train.mesh="{'fsdp': -1, 'tensor': 8}". docs/
 CONVERT = """\
 Example: ddjax convert DiT-XL-2-256.safetensors --family dit --out dit.safetensors
 Then in Python: ddjax.interop.load("dit.safetensors").sample(key, 4, cond=labels). A file of ours is turned into its
-authors' again. Families: dit, sit, diffusers_dit, uvit, adm, edm_song,
-edm_adm, edm2, diffusers_unet, mdlm, sedd, udlm, duo, radd, llada."""
+authors' again."""
 
 
 LAUNCH = """\
@@ -99,9 +99,19 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose epilog may be a function, called where help is asked for: what it imports takes seconds."""
+
+    def format_help(self) -> str:
+        """The help."""
+        if callable(self.epilog):
+            self.epilog = self.epilog()
+        return super().format_help()
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser with all sub-commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="ddjax",
         description="Denoising diffusion on any state space, in JAX.",
         epilog="Start with: ddjax train --config configs/digits_masked.py --workdir runs/digits",
@@ -355,7 +365,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def _command(
+    known: Any, name: str, run: Any, words: str, epilog: str | Callable[[], str] | None = None
+) -> argparse.ArgumentParser:
     command = known.add_parser(
         name,
         help=words,
@@ -370,7 +382,7 @@ def _command(known: Any, name: str, run: Any, words: str, epilog: str | None = N
 
 def _add_convert(known: Any) -> None:
     convert = _command(
-        known, "convert", commands.convert, "turn published PyTorch weights into ours, or back", epilog=CONVERT
+        known, "convert", commands.convert, "turn published PyTorch weights into ours, or back", epilog=_converted
     )
     convert.add_argument("input", type=Path, help="their .safetensors file, folder or pipeline, or a file of ours")
     convert.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
@@ -385,6 +397,12 @@ def _add_convert(known: Any) -> None:
     convert.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="back: of their tensors (default: float32)"
     )
+
+
+def _converted() -> str:
+    from ddjax import interop
+
+    return f"{CONVERT}\n" + textwrap.fill(f"Families: {', '.join(interop.FAMILIES)}.", 100)
 
 
 def _add_data(known: Any) -> None:

@@ -257,7 +257,7 @@ def points(name, apply, params, on_demand):
 def test_taps_overridden_by_what_they_hold_change_no_bit(name, on_demand):
     params, apply = unscanned(name)
     seen, maps = points(name, apply, params, on_demand)
-    attends = {at.removesuffix("/values") for at in seen if at.endswith("/values")}
+    attends = attending(seen)
     assert {at.removesuffix("/attention/weights") for at in maps} == (set() if name in NO_MAPS else attends)
     assert all(f"{at}/{part}" in seen for at in attends for part in ("queries", "keys"))
 
@@ -292,6 +292,58 @@ def test_what_is_at_a_tap_is_what_the_network_goes_on_with(name, on_demand):
     for at, slope in slopes.items():
         assert np.isfinite(slope).all(), at
         assert np.abs(slope).max() > 0, at
+
+
+def turned(params, shapes):
+    """Which of queries, keys and values each kernel makes, and the parameters with that part of it negated.
+
+    Columns are ordered (head of keys, its queries and then its key and value, feature).
+    """
+    heads = {(shapes[f"{at}/queries"].shape, shapes[f"{at}/keys"].shape) for at in attending(shapes)}
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    for i, (path, x) in enumerate(leaves):
+        *names, leaf = (key.key for key in path)
+        if leaf != "kernel" or not {"qkv", "key_value", "query", "q", "k", "v"} & {*names[-2:]}:
+            continue
+        order = [{"q": "queries", "query": "queries", "k": "keys", "v": "values"}.get(names[-1])]
+        size = x.shape[-1]
+        if order == [None]:
+            whole = "qkv" in names
+            fits = {(q[-1], q[-2] // k[-2]) for q, k in heads if size == (whole * q[-2] + 2 * k[-2]) * q[-1]}
+            ((size, queries),) = fits or {(q[-1], 1) for q, _ in heads}  # of several scales: more heads than columns
+            order = [*["queries"] * queries * whole, "keys", "values"]
+        columns = np.repeat(np.tile(order, x.shape[-1] // size // len(order)), size)
+        for part in dict.fromkeys(order):
+            other = x * np.where(columns == part, -1, 1).astype(np.float32)
+            yield part, tree.unflatten(other if j == i else y for j, (_, y) in enumerate(leaves))
+
+
+def attending(seen):
+    """Where there is attention."""
+    return {at.removesuffix("/values") for at in seen if at.endswith("/values")}
+
+
+@every
+def test_queries_keys_and_values_are_made_by_weights_of_their_own(name, jit):
+    """A kernel with the other sign is first heard at the tap of that name, and at the other two not at all."""
+    params, apply = unscanned(name)
+    order = []
+
+    def run(params):
+        with taps.record() as seen:
+            apply(params, *inputs(name))
+        order[:] = seen  # as they come
+        return seen
+
+    shapes, run = jax.eval_shape(run, params), jit(run)
+    parts, made = ("queries", "keys", "values"), set()
+    for part, changed in turned(params, shapes):
+        plain, other = run(params), run(changed)
+        heard = [at for at in order if not np.array_equal(plain[at], other[at])]
+        at = heard[0].removesuffix(f"/{part}")
+        assert {f"{at}/{p}" for p in parts} & {*heard} == {f"{at}/{part}"}, (part, heard[:3])
+        made.add(heard[0])
+    assert made == {at for at in shapes if at.split("/")[-1] in parts}
 
 
 @every

@@ -12,6 +12,7 @@ from ddjax.denoisers import (
     GraphTransformer,
     InfDiT,
     NeuralProcess,
+    TextTransformer,
     UNet,
     UNetDesign,
     UNetEncoder,
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.slow
 RNG = np.random.default_rng(1)
 PARTS = ("queries", "keys", "values", "attention/weights")
 LEVELS = {"shape": (4, 4, 2), "width": 8, "multipliers": (1, 2), "blocks": 1, "attend_at": (2,)}
-GROUPS = UNetDesign(groups=4)
+STAGES = {"shape": (4, 4, 2), "width": 8, "stages": (1, 1, "aa", 1, 1), "head_width": 8}
+GROUPS, SYMBOLS = UNetDesign(groups=4), {"symbols_in": 4, "symbols_out": 3}
 IMAGE = {"xt": RNG.normal(size=(2, 4, 4, 2)).astype(np.float32)}
 WORDS = {
     "sequence": RNG.normal(size=(2, 3, 6)).astype(np.float32),
@@ -98,12 +100,25 @@ BRANCHES = {
         ("encoder/2", "middle/0", "decoder/1"), lambda p, y: magnitude(p["attention"]["out"], y), "attention",
     ),
     "dico": (
-        lambda rngs: DiCo(shape=(4, 4, 2), width=8, stages=(1, 1, "aa", 1, 1), head_width=8, rngs=rngs), IMAGE,
+        lambda rngs: DiCo(**STAGES, rngs=rngs), IMAGE,
         ("block/2",), lambda p, y: linear(p["attention"]["out"], y), "mix",
     ),
     "words": (
         lambda rngs: DiT(shape=(4, 4, 2), patch=2, width=8, depth=2, heads=2, context_width=6, rngs=rngs),
         {**IMAGE, "cond": WORDS}, ("block/1/cross",), lambda p, y: linear(p["out"], y), "",
+    ),
+    "words-unet": (
+        lambda rngs: UNet(**LEVELS, heads=2, design=GROUPS, context_width=6, rngs=rngs), {**IMAGE, "cond": WORDS},
+        ("encoder/2/cross", "middle/0/cross", "decoder/1/cross"), lambda p, y: linear(p["out"], y), "",
+    ),
+    "words-dico": (
+        lambda rngs: DiCo(**STAGES, context_width=6, rngs=rngs),
+        {**IMAGE, "cond": WORDS}, ("block/2/cross",), lambda p, y: linear(p["out"], y), "",
+    ),
+    "words-text": (
+        lambda rngs: TextTransformer(length=5, **SYMBOLS, width=8, depth=2, heads=2, context_width=6, rngs=rngs),
+        {"xt": RNG.integers(0, 4, (2, 5), np.int32), "cond": WORDS},
+        ("block/1/cross",), lambda p, y: linear(p["out"], y), "",
     ),
     "inf-dit-nearby": (
         lambda rngs: InfDiT(shape=(12, 8, 3), **UPSAMPLER, rngs=rngs), LOW,
@@ -137,7 +152,7 @@ def test_the_map_is_the_softmax_and_with_the_values_the_branch(name, recorded):
     names = [*ends, *(f"{prefix}/{part}" for prefix in prefixes for part in PARTS)]
     params, seen, _ = recorded(make, names, **inputs)
     for prefix, end in zip(prefixes, ends, strict=True):
-        y = attended(seen, prefix, inputs["cond"]["valid"] if name == "words" else None)
+        y = attended(seen, prefix, inputs["cond"]["valid"] if name.startswith("words") else None)
         close(seen[end], last(part_of(params, prefix), y))
 
 

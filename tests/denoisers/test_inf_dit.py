@@ -135,11 +135,11 @@ def nearby(p, embed, h, low, block, low_patch, side, heads):
                     entries.append(linear(embed, piece.reshape(batch, -1)))
                 else:
                     entries.append(np.zeros_like(x))
-        kv = linear(p["key_value"], np.stack(entries, 1)).reshape(batch, len(entries), 2, heads, -1)
+        kv = linear(p["key_value"], np.stack(entries, 1)).reshape(batch, len(entries), heads, 2, -1)
         q = norm(linear(p["query"], norm(x)).reshape(batch, heads, -1), p["query_norm"])
         q = q + np.asarray(p["query_position"])[(i % block) * block + j % block]
-        k = norm(kv[:, :, 0], p["key_norm"]) + np.asarray(p["key_position"])
-        y = np.array([[attended(q[b, m], k[b, :, m], kv[b, :, 1, m]) for m in range(heads)] for b in range(batch)])
+        k = norm(kv[..., 0, :], p["key_norm"]) + np.asarray(p["key_position"])
+        y = np.array([[attended(q[b, m], k[b, :, m], kv[b, :, m, 1]) for m in range(heads)] for b in range(batch)])
         new[i, j] = x + linear(p["out"], y.reshape(batch, -1))
     return new
 

@@ -1,4 +1,4 @@
-"""Perturbed-attention guidance against its definition, with attention computed by hand."""
+"""Guidance by the attention of ddjax's own networks, against its definition, with attention computed by hand."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 import ddjax
 from ddjax import grids, guidance, solvers, taps
@@ -75,6 +76,28 @@ def test_it_is_its_definition(name):
     # The paper's: the prediction and s times its distance from the disturbed one.
     expected = strong + (scale - 1) * (strong - weak)
     np.testing.assert_allclose(out.value, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_self_attention_blurs_where_a_network_looks(name):
+    """As tests/guidance/test_self_attention.py has it for any network, whose map is told there."""
+    denoise, _ = made(name)
+    block, scale = NETWORKS[name][1][-1], 1.75
+    with taps.record(f"{block}/attention/weights") as seen:
+        noise = denoise(XT, T).value
+    got = np.asarray(seen[f"{block}/attention/weights"], float).mean(1).sum(1)
+    assert got.shape == (2, 4)
+    assert np.abs(got - 1).min() > 1e-3
+    mask = np.kron((got > 1).reshape(2, 2, 2, 1), np.ones((1, 2, 2, 1)))
+    alpha, sigma = (np.asarray(f(T))[:, None, None, None] for f in (PROCESS.schedule.alpha, PROCESS.schedule.sigma))
+    x0 = (XT - sigma * noise) / alpha
+    smooth = scipy.ndimage.gaussian_filter(x0, 1.0, axes=(1, 2), mode="mirror", radius=4)
+    degraded = alpha * (mask * smooth + (1 - mask) * x0) + sigma * noise
+    weak = denoise(degraded.astype(np.float32), T).value
+    assert np.abs(noise - weak).max() > 1e-2 * np.abs(noise).max()
+    expected = noise + (scale - 1) * (noise - weak)
+    out = guidance.self_attention(denoise, block, PROCESS, scale=scale)(XT, T).value
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.slow

@@ -301,6 +301,18 @@ def test_convert_says_what_is_wrong(capsys, tmp_path, monkeypatch):
     assert "says itself what it is" in run(capsys, out_path, "--out", tmp_path / "y.safetensors", "--family", "radd")[2]
 
 
+def test_convert_names_every_family(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddjax.cli._prepare_jax", lambda: None)
+    monkeypatch.setitem(interop.FAMILIES, "another", interop.FAMILIES["dit"])
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    listed = capsys.readouterr().out.split("Families: ")[1]
+    assert listed.replace("\n", " ").strip() == ", ".join(interop.FAMILIES) + "."
+    source = written("radd", tmp_path / "theirs.safetensors")
+    code, _, err = run(capsys, source, "--out", tmp_path / "x.safetensors", "--family", "resnet")
+    assert (code, err.split("expected one of ")[1].strip()) == (1, ", ".join(map(repr, interop.FAMILIES)))
+
+
 def test_ours_must_hold_what_its_header_says(tmp_path):
     model = loaded("radd", tmp_path / "m.safetensors")
     del model.params["final"]["out"]["bias"]

@@ -116,7 +116,7 @@ class NearbyAttention(nnx.Module):
     """Attention of each block's patches to those of a low-resolution image in its own place and the eight around it.
 
     (Inf-DiT, section 3.3.) Both have learned positions, within the block and within the nine. Beyond the image they
-    attend to zeros. The output layer starts at zero.
+    attend to zeros. The output layer starts at zero. The columns of `key_value` are ordered (head, key/value, feature).
 
     entries: of the low-resolution image, that a block attends to.
     """
@@ -150,10 +150,10 @@ class NearbyAttention(nnx.Module):
         """What the patches of each block see. named: taps, see `CrossAttention`, of blocks in the place of examples."""
         blocks, patches, width = x.shape
         q = self.query(x).reshape(blocks, patches, self.heads, -1)
-        kv = self.key_value(low).reshape(blocks, low.shape[1], 2, self.heads, -1)
+        kv = self.key_value(low).reshape(blocks, low.shape[1], self.heads, 2, -1)
         q = (self.query_norm(q) + self.query_position[...]).astype(self.dtype)
-        k = (self.key_norm(kv[:, :, 0]) + self.key_position[...]).astype(self.dtype)
-        q, k, v = named("/queries", q), named("/keys", k), named("/values", kv[:, :, 1])
+        k = (self.key_norm(kv[..., 0, :]) + self.key_position[...]).astype(self.dtype)
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", kv[..., 1, :])
         y = dot_product_attention(q, k, v, self.implementation, weights=named.asked(WEIGHTS))
         return self.out(y.reshape(blocks, patches, width))
 
