@@ -181,7 +181,7 @@ class DiCo(ImageNetwork):
         if all(BLOCKS["a"] not in kind for kind in kinds):
             self.nothing = None
         *last, middle = (f"block/{end - 1}" for end in accumulate(stack.depth for stack in self.stack))
-        points = {last[i]: (f"skip/{halvings - 1 - i}", self.widths[i]) for i in range(halvings)}
+        points = {last[i]: (f"skip/{halvings - 1 - i}", self.widths[i]) for i in reversed(range(halvings))}
         points[middle] = (middle, self.widths[halvings])
         return Side({"embed": (1, self.widths[0])}, points, convolved=True)
 
