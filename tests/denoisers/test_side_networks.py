@@ -243,8 +243,8 @@ def test_a_new_one_is_the_trunk_bit_for_bit(name):
     plain = apply(params, xt, t, cond)
     equal(controlled(side, xt, t, shown), plain)
     equal(controlled(side, xt, t, cond), plain)
-    equal(side["side"], jax.tree.map(lambda a, b: b, side["side"], _like(params, side["side"])))
-    assert set(side["side"]) < set(params) or KIND[name] is MultiResolution
+    equal(side["side"], _like(params, side["side"]))
+    assert sum(x.size for x in jax.tree.leaves(side["side"])) < sum(x.size for x in jax.tree.leaves(params))
 
 
 def _like(params, own):
@@ -296,6 +296,7 @@ def test_a_blocks_pass_with_clean_ones_is_a_loop_over_them(jit):
         close(whole[:, start : start + 2], run(side, state, None, {"image": image})[:, start : start + 2])
 
 
+@pytest.mark.slow
 def test_a_route_leads_past_both(noise):
     """In training the side's blocks see the sites that the trunk's do, and the route ends where the copy does."""
     small = {"shape": (4, 4, 1), "patch": 1, "width": 8, "depth": 3, "heads": 2}
