@@ -12,17 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from ddjax import taps
-from ddjax.denoisers.dit import DiT
 from ddjax.denoisers.functional import functional_init
-from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType, Linear, zeros
 from ddjax.denoisers.layers.convolution import Conv, Image
-from ddjax.denoisers.u_shaped import UShaped
-from ddjax.denoisers.views import View
 from ddjax.lora import beside
 from ddjax.types import Apply, Params
-
-ENDS = ("final", "gain", "uncertainty")  # of networks, behind the last block: a copy goes without
 
 
 class Controlled(nnx.Module):
@@ -32,43 +26,56 @@ class Controlled(nnx.Module):
     image, behind a layer that starts at zero, is added to what enters the copy's blocks; what the copy makes, through
     other such layers, is added in the trunk. So a new one is the trunk, bit for bit.
 
-    Of a `UShaped` network the copy is the way down and the middle; it adds to the trunk's skip connections and to what
-    leaves the middle. Of a `DiT` it is the first `blocks`; what leaves each is added to what leaves the trunk's.
+    A network says itself what its copy is and where it adds to the trunk (`sides.Side`, its `as_side`). With
+    connections from its first half to its second (`UNet`, `EDM2`, `DiffiT`, `DiCo`, `UViT`, `StateSpace`,
+    `MultiResolution`) that is ControlNet: the copy ends with the middle, and adds to the connections and to what leaves
+    the middle. Else (`DiT`, `TextTransformer`, `DiffuSSM`, `InfDiT`, `GraphTransformer`, `NeuralProcess`, `TabularMLP`,
+    `MixedTable`) it is PixArt-delta: the first `blocks`, and what each makes is added to what the trunk's makes.
 
-    `cond = {"image": ..., ...}`, the rest as for the trunk; without an image it is the trunk.
-    The trunk's blocks are reached through their taps, so that none of a DiT is rematerialised.
+    `cond = {entry: image, ...}`, the rest as for the trunk; without an image it is the trunk. "Image" stands for values
+    at the sites of the state, `(batch, *sites, channels)`, in a dict of parts where the state is one.
+    The trunk's blocks are reached through their taps, so that those of a stack are not rematerialised.
     """
 
     def __init__(
         self,
-        make: Callable[[nnx.Rngs], DiT | UShaped],
+        make: Callable[[nnx.Rngs], nnx.Module],
         *,
         blocks: int | None,
         channels: int,
-        stem: Sequence[int],
+        stem: Sequence[int] | None,
+        entry: str,
         rngs: nnx.Rngs,
     ):
-        self.trunk, self.side, self.channels = make(rngs), make(rngs), channels
-        u_shaped, dtype = isinstance(self.trunk, UShaped), self.trunk.dtype
-        if (self.trunk if u_shaped else self.trunk.stack).scan or self.trunk.image_channels:
+        self.trunk, self.side, self.channels, self.entry = make(rngs), make(rngs), channels, entry
+        if not hasattr(self.side, "as_side") or not hasattr(self.side, "body"):
             raise ValueError(
-                "a trunk must be built with scan=False (`unstack_blocks` turns its parameters), and must not be shown "
-                "an image itself"
+                f"{type(self.trunk).__name__} has no side network; those that have are UNet, EDM2, DiffiT, DiCo, UViT, "
+                "StateSpace, MultiResolution, DiT, TextTransformer, DiffuSSM, InfDiT, GraphTransformer, "
+                "NeuralProcess, TabularMLP and MixedTable"
             )
-        points = self.side.without_way_up() if u_shaped else _first(self.side, blocks)
-        if u_shaped and blocks is not None:
-            raise ValueError(f"blocks={blocks}: of a U-shaped network all on the way down are copied: leave it out")
-        for name in ENDS:
-            if hasattr(self.side, name):
-                setattr(self.side, name, None)
-        self.points, self.scale = tuple(points), 2 ** (len(stem) - 1) if u_shaped else 1
-        features = channels * self.trunk.patch ** len(self.trunk.grid)
-        self.hint = (
-            Stem(channels, stem, self.trunk.stages[0][0].features_in, dtype=dtype, rngs=rngs)
-            if u_shaped
-            else Linear(features, self.trunk.width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        if any(getattr(part, "scan", False) for _, part in nnx.iter_graph(self.trunk)):
+            raise ValueError("a trunk must be built with scan=False (`unstack_blocks` turns its parameters)")
+        if entry == "image" and getattr(self.trunk, "image_channels", 0):
+            raise ValueError(
+                'a trunk whose side is told cond["image"] must not be shown an image itself: name another entry=... '
+                "for the side's"
+            )
+        hints, points, convolved = self.side.as_side(blocks)
+        if stem is not None and not convolved:
+            raise ValueError(f"stem={tuple(stem)}: only networks of images with convolutions look at one through them")
+        stem = tuple(stem or (16,))
+        self.taps, self.points, self.scale = tuple(hints), _ends(points), 2 ** (len(stem) - 1)
+        zero = {"kernel_init": zeros, "dtype": self.trunk.dtype, "rngs": rngs}
+        self.hint = nnx.List(
+            [
+                Stem(channels, stem, features, dtype=self.trunk.dtype, rngs=rngs)
+                if convolved
+                else Linear(values * channels, features, **zero)
+                for values, features in hints.values()
+            ]
         )
-        self.out = nnx.List([Linear(w, w, kernel_init=zeros, dtype=dtype, rngs=rngs) for w in points.values()])
+        self.out = nnx.List([Linear(features, features, **zero) for _, features in points.values()])
 
     def __call__(
         self,
@@ -78,32 +85,19 @@ class Controlled(nnx.Module):
         *,
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
-    ) -> Array:
+    ) -> Any:
         """Run both. Raises ValueError for an image that does not fit, or what a trunk would not take."""
-        view = View.of(cond)
-        if any(getattr(view, name) is not None for name in View._fields[1:]):
-            raise ValueError("a controlled network runs whole: its condition says nothing of groups or of a past")
-        given = Given.of(cond)
-        image, rest = given.image, {n: v for n, v in given.without("image")._asdict().items() if v is not None}
-        rest = rest.get("cond") if rest.keys() <= {"cond"} else {"cond": None, **rest}
+        image, rest = _taken(cond, self.entry)
         if image is None:
             return self.trunk(xt, t, rest, rng=rng, train=train)
-        hint = self._hint(image, self.trunk.check(xt))
+        values = self.side.hinted(image, xt, rest, self.channels, self.scale)
+        hints = {name: _adding(layer(values[name])) for name, layer in zip(self.taps, self.hint, strict=True)}
         # Listeners outside hear the trunk.
-        with taps.unheard(), taps.override({"embed": lambda h: h + hint}), taps.record(*self.points) as seen:
-            self.side.hidden(xt, t, rest, rng=rng, train=train)
-        added = {name: out(seen[name]) for name, out in zip(self.points, self.out, strict=True)}
-        with taps.override({name: lambda h, more=more: h + more for name, more in added.items()}):
+        with taps.unheard(), taps.override(hints), taps.record(*(name for name, _ in self.points)) as seen:
+            self.side.body(xt, t, rest, rng=rng, train=train)
+        added = {to: _adding(out(seen[name])) for (name, to), out in zip(self.points, self.out, strict=True)}
+        with taps.override(added):
             return self.trunk(xt, t, rest, rng=rng, train=train)
-
-    def _hint(self, image: Array, batch: int) -> Array:
-        """What is added to what enters the copy's blocks."""
-        if not isinstance(self.hint, Stem):
-            return self.hint(self.trunk.beside(image, batch, self.channels))
-        expected = (batch, *(self.scale * side for side in self.trunk.shape[:-1]), self.channels)
-        if image.shape != expected:
-            raise ValueError(f'cond["image"] has shape {image.shape}; expected {expected}')
-        return self.hint(image)
 
 
 class Stem(nnx.Module):
@@ -128,23 +122,28 @@ class Stem(nnx.Module):
 
 
 def attach(
-    make: Callable[[nnx.Rngs], DiT | UShaped],
+    make: Callable[[nnx.Rngs], nnx.Module],
     params: Params,
     *,
     blocks: int | None = None,
     channels: int,
-    stem: Sequence[int] = (16,),
+    stem: Sequence[int] | None = None,
+    entry: str = "image",
     key: Key[Array, ""],
 ) -> tuple[Apply, Params]:
     """A trained network with a new side network: `(apply, side)`, `apply(side, xt, t, cond)`, the trunk held as it is.
 
-    make, params: how the trunk was built (`functional_init`), a `DiT`, `UNet`, `EDM2` or `DiffiT`, and what it has
-        learned.
-    blocks: of the side network of a DiT, a copy of the trunk's first. channels: of the image.
-    stem: of a U-shaped network, `Stem`'s widths: the image is as large as the state, and twice so for each width more.
-    Raises ValueError for a trunk that is scanned or shown images itself, or blocks that it has not.
+    make, params: how the trunk was built (`functional_init`), a network of those that `Controlled` names, and what it
+        has learned.
+    blocks: of a network without connections between its halves, how many of its first the side copies (of a
+        `GraphTransformer` not the last). channels: of the image.
+    stem: of a network of convolutions, `Stem`'s widths, default (16,): the image is as large as the state, and twice so
+        for each width more.
+    entry: of the condition, the image; another than "image" where the trunk is shown one itself (`InfDiT` always is).
+    Raises ValueError for a trunk that has no side or is scanned, an entry that it takes itself, or blocks that it has
+    not.
     """
-    options = {"blocks": blocks, "channels": channels, "stem": tuple(stem)}
+    options = {"blocks": blocks, "channels": channels, "stem": stem and tuple(stem), "entry": entry}
     init, apply = functional_init(lambda rngs: Controlled(make, **options, rngs=rngs))
     copied = _like(jax.eval_shape(init, key)["side"], params)
     # In one program nothing is made of what is not asked for.
@@ -152,13 +151,28 @@ def attach(
     return beside(apply, params, _with_trunk), {"side": copied, **new}
 
 
-def _first(side: DiT, blocks: int | None) -> dict[str, int]:
-    """Leave all blocks but the first out. The taps of these, and the features of each."""
-    if blocks is None or not 1 <= blocks <= side.stack.depth:
-        raise ValueError(f"blocks={blocks}: expected from 1 to the trunk's {side.stack.depth}")
-    side.stack.blocks = nnx.List(list(side.stack.blocks)[:blocks])
-    side.stack.depth = blocks
-    return {f"block/{i}": side.width for i in range(blocks)}
+def _ends(points: Mapping[str, tuple[str, int]]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, to) for name, (to, _) in points.items())
+
+
+def _adding(more: Array) -> Callable[[Array], Array]:
+    """Adds to the last of the sites: tokens of what a network is told stand before those of the state."""
+
+    def add(h: Array) -> Array:
+        before = h.shape[1] - more.shape[1]
+        return h + (jnp.pad(more, [(0, 0), (before, 0), *[(0, 0)] * (h.ndim - 2)]) if before else more)
+
+    return add
+
+
+def _taken(cond: Any, name: str) -> tuple[Any, Any]:
+    """An entry of a condition, in which others may stand in "cond", and the rest."""
+    if not isinstance(cond, Mapping):
+        return None, cond
+    found, rest = cond.get(name), {key: value for key, value in cond.items() if key != name}
+    if found is None and "cond" in rest:
+        found, rest["cond"] = _taken(rest["cond"], name)
+    return found, rest.get("cond") if rest.keys() <= {"cond"} else rest
 
 
 def _like(new: Params, params: Params) -> Params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from ddjax.denoisers.layers.convolution import Conv, Image
 from ddjax.denoisers.layers.embed import Conditioner
 from ddjax.denoisers.layers.generated import GeneratedLinear, Generator, surroundings
 from ddjax.denoisers.layers.long_skips import run_blocks
+from ddjax.denoisers.sides import Side, check_whole
+from ddjax.denoisers.states import check_values
 from ddjax.taps import tap
 from ddjax.types import SoftTokens
 
@@ -111,7 +114,7 @@ class DiCo(ImageNetwork):
         self.dropout = dropout
         self.levels = (*range(halvings + 1), *(max(level, 1) for level in reversed(range(halvings))))
         grids = [tuple(side >> min(i, 2 * halvings - i) for side in shape[:2]) for i in range(len(stages))]
-        widths = [width * 2**level for level in range(halvings + 1)]
+        self.widths = widths = tuple(width * 2**level for level in range(halvings + 1))
         cast = {"dtype": dtype, "rngs": rngs}
         self.embed = (
             GeneratedLinear(9 * self.features_in, width, width, kernels=kernels, **cast)
@@ -161,6 +164,36 @@ class DiCo(ImageNetwork):
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors as those of `UViT`."""
+        h, c = self.body(xt, t, cond, rng=rng, train=train)
+        h = layer_norm(h)
+        if self.modulation is not None:
+            shift, scale = jnp.split(self.modulation(c)[:, None, None], 2, axis=-1)
+            h = h * (1 + scale) + shift
+        return self.images(self.out(tap("final", h)).reshape(len(h), -1, self.features_out))
+
+    def as_side(self, blocks: int | None) -> Side:
+        """The stages down to the middle one, added to the connections and what leaves the middle, as of a U-Net."""
+        check_whole(blocks)
+        halvings, self.modulation, self.out = len(self.down), None, None
+        self.stack, self.up, self.reduce = nnx.List(list(self.stack)[: halvings + 1]), nnx.List([]), nnx.List([])
+        kinds = [{type(block) for block in stack.blocks} for stack in self.stack]
+        self.projections = nnx.Dict({i: made for i, made in self.projections.items() if BLOCKS["e"] in kinds[int(i)]})
+        if all(BLOCKS["a"] not in kind for kind in kinds):
+            self.nothing = None
+        *last, middle = (f"block/{end - 1}" for end in accumulate(stack.depth for stack in self.stack))
+        points = {last[i]: (f"skip/{halvings - 1 - i}", self.widths[i]) for i in reversed(range(halvings))}
+        points[middle] = (middle, self.widths[halvings])
+        return Side({"embed": (1, self.widths[0])}, points, convolved=True)
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """The image, `scale` times as large as the state."""
+        check_values(image, (self.check(xt), *(scale * side for side in self.shape[:-1]), channels))
+        return {"embed": image}
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Image, Float[Array, "batch cond"]]:
+        """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         given, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
@@ -188,13 +221,9 @@ class DiCo(ImageNetwork):
             h = unshuffle(down(shown[-1]))
         h = run(halvings, h)
         for i, (up, reduce) in enumerate(zip(self.up, self.reduce, strict=True)):
-            h = jnp.concatenate([shuffle(up(h)), shown.pop()], axis=-1)
+            h = jnp.concatenate([shuffle(up(h)), tap(f"skip/{i}", shown.pop())], axis=-1)
             h = run(halvings + 1 + i, reduce(h))
-        h = layer_norm(h)
-        if self.modulation is not None:
-            shift, scale = jnp.split(self.modulation(c[1])[:, None, None], 2, axis=-1)
-            h = h * (1 + scale) + shift
-        return self.images(self.out(tap("final", h)).reshape(batch, -1, self.features_out))
+        return h, c[1]
 
 
 def unshuffle(x: Image) -> Image:

@@ -126,10 +126,10 @@ class DiffiT(UShaped):
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors as those of `UViT`."""
-        h, _ = self.hidden(xt, t, cond, rng=rng, train=train)
+        h, _ = self.body(xt, t, cond, rng=rng, train=train)
         return self.images(self.final(h).reshape(len(h), -1, self.features_out))
 
-    def hidden(
+    def body(
         self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
     ) -> tuple[Float[Array, "batch H W width"], Float[Array, "batch cond"]]:
         """What leaves the last block, and the vector of the condition. Arguments as above."""

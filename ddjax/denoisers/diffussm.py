@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from ddjax.denoisers.layers.blocks import FinalLayer, Stack
 from ddjax.denoisers.layers.diagonal_ssm import DiagonalSSM
 from ddjax.denoisers.layers.embed import Conditioner, sincos
 from ddjax.denoisers.layers.long_skips import run_blocks
+from ddjax.denoisers.sides import Side, check_blocks, in_place, keep
 from ddjax.placement import constrain
 from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
@@ -97,6 +99,25 @@ class DiffuSSM(ImageNetwork):
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors as those of `UViT`."""
+        h, c = self.body(xt, t, cond, rng=rng, train=train)
+        return self.images(self.final(h, c).reshape(len(h), -1, self.features_out))
+
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first blocks, each added to the trunk's, as of a `DiT`."""
+        keep(self.stack, check_blocks(blocks, self.stack.depth))
+        self.final, width = None, self.position.shape[-1]
+        names = [f"block/{i}" for i in range(self.stack.depth)]
+        return Side({"embed": (self.ratio * self.patch ** len(self.grid), width)}, in_place(names, width))
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What stands in the patches of each site."""
+        x = super().hinted(image, xt, cond, channels, scale)["embed"]
+        return {"embed": x.reshape(len(x), x.shape[1] // self.ratio, -1)}
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch sites width"], Float[Array, "batch width"]]:
+        """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         x, told = self.seen(xt, Given.of(cond))
@@ -105,8 +126,7 @@ class DiffuSSM(ImageNetwork):
         tap("sites", self.places() // self.ratio)
         h = self.embed(x.reshape(batch, x.shape[1] // self.ratio, -1))
         h = tap("embed", h + self.position[...].astype(h.dtype))
-        h, _ = run_blocks(self.stack, h, c, keys)
-        return self.images(self.final(h, c).reshape(batch, x.shape[1], self.features_out))
+        return run_blocks(self.stack, h, c, keys)[0], c
 
 
 class HourglassBlock(nnx.Module):

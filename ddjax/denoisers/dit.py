@@ -24,6 +24,7 @@ from ddjax.denoisers.layers.embed import Conditioner, sincos
 from ddjax.denoisers.layers.generated import GeneratedLinear, Generator
 from ddjax.denoisers.layers.merging import Sizes, check_sizes
 from ddjax.denoisers.layers.routing import Route, channel_mask, counted, each_routed, nearest_grid, reconstruction
+from ddjax.denoisers.sides import Side, check_blocks, in_place, keep
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
 from ddjax.taps import tap
@@ -252,13 +253,24 @@ class DiT(ImageNetwork):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        h, c, view = self.hidden(xt, t, cond, rng=rng, train=train)
+        h, c, view = self.body(xt, t, cond, rng=rng, train=train)
         y = self.final(h, c)
         if train and self.route_loss is not None:
             y = self._of_routes(y, xt, view, rng)
         return self.images(view.everywhere(y, math.prod(self.grid)))
 
-    def hidden(
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first blocks, each added to the trunk's (Chen et al. 2024, PixArt-delta, section 3.3)."""
+        keep(self.stack, check_blocks(blocks, self.stack.depth))
+        self.final = None
+        names = [f"block/{i}" for i in range(self.stack.depth)]
+        return Side({"embed": (self.patch ** len(self.grid), self.width)}, in_place(names, self.width))
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What stands in each patch. Raises ValueError where the condition tells of a past."""
+        return {"embed": View.of(cond).hint(super().hinted(image, xt, cond, channels, scale)["embed"])}
+
+    def body(
         self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
     ) -> tuple[Float[Array, "batch sites width"], Float[Array, "batch cond"], View]:
         """What leaves the last block, with the vector of the condition and how it was run. Arguments as above."""
@@ -292,8 +304,7 @@ class DiT(ImageNetwork):
         tap("sites", self.places())
         x = self.features(view.seen(self.patches(xt), self.patches(view.clean)))
         if self.image_channels:
-            image = self.beside(given.image, batch, self.image_channels)
-            image = view.seen(image, None if view.clean is None else image)
+            image = view.image(self.beside(given.image, batch, self.image_channels))
             x = jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
         generated = self.projection is not None
         if generated and layout is not None:

@@ -17,6 +17,7 @@ from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
 from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
+from ddjax.denoisers.sides import Side
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.placement import constrain, layer_axes, path_name
 from ddjax.taps import Below, tap
@@ -286,11 +287,16 @@ class EDM2(UShaped):
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors are those of `UNet`, without a latent and a sequence."""
-        h, _ = self.hidden(xt, t, cond, rng=rng, train=train)
+        h, _ = self.body(xt, t, cond, rng=rng, train=train)
         y = self.final(tap("final", h), self.gain[...])
         return self.images(y.reshape(len(h), -1, self.features_out))
 
-    def hidden(
+    def as_side(self, blocks: int | None) -> Side:
+        """As of every U-shaped network; what the time alone says of the output is of the trunk."""
+        self.gain = self.uncertainty = None
+        return super().as_side(blocks)
+
+    def body(
         self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
     ) -> tuple[Float[Array, "batch H W width"], Float[Array, "batch cond"]]:
         """What leaves the last block, and the vector of the condition. Arguments as above."""

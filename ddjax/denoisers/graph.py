@@ -28,7 +28,8 @@ from ddjax.denoisers.layers.basic import (
 from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
 from ddjax.denoisers.layers.long_skips import run_blocks
-from ddjax.denoisers.states import check_state, hard_state
+from ddjax.denoisers.sides import Side, check_blocks, keep
+from ddjax.denoisers.states import check_state, check_values, hard_state
 from ddjax.placement import constrain
 from ddjax.symmetric import pack, unpack
 from ddjax.taps import Below, tap
@@ -49,10 +50,10 @@ class GraphTransformer(nnx.Module):
     Graphs of several sizes are states of the largest, told how many nodes there are, the first ones; what is said of
     them is what would be said of the graph alone (but for its share of the largest size, which the network is told).
 
-    Taps: "condition"; of layer i, the last of which is "block/last", "block/i/queries", "/keys" and "/values", `(batch,
-    nodes, width)`, "/attention/weights", `(batch, width, queries, keys)`, where each feature has a softmax of its own,
-    "/attention" (the branch of the nodes), "/nodes", "/edges" and "/whole". The last layer has no more of these than it
-    needs: without types no values and weights, and nothing of nodes and the whole.
+    Taps: "condition", "embed/nodes" and "embed/edges"; of layer i (the last is "block/last") "block/i/queries", "/keys"
+    and "/values", `(batch, nodes, width)`, "/attention/weights", `(batch, width, queries, keys)`, where each
+    feature has a softmax of its own, "/attention" (the branch of the nodes), "/nodes", "/edges" and "/whole". The last
+    layer has no more of these than it needs: without types no values and weights, and nothing of nodes and the whole.
 
     A layer attends among nodes; edges scale and shift the products of queries and keys (FiLM), from which they are made
     anew, and the whole graph, told the time and the label, scales and shifts both. The output layers start at zero.
@@ -132,7 +133,7 @@ class GraphTransformer(nnx.Module):
         self.features, self.eigenvectors, self.skip, self.time = features, eigenvectors, skip, time
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
         self.pairs = nodes * (nodes - 1) // 2
-        widths = (width, edge_width, global_width)
+        self.widths = widths = (width, edge_width, global_width)
         # Without a type, or anything to be told, there is a constant.
         node_inputs = (self.symbols_in["nodes"] if typed else 1) + NODE_FEATURES * features
         node_inputs += EIGENVECTORS * eigenvectors
@@ -177,6 +178,46 @@ class GraphTransformer(nnx.Module):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
+        (x, e, there), own, edges = self.body(xt, t, cond, rng=rng, train=train)
+        e = self.edges_out(e)
+        logits = {} if self.nodes_out is None else {"nodes": self.nodes_out(x)}
+        logits["edges"] = (e + e.swapaxes(1, 2)) / 2
+        if self.skip:
+            logits["edges"] = logits["edges"] + edges[..., : self.symbols_out["edges"]]
+            logits |= {"nodes": logits["nodes"] + own[..., : self.symbols_out["nodes"]]} if self.typed else {}
+        found, said = _among(logits.get("nodes"), logits["edges"], there)
+        parts = ({} if found is None else {"nodes": found}) | {"edges": pack(said)}
+        return parts if self.split else jnp.concatenate(list(parts.values()), axis=1)
+
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first layers, of all but the last: nodes, edges and the whole of each are added to the trunk's.
+
+        The image are values at the sites of the state, in its form; only where nodes have types do they have any.
+        """
+        keep(self.stack, check_blocks(blocks, self.stack.depth))
+        self.last = self.nodes_out = self.edges_out = None
+        widths = dict(zip(("nodes", "edges", "whole"), self.widths, strict=True))
+        hints = {f"embed/{name}": (1, widths[name]) for name in self._counts()}
+        points = {f"block/{i}/{name}": width for i in range(self.stack.depth) for name, width in widths.items()}
+        return Side(hints, {name: (name, width) for name, width in points.items()})
+
+    def hinted(self, image: Any, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What the image says of nodes, and of pairs, as symmetric matrices."""
+        batch, counts = self._onehot(xt)[1].shape[0], self._counts()
+        if not self.split:
+            check_values(image, (batch, sum(counts.values()), channels))
+            image = {"nodes": image[:, : -self.pairs], "edges": image[:, -self.pairs :]}
+        elif not isinstance(image, Mapping) or set(image) != set(counts):
+            raise ValueError(f'expected cond["image"] of the parts {", ".join(counts)}, got {type(image).__name__}')
+        for name, count in counts.items():
+            check_values(image[name], (batch, count, channels))
+        nodes = {"embed/nodes": image["nodes"]} if self.typed else {}
+        return nodes | {"embed/edges": unpack(image["edges"])}
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Any, Array | None, Array]:
+        """What leaves the last layer and which nodes there are; and the state: nodes, and pairs as matrices."""
         own, pairs = self._onehot(xt)
         batch, edges = pairs.shape[0], unpack(pairs)
         keys = dropout_keys(self.dropout, batch, rng, train)
@@ -192,7 +233,8 @@ class GraphTransformer(nnx.Module):
             nodes = [*nodes, eigenvectors(adjacency, there)]
         if there is not None:
             whole = [*whole, there.sum(axis=-1, keepdims=True) / self.nodes]
-        x, e = self.nodes_in(jnp.concatenate(nodes, axis=-1)), self.edges_in(edges)
+        x = tap("embed/nodes", self.nodes_in(jnp.concatenate(nodes, axis=-1)))
+        e = tap("embed/edges", self.edges_in(edges))
         x, e, y = *_among(x, e, there), self.global_in(jnp.concatenate(whole, axis=-1))
         labels = check_labels(given.cond, self.num_classes, batch)
         if self.labels is not None:
@@ -201,18 +243,10 @@ class GraphTransformer(nnx.Module):
             y = y + self.vector(check_vector(given.vector, batch, self.vector.kernel.shape[0])).astype(y.dtype)
         y = tap("condition", y)
         h, _ = run_blocks(self.stack, (x, e, y, there), None, keys)
-        x, e, *_ = self.last(
-            h, keys=None if keys is None else random.fold_in(keys, self.stack.depth), name="block/last"
-        )[0]
-        e = self.edges_out(e)
-        logits = {} if self.nodes_out is None else {"nodes": self.nodes_out(x)}
-        logits["edges"] = (e + e.swapaxes(1, 2)) / 2
-        if self.skip:
-            logits["edges"] = logits["edges"] + edges[..., : self.symbols_out["edges"]]
-            logits |= {"nodes": logits["nodes"] + own[..., : self.symbols_out["nodes"]]} if self.typed else {}
-        found, said = _among(logits.get("nodes"), logits["edges"], there)
-        parts = ({} if found is None else {"nodes": found}) | {"edges": pack(said)}
-        return parts if self.split else jnp.concatenate(list(parts.values()), axis=1)
+        if self.last is not None:
+            last_keys = None if keys is None else random.fold_in(keys, self.stack.depth)
+            h, _ = self.last(h, keys=last_keys, name="block/last")
+        return (h[0], h[1], there), own, edges
 
     @property
     def symbols_in(self) -> dict[str, int]:
@@ -224,9 +258,13 @@ class GraphTransformer(nnx.Module):
         """Of nodes and edges."""
         return dict(self.symbols[1])
 
+    def _counts(self) -> dict[str, int]:
+        """Of sites of each part."""
+        return ({"nodes": self.nodes} if self.typed else {}) | {"edges": self.pairs}
+
     def _onehot(self, xt: Any) -> tuple[Array | None, Array]:
         """Of nodes, if they have types, and of pairs. Raises ValueError for other shapes."""
-        counts = ({"nodes": self.nodes} if self.typed else {}) | {"edges": self.pairs}
+        counts = self._counts()
         if not self.split:
             symbols, sites = self.symbols_in["edges"], sum(counts.values())
             check_state(hard_state(xt, 2, symbols), (("sites",), (sites,)), symbols)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType
 from ddjax.denoisers.layers.embed import TokenBits, TokenEmbed
-from ddjax.denoisers.states import check_state, hard_state
+from ddjax.denoisers.states import check_state, check_values, hard_state
 from ddjax.types import SoftTokens
 
 # The axes of a state, by their number.
@@ -91,13 +91,15 @@ class ImageNetwork(nnx.Module):
 
     def beside(self, image: Array | None, batch: int, channels: int) -> Float[Array, "batch patches features"]:
         """The features of an image that is a condition; zeros of none. Raises ValueError for another shape."""
-        expected = (batch, *self.shape[:-1], channels)
         if image is None:
-            image = jnp.zeros(expected, self.dtype)
-        if image.shape != expected:
-            raise ValueError(f'cond["image"] has shape {image.shape}; expected {expected}')
+            image = jnp.zeros((batch, *self.shape[:-1], channels), self.dtype)
+        check_values(image, (batch, *self.shape[:-1], channels))
         patches = self.patches(image.astype(self.dtype))
         return patches.reshape(*patches.shape[:2], -1)
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """Of the image of a side network (`sides.Side`), what stands in each patch."""
+        return {"embed": self.beside(image, self.check(xt), channels)}
 
     def seen(self, xt: Any, given: Given) -> tuple[Float[Array, "batch patches features_in"], Given]:
         """What stands in each patch, of the state and of an image that is a condition, and what else is given.

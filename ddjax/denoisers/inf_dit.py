@@ -16,6 +16,7 @@ from ddjax.denoisers.layers.basic import MLP, DType, Linear, layer_norm, modulat
 from ddjax.denoisers.layers.block_attention import BlockAttention, KeysValues, NearbyAttention
 from ddjax.denoisers.layers.blocks import FinalLayer, Stack
 from ddjax.denoisers.layers.embed import Conditioner
+from ddjax.denoisers.sides import Side, check_blocks, in_place, keep
 from ddjax.placement import constrain
 from ddjax.taps import Below, refuse, tap, unheard
 from ddjax.types import Params
@@ -181,24 +182,46 @@ class InfDiT(ImageNetwork):
 
         Raises ValueError for shapes that the network was not built for, and where taps are asked for of one in turn.
         """
+        if self.in_turn and not train:
+            for prefix in ("first", "block"):
+                refuse(prefix, "the blocks run in turn; build the network with in_turn=False")
+            x, low, c = self._entering(xt, t, cond)
+            with unheard():
+                y = self._in_turn(x, low, c)
+        else:
+            y = self.final(*self.body(xt, t, cond))
+        return self.images(self._by_row(y))
+
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first layers, each added to the trunk's, as of a `DiT`."""
+        blocks = check_blocks(blocks, self.stack.depth + 1)
+        keep(self.stack, blocks - 1)
+        self.final = None
+        names = ["first", *(f"block/{i}" for i in range(blocks - 1))]
+        return Side({"embed": (self.patch**2, self.width)}, in_place(names, self.width))
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What stands in each patch of an image as large as the state."""
+        x = super().hinted(image, xt, cond, channels, scale)["embed"]
+        return {"embed": self._by_block(x.reshape(len(x), *self.grid, -1))}
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch sites width"], Float[Array, "batch cond"]]:
+        """What leaves the last layer, all blocks at once, and the vector of the condition. Arguments as above."""
+        x, low, c = self._entering(xt, t, cond)
+        seen = jax.vmap(lambda i: self._around(low, i), out_axes=1)(jnp.arange(math.prod(self.blocks)))
+        h = tap("embed", self.embed(self._by_block(self._features(x, self.grid))))
+        return self.stack(self.first(h, c, low=seen, name="first"), c), c
+
+    def _entering(self, xt: Array, t: Any, cond: Any) -> tuple[Array, Array, Array]:
+        """The state with the enlarged image beside it, the low-resolution image, and the vector of the condition."""
         batch, given = self.check(xt), Given.of(cond)
         c = constrain(tap("condition", self.condition(batch, t, given.without("image"))), "batch", None)
         tap("sites", self.places())
         low = self._low(given.image, batch)
         enlarged = jax.image.resize(low, (batch, *self.shape[:-1], low.shape[-1]), "cubic")
-        x = jnp.concatenate([xt.astype(self.dtype), enlarged.astype(self.dtype)], axis=-1)
-        if self.in_turn and not train:
-            for prefix in ("first", "block"):
-                refuse(prefix, "the blocks run in turn; build the network with in_turn=False")
-            with unheard():
-                y = self._in_turn(x, low, c)
-        else:
-            rows, columns = self.blocks
-            seen = jax.vmap(lambda i: self._around(low, i), out_axes=1)(jnp.arange(rows * columns))
-            h = tap("embed", self.embed(self._by_block(self._features(x, self.grid))))
-            h = self.first(h, c, low=seen, name="first")
-            y = self.final(self.stack(h, c), c)
-        return self.images(self._by_row(y))
+        return jnp.concatenate([xt.astype(self.dtype), enlarged.astype(self.dtype)], axis=-1), low, c
 
     def _low(self, image: Array | None, batch: int) -> Float[Array, "batch h w low"]:
         """The low-resolution image."""

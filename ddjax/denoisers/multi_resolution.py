@@ -30,6 +30,8 @@ from ddjax.denoisers.layers.convolution import Conv, Image
 from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.time_norm import TimeNorm
+from ddjax.denoisers.sides import Side, check_whole
+from ddjax.denoisers.states import check_values
 from ddjax.placement import constrain
 from ddjax.taps import Below, tap
 from ddjax.types import SoftTokens
@@ -46,9 +48,9 @@ class MultiResolution(ImageNetwork):
     branch below have made. Nothing but the norms is told the time (`layers.TimeNorm`). The output layer, a 3 x 3
     convolution, starts at zero.
 
-    Taps: "block/i" and below, numbered through all branches (of convolutions "/conv" in the place of "/attention");
-    "branch/j", what a branch hands on; with `heads` "output/j", what the j-th branch says of the state at its own
-    resolution, for all but the last; "final".
+    Taps: "embed/j", what enters the blocks of the j-th branch; "block/i" and below, numbered through all branches (of
+    convolutions "/conv" in the place of "/attention"); "branch/j", what a branch hands on; with `heads` "output/j",
+    what the j-th branch says of the state at its own resolution, for all but the last; "final".
 
     Args:
         shape, symbols_in, symbols_out, out_channels, embed_width, bits: see `DiT`.
@@ -136,6 +138,35 @@ class MultiResolution(ImageNetwork):
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors as those of `UViT`."""
+        h, t = self.body(xt, t, cond, rng=rng, train=train)
+        y = self.branches[-1].leave(h, t, "final")
+        return self.images(y.reshape(len(y), -1, self.features_out))
+
+    def as_side(self, blocks: int | None) -> Side:
+        """All but the second half of the highest branch, beside every branch as beside a U-ViT.
+
+        A branch is shown what all blocks of the one below have made, so that those below it stay whole.
+        """
+        check_whole(blocks)
+        points, hints, first = {}, {}, 0
+        for i, (branch, stack) in enumerate(zip(self.branches, self.stack, strict=True)):
+            width = branch.position.shape[-1]
+            points |= stack.points(width, first)
+            hints[f"embed/{i}"] = (branch.patch**2, width)
+            branch.norm = branch.out = None
+            first += stack.depth
+        self.stack[-1].without_way_back()
+        return Side(hints, points)
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """The image as each branch sees one."""
+        check_values(image, (self.check(xt), *self.shape[:-1], channels))
+        return {f"embed/{i}": branch.hinted(image) for i, branch in enumerate(self.branches)}
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Image, Float[Array, " batch"]]:
+        """What leaves the last block of the highest branch, and the time. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         t = check_time(t, batch, None).astype(jnp.float32) if self.time else jnp.full((batch,), 0.5, jnp.float32)
@@ -146,7 +177,7 @@ class MultiResolution(ImageNetwork):
         x = x.reshape(batch, *self.shape[:2], -1)
         made, first = None, 0
         for i, (branch, stack) in enumerate(zip(self.branches, self.stack, strict=True)):
-            entered = branch.enter(x, made, labels, t)
+            entered = tap(f"embed/{i}", branch.enter(x, made, labels, t))
             h, shown = stack.run(entered, t, keys, first)
             first += stack.depth
             if i == len(self.branches) - 1:
@@ -154,8 +185,7 @@ class MultiResolution(ImageNetwork):
             made = tap(f"branch/{i}", branch.handed_on((entered, *shown)))
             if branch.out is not None:
                 tap(f"output/{i}", branch.leave(h, t))
-        y = branch.leave(h, t, "final")
-        return self.images(y.reshape(batch, -1, self.features_out))
+        return h, t
 
 
 class Branch(nnx.Module):
@@ -186,7 +216,7 @@ class Branch(nnx.Module):
         dtype: DType,
         rngs: nnx.Rngs,
     ):
-        self.grid, self.pool, self.in_row = grid, pool, below is None
+        self.grid, self.pool, self.patch, self.in_row = grid, pool, patch, below is None
         self.embed = Conv(features_in, width, patch, stride=patch, padding=(0, 0), dtype=dtype, rngs=rngs)
         normal = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))  # noqa: E731
         self.position = normal(*grid, width)
@@ -204,11 +234,7 @@ class Branch(nnx.Module):
         self, x: Image, made: Image | None, labels: Int[Array, " batch"], t: Float[Array, " batch"]
     ) -> Float[Array, "batch sites width"] | Image:
         """The image, with what the branch below has made of it, for the blocks."""
-        if self.pool > 1:
-            batch, rows, columns, features = x.shape
-            x = x.reshape(batch, rows // self.pool, self.pool, columns // self.pool, self.pool, features)
-            x = x.mean(axis=(2, 4), dtype=at_least_float32(x.dtype)).astype(x.dtype)
-        h = self.embed(x)
+        h = self.embed(self._pooled(x))
         h = h + self.position[...].astype(h.dtype)
         if self.below is not None:
             h = h + self.beside_norm(spread(self.below(self.below_norm(made, t)), self.ratio), t).astype(h.dtype)
@@ -217,6 +243,20 @@ class Branch(nnx.Module):
         if self.labels is not None:
             h = jnp.concatenate([lookup(self.labels[...], labels)[:, None].astype(h.dtype), h], axis=1)
         return h
+
+    def hinted(self, x: Image) -> Float[Array, "batch *sites values"]:
+        """What stands in the patches of an image."""
+        x, p = self._pooled(x), self.patch
+        batch, (rows, columns) = len(x), self.grid
+        x = x.reshape(batch, rows, p, columns, p, -1).swapaxes(2, 3)
+        return x.reshape(batch, *(rows * columns,) if self.in_row else self.grid, -1)
+
+    def _pooled(self, x: Image) -> Image:
+        if self.pool == 1:
+            return x
+        batch, rows, columns, features = x.shape
+        x = x.reshape(batch, rows // self.pool, self.pool, columns // self.pool, self.pool, features)
+        return x.mean(axis=(2, 4), dtype=at_least_float32(x.dtype)).astype(x.dtype)
 
     def image(self, h: Float[Array, "batch sites width"] | Image) -> Image:
         """The sites in their places, without the label's token."""

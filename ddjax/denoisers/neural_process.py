@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, check_
 from ddjax.denoisers.layers.blocks import Stack
 from ddjax.denoisers.layers.embed import TIME_SCALE, check_time
 from ddjax.denoisers.layers.long_skips import run_blocks
-from ddjax.denoisers.states import check_state
+from ddjax.denoisers.sides import Side, check_blocks, in_place, keep
+from ddjax.denoisers.states import check_state, check_values
 from ddjax.placement import constrain
 from ddjax.taps import Below, tap
 
@@ -97,6 +99,28 @@ class NeuralProcess(nnx.Module):
         Raises:
             ValueError: for shapes that do not go together.
         """
+        shown = self.body(xt, t, cond, rng=rng, train=train)
+        mean = jnp.mean(jnp.stack(list(shown)) if isinstance(shown, list) else shown, axis=(0, 3))
+        mean = tap("final", mean * math.sqrt(self.stack.depth))
+        return self.out(jax.nn.gelu(self.hidden(mean)))[..., 0]
+
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first blocks: what attention makes in each, to go on and to be shown, is added to what the trunk's does.
+
+        The image is further values at the points, `(batch, points, channels)`, the same for all coordinates.
+        """
+        keep(self.stack, check_blocks(blocks, self.stack.depth))
+        self.hidden = self.out = None
+        names = [f"block/{i}/attention" for i in range(self.stack.depth)]
+        return Side({"embed": (1, self.width)}, in_place(names, 2 * self.width))
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What the image says of each point, for all coordinates."""
+        check_values(image, (*xt.shape, channels))
+        return {"embed": image[:, :, None]}
+
+    def body(self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False) -> Any:
+        """What each block has shown. Arguments as above."""
         check_state(xt, (("points",), (xt.shape[-1],)), None)
         # Data without labels say "cond": None beside the points.
         given = {name: x for name, x in cond.items() if x is not None} if isinstance(cond, Mapping) else {}
@@ -110,10 +134,7 @@ class NeuralProcess(nnx.Module):
             c = tap("condition", _waves(check_time(t, xt.shape[0], None), self.width))
         pairs = jnp.stack(jnp.broadcast_arrays(points, xt[..., None]), axis=-1)
         h = tap("embed", jax.nn.gelu(self.embed(pairs)))
-        _, shown = run_blocks(self.stack, h, c, keys)
-        mean = jnp.mean(jnp.stack(list(shown)) if isinstance(shown, list) else shown, axis=(0, 3))
-        mean = tap("final", mean * math.sqrt(self.stack.depth))
-        return self.out(jax.nn.gelu(self.hidden(mean)))[..., 0]
+        return run_blocks(self.stack, h, c, keys)[1]
 
 
 class BiDimensionalBlock(nnx.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.selective_scan import Mamba
+from ddjax.denoisers.sides import Side
 from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
 from ddjax.taps import Below, tap
@@ -114,15 +116,26 @@ class StateSpace(TokenRow):
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
         """Run the network: arguments, result and errors as those of `UViT`."""
-        batch = self.check(xt)
-        keys = dropout_keys(self.dropout, batch, rng, train)
-        told, h = self.row(xt, t, cond, batch)
-        made, total = self.stack((h, jnp.zeros(h.shape, at_least_float32(h.dtype))), keys=keys)
+        (made, total), told = self.body(xt, t, cond, rng=rng, train=train)
         h = layer_norm(self.norm(total + made)[:, self.condition.count :])
         if self.modulation is not None:
             shift, scale = jnp.split(self.modulation(jax.nn.silu(told.sum(axis=1)))[:, None], 2, axis=-1)
             h = h * (1 + scale) + shift
         return self.images(self.out(tap("final", h)))
+
+    def as_side(self, blocks: int | None) -> Side:
+        """See `TokenRow`; what blocks make is added to what blocks make."""
+        self.norm = self.modulation = self.out = None
+        return super().as_side(blocks)
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[tuple[Array, Array], Float[Array, "batch told width"]]:
+        """What the last block has made and the total before it, and the tokens of the label and the time."""
+        batch = self.check(xt)
+        keys = dropout_keys(self.dropout, batch, rng, train)
+        told, h = self.row(xt, t, cond, batch)
+        return self.stack((h, jnp.zeros(h.shape, at_least_float32(h.dtype))), keys=keys), told
 
 
 class StateSpaceBlock(nnx.Module):

@@ -46,3 +46,9 @@ def check_state(xt: Array, expected: tuple[tuple[str, ...], tuple[int, ...]], sy
             f"xt has dtype {xt.dtype}; with symbols_in={symbols_in} the network takes integer tokens: "
             "leave symbols_in out for a continuous state"
         )
+
+
+def check_values(image: Array, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless the values of an image at the sites of a state have this shape."""
+    if jnp.shape(image) != expected:
+        raise ValueError(f"the image in cond has shape {jnp.shape(image)}; expected {expected}")

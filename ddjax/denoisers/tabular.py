@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.embed import TokenEmbed, check_labels, check_time, check_vector, lookup, time_embedding
-from ddjax.denoisers.states import check_state, hard_state
+from ddjax.denoisers.sides import Side, check_blocks
+from ddjax.denoisers.states import check_state, check_values, hard_state
 from ddjax.placement import constrain
 from ddjax.taps import tap
 from ddjax.types import SoftTokens
@@ -56,15 +58,23 @@ class RowMLP(nnx.Module):
         self.out = Linear(widths[-1], outputs, kernel_init=zeros, out_dtype=wide, **options)
         self.vector = Linear(vector, width, rngs=rngs) if vector else None
 
-    def run(
-        self,
-        row: Float[Array, "batch width"],
-        t: Float[Array, " batch"] | Float[Array, ""] | None,
-        cond: Int[Array, " batch"] | Mapping[str, Array | None] | None,
-        rng: Key[Array, ""] | Key[Array, " batch"] | None,
-        train: bool,
-    ) -> Float[Array, "batch outputs"]:
-        """What is said of a projected row."""
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first layers: what each gives is added to what the trunk's does."""
+        self.layers = nnx.List(list(self.layers)[: check_blocks(blocks, len(self.layers))])
+        self.out = None
+        widths = [layer.kernel.shape[1] for layer in self.layers]
+        points = {f"layer/{i}": (f"layer/{i}", width) for i, width in enumerate(widths)}
+        return Side({"embed": (self.entries, self.layers[0].kernel.shape[0])}, points)
+
+    def projected(self, xt: Any) -> Float[Array, "batch width"]:
+        """A row as features. Raises ValueError for one that the network was not built for."""
+        raise NotImplementedError
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> Float[Array, "batch features"]:
+        """What leaves the last layer but the output's."""
+        row = self.projected(xt)
         batch = row.shape[0]
         keys = dropout_keys(self.dropout, batch, rng, train)
         given = Given.of(cond)
@@ -82,7 +92,7 @@ class RowMLP(nnx.Module):
         for i, layer in enumerate(self.layers):
             h = constrain(jax.nn.relu(layer(h)), "batch", None)
             h = tap(f"layer/{i}", dropout(h, self.dropout, None if keys is None else random.fold_in(keys, i)))
-        return self.out(h)
+        return h
 
 
 def _check_sizes(columns: int, hidden: Sequence[int], width: int, num_classes: int, rate: float) -> None:
@@ -143,7 +153,8 @@ class TabularMLP(RowMLP):
                 f"symbols_in={symbols_in}, symbols_out={symbols_out}, out_columns={out_columns}: give both of the "
                 "first for categorical columns, neither for numerical ones; out_columns is for these alone"
             )
-        self.columns, self.symbols_in, self.symbols_out = columns, symbols_in, symbols_out
+        self.columns = self.entries = columns
+        self.symbols_in, self.symbols_out = symbols_in, symbols_out
         options = {"dtype": dtype, "rngs": rngs}
         self.tokens = None if symbols_in is None else TokenEmbed(symbols_in, width, channels=columns, rngs=rngs)
         self.embed = Linear(columns, width, **options) if symbols_in is None else None
@@ -176,11 +187,23 @@ class TabularMLP(RowMLP):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
+        y = self.out(self.body(xt, t, cond, rng=rng, train=train))
+        return y if self.symbols_out is None else y.reshape(*y.shape[:1], self.columns, self.symbols_out)
+
+    def projected(self, xt: Any) -> Float[Array, "batch width"]:
+        """The row, by a linear layer, or by its columns' tables."""
+        self._batch(xt)
+        return self.embed(xt) if self.tokens is None else self.tokens(xt).sum(axis=-2) + self.embed_bias[...]
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What the image says of all columns, one behind the other."""
+        check_values(image, (self._batch(xt), self.columns, channels))
+        return {"embed": image.reshape(len(image), -1)}
+
+    def _batch(self, xt: Any) -> int:
         state = hard_state(xt, 2, self.symbols_in)
         check_state(state, (("columns",), (self.columns,)), self.symbols_in)
-        row = self.embed(xt) if self.tokens is None else self.tokens(xt).sum(axis=-2) + self.embed_bias[...]
-        y = self.run(row, t, cond, rng, train)
-        return y if self.symbols_out is None else y.reshape(*y.shape[:1], self.columns, self.symbols_out)
+        return state.shape[0]
 
 
 class MixedTable(RowMLP):
@@ -215,6 +238,7 @@ class MixedTable(RowMLP):
     ):
         self.parts = tuple((name, *sizes) for name, sizes in parts.items())
         columns = min((columns for _, columns, *_ in self.parts), default=0)
+        self.entries = sum(columns for _, columns, *_ in self.parts)
         _check_sizes(columns, hidden, width, num_classes, dropout)
         options = {"dtype": dtype, "rngs": rngs}
         self.embed = nnx.List(
@@ -252,16 +276,31 @@ class MixedTable(RowMLP):
         Raises:
             ValueError: for other parts, or a shape or dtype that the network was not built for.
         """
-        if not isinstance(xt, Mapping) or set(xt) != {name for name, *_ in self.parts}:
-            found = ", ".join(xt) if isinstance(xt, Mapping) else type(xt).__name__
-            raise ValueError(f"expected a state of the parts {', '.join(name for name, *_ in self.parts)}, got {found}")
-        row = self.embed_bias[...]
-        for (name, columns, symbols, _), embed in zip(self.parts, self.embed, strict=True):
-            check_state(hard_state(xt[name], 2, symbols), (("columns",), (columns,)), symbols)
-            row = row + (embed(xt[name]) if symbols is None else embed(xt[name]).sum(axis=-2))
-        y, found = self.run(row, t, cond, rng, train), {}
+        y, found = self.out(self.body(xt, t, cond, rng=rng, train=train)), {}
         ends = np.cumsum(self.sizes)
         for (name, columns, symbols, out), end, size in zip(self.parts, ends, self.sizes, strict=True):
             own = y[:, end - size : end]
             found[name] = own if symbols is None else own.reshape(-1, columns, out)
         return found
+
+    def projected(self, xt: Any) -> Float[Array, "batch width"]:
+        """The sum over parts, numbers by a linear layer, symbols by tables."""
+        self._check_parts("a state", xt)
+        row = self.embed_bias[...]
+        for (name, columns, symbols, _), embed in zip(self.parts, self.embed, strict=True):
+            check_state(hard_state(xt[name], 2, symbols), (("columns",), (columns,)), symbols)
+            row = row + (embed(xt[name]) if symbols is None else embed(xt[name]).sum(axis=-2))
+        return row
+
+    def hinted(self, image: Any, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What the image, a dict of the parts' own, says of all columns, one behind the other."""
+        self._check_parts("a state", xt)
+        self._check_parts('cond["image"]', image)
+        for name, columns, symbols, _ in self.parts:
+            check_values(image[name], (hard_state(xt[name], 2, symbols).shape[0], columns, channels))
+        return {"embed": jnp.concatenate([image[name].reshape(len(image[name]), -1) for name, *_ in self.parts], -1)}
+
+    def _check_parts(self, what: str, given: Any) -> None:
+        if not isinstance(given, Mapping) or set(given) != {name for name, *_ in self.parts}:
+            found = ", ".join(given) if isinstance(given, Mapping) else type(given).__name__
+            raise ValueError(f"expected {what} of the parts {', '.join(name for name, *_ in self.parts)}, got {found}")

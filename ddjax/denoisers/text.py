@@ -18,7 +18,8 @@ from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
 from ddjax.denoisers.layers.embed import TIME_SCALE, Conditioner, TokenEmbed
 from ddjax.denoisers.layers.noise import NoiseConditioner
 from ddjax.denoisers.layers.routing import Route
-from ddjax.denoisers.states import check_state, hard_state
+from ddjax.denoisers.sides import Side, check_blocks, in_place, keep
+from ddjax.denoisers.states import check_state, check_values, hard_state
 from ddjax.denoisers.unet_designs import UNET_DESIGNS
 from ddjax.denoisers.views import View
 from ddjax.placement import constrain
@@ -142,7 +143,7 @@ class TextTransformer(nnx.Module):
             )
         cond_width = (cond_width or width) if modulated else 0
         self.block = block
-        self.length, self.symbols_in = length, symbols_in
+        self.length, self.symbols_in, self.width = length, symbols_in, width
         self.dropout, self.dtype = dropout, jnp.dtype(dtype)
         self.tokens = TokenEmbed(symbols_in, embed_width or width, rngs=rngs)
         self.embed = Linear(embed_width, width, dtype=dtype, rngs=rngs) if embed_width else None
@@ -201,16 +202,33 @@ class TextTransformer(nnx.Module):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        view = View.of(cond)
-        state = hard_state(xt, 2, self.symbols_in)
-        length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
-        check_state(state, (("length",), (length,)), self.symbols_in)
+        h, own, view = self.body(xt, t, cond, rng=rng, train=train)
+        some = h.shape[1] if view.clean is None else h.shape[1] // 2
+        return view.everywhere(self.final(h[:, :some], own), self._sites(xt)[1])
+
+    def as_side(self, blocks: int | None) -> Side:
+        """Its first blocks, each added to the trunk's, as of a `DiT`."""
+        keep(self.stack, check_blocks(blocks, self.stack.depth))
+        self.final = None
+        names = [f"block/{i}" for i in range(self.stack.depth)]
+        return Side({"embed": (1, self.width)}, in_place(names, self.width))
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """What the image says of each site. Raises ValueError where the condition tells of a past."""
+        check_values(image, (*self._sites(xt), channels))
+        return {"embed": View.of(cond).hint(image)}
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> tuple[Float[Array, "batch sites width"], Float[Array, "batch *sites cond"] | None, View]:
+        """What leaves the last block, clean sites too, with the vector of the condition and how it was run."""
+        view, (batch, length) = View.of(cond), self._sites(xt)
         view.check(xt, 2, self.stack.depth, length, self.condition is not None and self.condition.time)
         groups = view.groups
         if groups is None and self.block is not None:
             groups = jnp.arange(length) // self.block
         layout = view.layout(length, groups)
-        batch, some = state.shape[0], length if view.sites is None else view.sites.shape[1]
+        some = length if view.sites is None else view.sites.shape[1]
         keys = dropout_keys(self.dropout, batch, rng, train)
         tap("sites", np.arange(length, dtype=np.int32))
         told, context = Given.of(view.cond).attended(self.nothing, batch, self.dtype)
@@ -227,8 +245,14 @@ class TextTransformer(nnx.Module):
             c = self._with_clean(own, told)
         h = self._embedded(view.seen(xt, view.clean))
         routes = self.stack.route_keys(batch, rng, train)
-        h = self.stack(h, c, keys, layout, route_keys=routes, context=context, train=train)
-        return view.everywhere(self.final(h[:, :some], own), length)
+        return self.stack(h, c, keys, layout, route_keys=routes, context=context, train=train), own, view
+
+    def _sites(self, xt: Any) -> tuple[int, int]:
+        """Of a state, how many sequences and how long. Raises ValueError for one that it was not built for."""
+        state = hard_state(xt, 2, self.symbols_in)
+        length = min(state.shape[1], self.length) if state.ndim == 2 else self.length
+        check_state(state, (("length",), (length,)), self.symbols_in)
+        return state.shape
 
     def _embedded(self, seen: Any) -> Float[Array, "batch sites width"]:
         one_channel = jax.tree.map(lambda v: jnp.expand_dims(v, 2), seen)

@@ -17,6 +17,7 @@ from ddjax.denoisers.layers.basic import Linear
 from ddjax.denoisers.layers.generated import GeneratedLinear
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.told import ConditionTokens
+from ddjax.denoisers.sides import Side, check_whole
 from ddjax.taps import tap
 
 
@@ -45,7 +46,7 @@ class TokenRow(ImageNetwork):
         vector, context: of `ConditionTokens`. generated: whether what the network is told makes weights
         (`layers.generated`). kernels: of `layers.Generator`.
         """
-        self.generated = generated
+        self.generated, self.width = generated, width
         self.embed = (
             GeneratedLinear(self.features_in, width, width, kernels=kernels, dtype=self.dtype, rngs=rngs)
             if generated
@@ -59,6 +60,13 @@ class TokenRow(ImageNetwork):
         self.stack = LongSkips(
             lambda rngs, skips: block(skips=skips, rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs
         )
+
+    def as_side(self, blocks: int | None) -> Side:
+        """The first half and the middle, added to the long connections and what leaves the middle, as of a U-Net."""
+        check_whole(blocks)
+        points = self.stack.points(self.width)
+        self.stack.without_way_back()
+        return Side({"embed": (self.patch ** len(self.grid), self.width)}, points)
 
     def row(
         self, xt: Any, t: Array | None, cond: Any, batch: int

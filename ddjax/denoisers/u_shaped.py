@@ -15,6 +15,8 @@ from ddjax import random
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.blocks import REMAT, rematerialised
 from ddjax.denoisers.layers.stacking import run_name
+from ddjax.denoisers.sides import Side, check_whole
+from ddjax.denoisers.states import check_values
 from ddjax.placement import constrain
 from ddjax.taps import active, refuse, tap
 
@@ -73,14 +75,22 @@ class UShaped(ImageNetwork):
                 "take more blocks at each resolution, or scan=False"
             )
 
-    def without_way_up(self) -> dict[str, int]:
-        """Leave the blocks on the way up out. The taps whose values went into them, and the features of each."""
-        encoder, middle, _ = self.stages
+    def as_side(self, blocks: int | None) -> Side:
+        """The way down and the middle, added to the skip connections and what leaves the middle (ControlNet)."""
+        check_whole(blocks)
+        self.final, (encoder, middle, _) = None, self.stages
         kept = [encoder[0].features_in, *(stage.features_out for stage in encoder if stage.kept)]
         skips = {f"skip/{n}": features for n, features in zip(range(sum(self.joined)), reversed(kept), strict=False)}
         part, stages = ("middle", middle) if middle else ("encoder", encoder)
         self.decoder, self.stages, self.spans = nnx.List([]), (encoder, middle, ()), (*self.spans[:2], ())
-        return skips | {f"{part}/{len(stages) - 1}": stages[-1].features_out}
+        points = skips | {f"{part}/{len(stages) - 1}": stages[-1].features_out}
+        points = {name: (name, features) for name, features in points.items()}
+        return Side({"embed": (1, encoder[0].features_in)}, points, convolved=True)
+
+    def hinted(self, image: Array, xt: Any, cond: Any, channels: int, scale: int) -> dict[str, Array]:
+        """The image, `scale` times as large as the state."""
+        check_values(image, (self.check(xt), *(scale * side for side in self.shape[:-1]), channels))
+        return {"embed": image}
 
     @property
     def joined(self) -> tuple[bool, ...]:

@@ -175,11 +175,11 @@ class UNet(UShaped):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
-        h, c = self.hidden(xt, t, cond, rng=rng, train=train)
+        h, c = self.body(xt, t, cond, rng=rng, train=train)
         y = self.images(self.final(h, c).reshape(len(h), -1, self.features_out))
         return y + xt if self.design.add_input else y
 
-    def hidden(
+    def body(
         self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
     ) -> tuple[Float[Array, "batch H W width"], Float[Array, "batch cond"]]:
         """What leaves the last block, and the vector of the condition. Arguments as above."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,6 +25,7 @@ from ddjax.denoisers.layers.basic import (
 )
 from ddjax.denoisers.layers.convolution import Conv
 from ddjax.denoisers.layers.generated import GeneratedMLP, Generator
+from ddjax.denoisers.sides import Side
 from ddjax.denoisers.token_row import TokenRow
 from ddjax.placement import constrain
 from ddjax.taps import Below, tap
@@ -158,6 +160,19 @@ class UViT(TokenRow):
         Raises:
             ValueError: for a shape or dtype that the network was not built for.
         """
+        h = self.body(xt, t, cond, rng=rng, train=train)
+        y = self.images(self.out(tap("final", self.norm(h)[:, self.condition.count :])))
+        return y if self.conv is None else self.conv(y.reshape(*y.shape[:3], -1)).reshape(y.shape)
+
+    def as_side(self, blocks: int | None) -> Side:
+        """See `TokenRow`."""
+        self.norm = self.out = self.conv = None
+        return super().as_side(blocks)
+
+    def body(
+        self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
+    ) -> Float[Array, "batch tokens width"]:
+        """What leaves the last block. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         told, h = self.row(xt, t, cond, batch)
@@ -165,9 +180,7 @@ class UViT(TokenRow):
         if self.projection is not None:
             c = self.condition.vector(told)
             c = (c, self.projection(c))
-        h = self.stack(h, c, keys)
-        y = self.images(self.out(tap("final", self.norm(h)[:, self.condition.count :])))
-        return y if self.conv is None else self.conv(y.reshape(*y.shape[:3], -1)).reshape(y.shape)
+        return self.stack(h, c, keys)
 
 
 class SkipBlock(nnx.Module):

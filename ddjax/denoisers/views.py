@@ -104,6 +104,16 @@ class View(NamedTuple):
             return jnp.concatenate([x, clean], axis=1)
         return x if self.sites is None else jax.tree.map(self.at, x)
 
+    def image(self, x: Array) -> Array:
+        """What the network is shown of an image, sites on the second axis: clean sites as those of the state."""
+        return self.seen(x, None if self.clean is None else x)
+
+    def hint(self, x: Array) -> Array:
+        """The same of a side network's image. Raises ValueError for a pass behind a past, of which a side has none."""
+        if self.past is not None:
+            raise ValueError("a controlled network runs whole: its condition says nothing of a past")
+        return self.image(x)
+
     def at(self, x: Array) -> Array:
         """What stands at the sites, of a pass at some of them; else x itself."""
         if self.sites is None:

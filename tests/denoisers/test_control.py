@@ -50,7 +50,7 @@ def test_what_it_adds_is_made_of_its_own_blocks(trunk, noise):
     apply, side = attach(make, params, blocks=2, channels=2, key=jax.random.key(1))
     side = noise(side, seed=3)
     patches = IMAGE.reshape(3, 2, 2, 2, 2, 2).swapaxes(2, 3).reshape(3, 4, 8)
-    hint = patches @ side["hint"]["kernel"] + side["hint"]["bias"]
+    hint = patches @ side["hint"]["0"]["kernel"] + side["hint"]["0"]["bias"]
     # The copy as a whole network, whose last block is not heard.
     copy = {**side["side"], "final": params["final"]}
     copy["stack"] = {"blocks": {**copy["stack"]["blocks"], "2": params["stack"]["blocks"]["2"]}}
@@ -101,9 +101,10 @@ def test_errors(trunk):
         with pytest.raises(ValueError, match=message):
             attach(functools.partial(make, **options), params, blocks=blocks, channels=2, key=jax.random.key(1))
     apply, side = attach(make, params, blocks=1, channels=2, key=jax.random.key(1))
-    with pytest.raises(ValueError, match="says nothing of groups or of a past"):
-        apply(side, X, T, {"groups": np.zeros((3, 4), int), "cond": COND})
-    with pytest.raises(ValueError, match=r'cond\["image"\] has shape'):
+    past = {"past": (np.zeros((3, 3, 4, 2, 4)),) * 2, "sites": np.zeros((3, 1), int)}
+    with pytest.raises(ValueError, match="says nothing of a past"):
+        apply(side, X, T, {**past, "cond": COND})
+    with pytest.raises(ValueError, match=r"the image in cond has shape"):
         apply(side, X, T, {"image": X})
 
 
@@ -191,9 +192,9 @@ def test_beside_a_u_net_it_adds_to_skip_connections_and_the_middle(u_trunk, nois
     side, image = noise(side, seed=3), image_of(2, side=8)
     x = image
     for i, stride in enumerate((1, 1, 2)):
-        x = convolved(x, side["hint"]["convs"][str(i)], stride)
+        x = convolved(x, side["hint"]["0"]["convs"][str(i)], stride)
         x = x * jax.nn.sigmoid(x)
-    hint = convolved(x, side["hint"]["out"])
+    hint = convolved(x, side["hint"]["0"]["out"])
     linear = [side["out"][str(n)] for n in range(len(side["out"]))]
 
     @jit
@@ -254,7 +255,7 @@ def test_beside_ncsnpp_what_is_fed_in_again_goes_along(noise, jit):
 
     @jit
     def by_hand(params, side):
-        hinted = {"embed": lambda h: h + _stem(side["hint"], IMAGE)}
+        hinted = {"embed": lambda h: h + _stem(side["hint"]["0"], IMAGE)}
         with taps.override(hinted), taps.record(*names) as seen:
             plain({**params, **side["side"]}, X, T, LABELS)
         add = lambda h, p, more: h + more @ p["kernel"] + p["bias"]
@@ -284,5 +285,5 @@ def test_errors_beside_a_u_net(noise):
         with pytest.raises(ValueError, match=message):
             attach(functools.partial(make, **options), params, blocks=blocks, channels=2, key=jax.random.key(1))
     apply, side = attach(make, params, channels=2, stem=(4, 4), key=jax.random.key(1))
-    with pytest.raises(ValueError, match=r'cond\["image"\] has shape \(3, 4, 4, 2\); expected \(3, 8, 8, 2\)'):
+    with pytest.raises(ValueError, match=r"the image in cond has shape \(3, 4, 4, 2\); expected \(3, 8, 8, 2\)"):
         apply(side, X, T, {"image": IMAGE})

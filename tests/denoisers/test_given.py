@@ -262,7 +262,7 @@ def test_guidance_away_from_all_conditions_or_some(net):
         (MORE, {"sequence": SEQUENCE, "valid": VALID[:, 1:]}, r"expected bool \(3, 4\)"),
         (MORE, {"sequence": SEQUENCE, "valid": VALID * 1.0}, "float64; expected bool"),
         (MORE, {"valid": VALID}, r'give cond\["sequence"\] too'),
-        (MORE, {"image": IMAGE[:, 1:]}, r'cond\["image"\] has shape \(3, 3, 4, 2\); expected \(3, 4, 4, 2\)'),
+        (MORE, {"image": IMAGE[:, 1:]}, r"the image in cond has shape \(3, 3, 4, 2\); expected \(3, 4, 4, 2\)"),
     ],
 )
 def test_errors(config, cond, message):

@@ -67,6 +67,16 @@ class LongSkips(nnx.Module):
         h, up = run_blocks(self.up, h, c, keys, middle + 1, down)
         return h, [*down, *shown, *up]  # of a scan, the slices of one array
 
+    def points(self, features: int, first: int = 0) -> dict[str, tuple[str, int]]:
+        """What a side network of the first half and the middle adds to (`sides.Side`): connections, and the middle."""
+        middle = first + self.before
+        skips = {f"block/{middle - 1 - i}": f"block/{middle + 1 + i}/skip" for i in range(self.up.depth)}
+        return {name: (to, features) for name, to in (skips | {f"block/{middle}": f"block/{middle}"}).items()}
+
+    def without_way_back(self) -> None:
+        """Leave the blocks behind the middle one out."""
+        self.depth, self.up.blocks, self.up.depth = self.before + 1, nnx.List([]), 0
+
 
 def run_blocks(
     stack: Stack, h: PyTree, c: PyTree, keys: Key[Array, " batch"] | None, first: int = 0, skips: PyTree = None
