@@ -39,7 +39,7 @@ CONVERT = """\
 Example: ddjax convert DiT-XL-2-256.safetensors --family dit --out dit.safetensors
 Then in Python: ddjax.interop.load("dit.safetensors").sample(key, 4, cond=labels). A file of ours is turned into its
 authors' again. Families: dit, sit, diffusers_dit, uvit, adm, edm_song,
-edm_adm, edm2, diffusers_unet, mdlm, sedd, udlm, duo, radd, llada."""
+edm_adm, edm2, diffusers_unet, diffusers_conditioned_unet, mdlm, sedd, udlm, duo, radd, llada."""
 
 
 LAUNCH = """\
