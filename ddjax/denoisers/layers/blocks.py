@@ -148,18 +148,12 @@ class Block(nnx.Module):
         )
         self.cross = (
             CrossAttention(
-                width,
-                context_width,
-                heads,
-                norm=norm,
-                epsilon=epsilon,
-                dtype=dtype,
-                implementation=attention,
+                width, context_width, heads, norm=norm, epsilon=epsilon, dtype=dtype, implementation=attention,
                 rngs=rngs,
             )
             if context_width
             else None
-        )
+        )  # fmt: skip
 
     def __call__(
         self,
