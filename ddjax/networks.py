@@ -53,7 +53,7 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
         options |= {"symbols_in": process.num_states, "symbols_out": numbers}
     make_network = naming.pick(names.DENOISERS, c.name, "config.denoiser.name")
     told = {"num_classes": data.num_classes * max(levels, 1)}
-    options |= (told if data.num_classes else naming.taken(make_network, told)) | conditions.options(data)
+    options |= (told if data.num_classes else naming.taken(make_network, told)) | _conditions(make_network, data)
     if hasattr(process, "latents"):
         options |= {"latent": process.latent}
     if config.data.coherence and not levels:
@@ -88,6 +88,15 @@ def network(config: Config, data: Dataset, process: Any) -> tuple[Callable, Appl
     if shared is not None:
         apply = _sharing_times(apply, process, data, config, shared)
     return init, denoisers.outputs.Ratios(apply, process) if c.kind == "ratio" else apply
+
+
+def _conditions(make_network: Any, data: Dataset) -> dict[str, Any]:
+    """By which options the network takes the data's conditions; one that makes tokens of a sequence has its shape."""
+    options = conditions.options(data)
+    if "context_width" in options and (tokens := naming.taken(make_network, {"context": data.conditions["sequence"]})):
+        del options["context_width"]
+        options |= tokens
+    return options
 
 
 def _numbers(process: Any, kind: str) -> int:

@@ -1,10 +1,13 @@
 """Networks of a config that need more of the process, or of the data, than a shape."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddjax import names, naming
 from ddjax.bench import bench_train
 from ddjax.config import ConfigError, default, typed
 from ddjax.data import conditioned, from_arrays
@@ -72,6 +75,50 @@ def test_values_at_points_and_their_network_go_together():
             build(c, data)
     with pytest.raises(ValueError, match="it is no 'points'"):
         conditioned(plain, {"points": "flat"})
+
+
+IMAGES, WORDS = RNG.normal(size=(16, 8, 8, 2)).astype(np.float32), RNG.normal(size=(16, 3, 5)).astype(np.float32)
+DEEP, U = {"width": 8, "depth": 3, "heads": 2}, {"width": 8, "multipliers": (1, 2), "blocks": 1}
+TOLD = {  # every network of images that takes a sequence: its options, and where it has what is told of one
+    "dit": ({**DEEP, "patch": 4}, "nothing"),
+    "unet": ({**U, "attend_at": (4,), "heads": 2, "design": "adm_edm"}, "nothing"),
+    "edm2": ({**U, "attend_at": (4,), "head_width": 4}, "nothing/kernel"),
+    "dico": ({"width": 8, "stages": ("c", "a", "c"), "head_width": 4}, "nothing"),
+    "uvit": ({**DEEP, "patch": 4}, "condition/nothing"),
+    "state_space": ({**DEEP, "patch": 4, "state": 2}, "nothing"),
+    "multi_resolution": ({"widths": (8, 4), "depths": (3, 3), "heads": 2}, "nothing"),
+    "diffit": ({"width": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2}, "nothing"),
+    "diffussm": ({**DEEP, "patch": 4, "state": 2}, "nothing"),
+    "inf_dit": ({**DEEP, "patch": 2, "low_patch": 1, "block": 2, "image_channels": 2, "scale": 1}, "nothing"),
+}
+
+
+@pytest.mark.parametrize("network", [pytest.param(n, marks=() if n == "uvit" else pytest.mark.slow) for n in TOLD])
+def test_a_sequence_in_the_data_makes_every_network_that_takes_one_of_its_width(network):
+    options, where = TOLD[network]
+    plain = from_arrays(IMAGES, np.arange(16) % 3, beside={"words": WORDS, "low": IMAGES})
+    told = conditioned(plain, {"sequence": "words"} | ({"image": "low"} if network == "inf_dit" else {}))
+    built = build(config(kind="noise", network=network, **options), told)
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    assert functools.reduce(lambda tree, name: tree[name], where.split("/"), params).size == 5
+    assert built.null.keys() >= {"valid", "cond"}
+    xt, t = jnp.zeros((2, 8, 8, 2)), jnp.full(2, 0.5)
+    assert jax.eval_shape(built.apply, params, xt, t, told[np.arange(2)]["cond"]).shape == xt.shape
+
+
+def test_all_networks_that_take_a_sequence_are_among_these():
+    takes = {name for name, kind in names.DENOISERS.items() if naming.taken(kind, {"context_width": 0, "context": 0})}
+    assert takes == {*TOLD, "text"}
+
+
+def test_a_network_that_cannot_attend_to_a_sequence_is_refused():
+    rows = from_arrays(ROWS[:]["x0"], beside={"words": WORDS})
+    graphs = from_arrays(RNG.integers(0, 2, (16, 6)), num_symbols=2, beside={"words": WORDS})
+    tokens = {"process": "uniform", "schedule": "linear", "kind": "posterior"}
+    for network, data, more in (("tabular", rows, {"kind": "noise"}), ("graph", graphs, tokens)):
+        c = config(network=network, **more)
+        with pytest.raises(ConfigError, match="no option 'context_width'"):
+            build(c, conditioned(data, {"sequence": "words"}))
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -18,6 +17,7 @@ from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import DType, Linear, at_least_float32, dropout_keys, layer_norm, zeros
 from ddjax.denoisers.layers.blocks import Stack, check_conditioning
 from ddjax.denoisers.layers.convolution import Conv, Image
+from ddjax.denoisers.layers.cross import no_entry
 from ddjax.denoisers.layers.embed import Conditioner
 from ddjax.denoisers.layers.generated import GeneratedLinear, Generator, surroundings
 from ddjax.denoisers.layers.long_skips import run_blocks
@@ -144,9 +144,7 @@ class DiCo(ImageNetwork):
         out = {"kernel_init": zeros, "dtype": dtype, "out_dtype": at_least_float32(dtype)}
         self.modulation = Linear(2 * width, 4 * width, kernel_init=zeros, **cast) if self.modulated else None
         self.out = Conv(2 * width, self.features_out, **out, rngs=rngs)
-        self.nothing = (
-            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
-        )
+        self.nothing = no_entry(context_width, rngs)
         attending = sorted({level for stage, level in zip(stages, self.levels, strict=True) if "e" in stage})
         self.projections = nnx.Dict(
             {str(i): Generator(widths[i], (2 * widths[i], widths[i]), kernels=kernels, **cast) for i in attending}

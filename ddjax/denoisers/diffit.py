@@ -16,6 +16,7 @@ from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Attention
 from ddjax.denoisers.layers.basic import MLP, DType, check_rate, dropout, dropout_keys, layer_norm
 from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Image, Resampling, unwindowed, windows
+from ddjax.denoisers.layers.cross import Context, CrossAttention, no_entry
 from ddjax.denoisers.layers.embed import Conditioner
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides
 from ddjax.denoisers.unet import FinalConv
@@ -49,6 +50,8 @@ class DiffiT(UShaped):
         cond_width: of the vector of time and label, default 4 width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         vector, image_channels: of these conditions, see `DiT`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, see `DiT`: every block attends to them
+            behind the pixels. 0: none.
         time: False ignores t.
         dropout: rate on each branch of each block, when train=True.
         dtype: compute dtype; parameters and the output stay float32.
@@ -76,6 +79,7 @@ class DiffiT(UShaped):
         cond_width: int | None = None,
         num_classes: int = 0,
         vector: int = 0,
+        context_width: int = 0,
         image_channels: int = 0,
         time: bool = True,
         dropout: float = 0.0,
@@ -108,13 +112,14 @@ class DiffiT(UShaped):
                 )  # fmt: skip
             return DiffiTBlock(
                 stage.features_in, stage.features_out, heads, grid, cond_width=cond_width, mlp_ratio=mlp_ratio,
-                dropout=dropout, dtype=dtype, attention=attention, rngs=rngs,
+                dropout=dropout, dtype=dtype, attention=attention, context_width=context_width, rngs=rngs,
             )  # fmt: skip
 
         self.embed = Conv(self.features_in, encoder[0].features_in, dtype=dtype, rngs=rngs)
         self.lay(encoder, [], decoder, block, remat=remat, scan=scan)
         norm = partial(GroupNorm, least=4)
         self.final = FinalConv(decoder[-1].features_out, self.features_out, norm=norm, dtype=dtype, rngs=rngs)
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,
@@ -135,18 +140,21 @@ class DiffiT(UShaped):
         """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        x, told = self.seen(xt, Given.of(cond))
+        told, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
+        x, told = self.seen(xt, told)
         c = constrain(tap("condition", self.condition(batch, t, told)), "batch", None)
         c = jnp.broadcast_to(c, (batch, c.shape[-1]))
         tap("sites", self.places())
         h = tap("embed", self.embed(x.reshape(batch, *self.grid, -1)))
-        return self.walk(h, c, keys, join=lambda h, skip: jnp.concatenate([h, skip], axis=-1)), c
+        more = {} if context is None else {"context": context}
+        return self.walk(h, c, keys, join=lambda h, skip: jnp.concatenate([h, skip], axis=-1), **more), c
 
 
 class DiffiTBlock(nnx.Module):
     """`x + block(convolution(silu(norm(x))))`: a transformer block within windows (equations 7 to 10).
 
     Where the features change, the shortcut is a convolution of one pixel. grid: rows and columns of a window.
+    context_width: of the entries of a sequence to which pixels attend before the MLP; 0: none.
     """
 
     def __init__(
@@ -161,6 +169,7 @@ class DiffiTBlock(nnx.Module):
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
+        context_width: int = 0,
         rngs: nnx.Rngs,
     ):
         check_rate(dropout)
@@ -173,6 +182,11 @@ class DiffiTBlock(nnx.Module):
         )  # fmt: skip
         self.mlp = MLP(features, int(mlp_ratio * features), dtype=dtype, rngs=rngs)
         self.shortcut = Conv(features_in, features, 1, dtype=dtype, rngs=rngs) if features_in != features else None
+        self.cross = (
+            CrossAttention(features, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+            if context_width
+            else None
+        )
 
     def __call__(
         self,
@@ -181,8 +195,12 @@ class DiffiTBlock(nnx.Module):
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
+        context: Context | None = None,
     ) -> Image:
-        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
+
+        context: the sequence, with `context_width`.
+        """
         named = Below(name)
         keys_a, keys_m = (None, None) if keys is None else split(keys)
         x = constrain(x, "batch", None, None, None)
@@ -193,6 +211,7 @@ class DiffiTBlock(nnx.Module):
         y = constrain(self.attention(seen, None, named, told), "batch", None, None)
         y = named("/attention", unwindowed(y, h.shape, self.grid))
         h = constrain(h + dropout(y, self.dropout, keys_a), "batch", None, None, None)
+        h = h if self.cross is None else self.cross.added(h, context, name)
         h = h + dropout(named("/mlp", self.mlp(layer_norm(h))), self.dropout, keys_m)
         x = (x if self.shortcut is None else self.shortcut(x)) + h
         return named("", constrain(x, "batch", None, None, None))

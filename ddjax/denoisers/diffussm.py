@@ -16,6 +16,7 @@ from ddjax.denoisers.given import Given
 from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import DType, Linear, check_rate, dropout, dropout_keys, modulate, zeros
 from ddjax.denoisers.layers.blocks import FinalLayer, Stack
+from ddjax.denoisers.layers.cross import Context, CrossAttention, no_entry
 from ddjax.denoisers.layers.diagonal_ssm import DiagonalSSM
 from ddjax.denoisers.layers.embed import Conditioner, sincos
 from ddjax.denoisers.layers.long_skips import run_blocks
@@ -40,9 +41,12 @@ class DiffuSSM(ImageNetwork):
         state: numbers of each feature's state (`layers.DiagonalSSM`).
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
         vector, image_channels: of these conditions, see `DiT`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, see `DiT`: every block attends to them
+            behind its state space, with `heads`, which divide width. 0: none.
         time: False ignores t.
         dropout: rate on each block's branch, when train=True.
         dtype: compute dtype; parameters, the state spaces and the output stay float32.
+        attention: to a sequence: None, "xla" or "cudnn" (`layers.dot_product_attention`).
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -64,12 +68,15 @@ class DiffuSSM(ImageNetwork):
         state: int = 64,
         num_classes: int = 0,
         vector: int = 0,
+        context_width: int = 0,
+        heads: int = 8,
         image_channels: int = 0,
         time: bool = True,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         embed_width: int | None = None,
         bits: int = 0,
+        attention: str | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
@@ -85,9 +92,13 @@ class DiffuSSM(ImageNetwork):
         self.embed = Linear(ratio * self.features_in, width, dtype=dtype, rngs=rngs)
         self.position = nnx.Param(jnp.asarray(sincos((patches // ratio,), width)))
         self.condition = Conditioner(width, num_classes=num_classes, time=time, vector=vector, rngs=rngs)
-        block = partial(HourglassBlock, width, ratio=ratio, state=state, dropout=dropout, dtype=dtype)
+        block = partial(
+            HourglassBlock, width, ratio=ratio, state=state, context_width=context_width, heads=heads, dropout=dropout,
+            dtype=dtype, attention=attention,
+        )  # fmt: skip
         self.stack = Stack(lambda rngs: block(rngs=rngs), depth, scan=scan, remat=remat, rngs=rngs)
         self.final = FinalLayer(width, ratio * self.features_out, cond_width=width, dtype=dtype, rngs=rngs)
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,
@@ -120,17 +131,21 @@ class DiffuSSM(ImageNetwork):
         """What leaves the last block, and the vector of the condition. Arguments as above."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        x, told = self.seen(xt, Given.of(cond))
+        told, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
+        x, told = self.seen(xt, told)
         c = constrain(tap("condition", self.condition(batch, t, told)), "batch", None)
         c = jnp.broadcast_to(c, (batch, c.shape[-1]))
         tap("sites", self.places() // self.ratio)
         h = self.embed(x.reshape(batch, x.shape[1] // self.ratio, -1))
         h = tap("embed", h + self.position[...].astype(h.dtype))
-        return run_blocks(self.stack, h, c, keys)[0], c
+        return run_blocks(self.stack, h, (c, context), keys)[0], c
 
 
 class HourglassBlock(nnx.Module):
-    """`h + hourglass(norm(h) (1 + scale) + shift)`, scale and shift of the condition, starting at zero."""
+    """`h + hourglass(norm(h) (1 + scale) + shift)`, scale and shift of the condition, starting at zero.
+
+    context_width, heads: of the sequence to which sites attend behind that (`layers.CrossAttention`); 0: none.
+    """
 
     def __init__(
         self,
@@ -138,30 +153,42 @@ class HourglassBlock(nnx.Module):
         *,
         ratio: int,
         state: int = 64,
+        context_width: int = 0,
+        heads: int = 8,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
+        attention: str | None = None,
         rngs: nnx.Rngs,
     ):
         check_rate(dropout)
         self.dropout = dropout
         self.hourglass = Hourglass(width, ratio=ratio, state=state, dtype=dtype, rngs=rngs)
         self.modulation = Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.cross = (
+            CrossAttention(width, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+            if context_width
+            else None
+        )
 
     def __call__(
         self,
         h: Float[Array, "batch sites width"],
         skip: None,
-        c: Float[Array, "batch width"],
+        told: tuple[Float[Array, "batch width"], Context | None],
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
     ) -> tuple[Array, None]:
-        """The next features, and nothing for a long connection. See `layers.LongSkips`."""
-        named = Below(name)
+        """The next features, and nothing for a long connection. See `layers.LongSkips`.
+
+        told: the vector of the condition, and the sequence.
+        """
+        (c, context), named = told, Below(name)
         h = constrain(h, "batch", "sites", None)
         shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
         y = named("/hourglass", self.hourglass(modulate(h, shift, scale), named))
-        return named("", constrain(h + dropout(y, self.dropout, keys), "batch", "sites", None)), None
+        h = constrain(h + dropout(y, self.dropout, keys), "batch", "sites", None)
+        return named("", h if self.cross is None else self.cross.added(h, context, name)), None
 
 
 class Hourglass(nnx.Module):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +19,7 @@ from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.attention import Layout, among_related
 from ddjax.denoisers.layers.basic import DType, Linear, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack, check_conditioning
+from ddjax.denoisers.layers.cross import no_entry
 from ddjax.denoisers.layers.embed import Conditioner, sincos
 from ddjax.denoisers.layers.generated import GeneratedLinear, Generator
 from ddjax.denoisers.layers.merging import Sizes, check_sizes
@@ -50,7 +50,7 @@ class DiT(ImageNetwork):
         out_channels: channels of a continuous output, default C.
         patch: side of a patch, divides all sides.
         width, depth, heads: of the transformer; heads divides width.
-        mlp: "gelu", "gated" (SwiGLU), "experts" or "pooled", with options of `layers.Experts` or
+        mlp: "gelu", "gated" (SwiGLU), "geglu", "experts" or "pooled", with options of `layers.Experts` or
             `PooledExperts` in `experts`.
         mlp_ratio: hidden width of the MLP (of each expert) over width.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
@@ -219,9 +219,7 @@ class DiT(ImageNetwork):
             silu=conditioning == "attention", dtype=dtype, rngs=rngs,
         )  # fmt: skip
         # Last, so that a network without it has the initial weights that it had.
-        self.nothing = (
-            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
-        )
+        self.nothing = no_entry(context_width, rngs)
         shared = {"kernels": kernels, "dtype": dtype, "rngs": rngs}
         self.projection = Generator(cond_width, (width, width), **shared) if "weights" in by else None
 

@@ -16,6 +16,7 @@ from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.attention import WEIGHTS, check_implementation, dot_product_attention
 from ddjax.denoisers.layers.basic import DType, at_least_float32, check_rate, dropout, dropout_keys
 from ddjax.denoisers.layers.convolution import Image, downsample, upsample
+from ddjax.denoisers.layers.cross import Context
 from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
 from ddjax.denoisers.sides import Side
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
@@ -111,8 +112,35 @@ class MPAttention(nnx.Module):
         return self.out(y.reshape(x.shape))
 
 
+class MPCrossAttention(nnx.Module):
+    """Attention of pixels to the entries of a sequence, under the rules of `MPAttention`, whatever their magnitude."""
+
+    def __init__(
+        self, features: int, context_width: int, heads: int, *, dtype: DType, implementation: str | None,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.heads, self.implementation = heads, implementation
+        self.query = MPConv(features, features, 0, dtype=dtype, rngs=rngs)
+        self.key_value = MPConv(context_width, 2 * features, 0, dtype=dtype, rngs=rngs)
+        self.out = MPConv(features, features, 0, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image, context: Context, named: Below = Below()) -> Image:
+        """The branch; every example needs a valid entry. named: taps, see `layers.CrossAttention`."""
+        (sequence, valid), head = context, x.shape[-1] // self.heads
+        q = self.query(x).reshape(len(x), -1, self.heads, head)
+        k, v = jnp.moveaxis(self.key_value(sequence).reshape(len(x), -1, self.heads, 2, head), 3, 0)
+        heads = "heads" if self.heads > 1 else None
+        q, k, v = (constrain(normalized(y, -1), "batch", None, heads, None) for y in (q, k, v))
+        q, k, v = named("/queries", q), named("/keys", k), named("/values", v)
+        mask = None if valid is None else valid[:, None]
+        y = dot_product_attention(q, k, v, self.implementation, mask, named.asked(WEIGHTS))
+        return self.out(y.reshape(x.shape))
+
+
 class MPBlock(nnx.Module):
     """A residual block, with attention behind it where there are heads (Karras et al. 2024, figure 21).
+
+    Behind that pixels attend to a sequence whose entries have `context_width` numbers (0: there is none).
 
     On the way down (`encodes`) the shortcut's convolution comes first and each pixel is normalised; on the way up the
     convolution is only in the shortcut. The condition scales, by 1 + gain * (a linear function of it).
@@ -129,6 +157,7 @@ class MPBlock(nnx.Module):
         clip: float,
         dtype: DType,
         attention: str | None,
+        context_width: int = 0,
         rngs: nnx.Rngs,
     ):
         check_rate(dropout)
@@ -140,7 +169,9 @@ class MPBlock(nnx.Module):
         self.modulation_gain = nnx.Param(jnp.zeros((), jnp.float32))
         self.conv_out = MPConv(b, b, 3, dtype=dtype, rngs=rngs)
         self.shortcut = MPConv(a, b, 1, dtype=dtype, rngs=rngs) if a != b else None
-        self.attention = MPAttention(b, heads, dtype=dtype, implementation=attention, rngs=rngs) if heads else None
+        options = {"dtype": dtype, "implementation": attention, "rngs": rngs}
+        self.attention = MPAttention(b, heads, **options) if heads else None
+        self.cross = MPCrossAttention(b, context_width, heads, **options) if heads and context_width else None
 
     def __call__(
         self,
@@ -149,8 +180,12 @@ class MPBlock(nnx.Module):
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
+        context: Context | None = None,
     ) -> Image:
-        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan)."""
+        """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
+
+        context: the sequence, with `context_width`.
+        """
         x, named = constrain(x, "batch", None, None, None), Below(name)
         if self.resample is not None:
             x = downsample(x) if self.resample == "down" else upsample(x)
@@ -165,6 +200,9 @@ class MPBlock(nnx.Module):
         if self.attention is not None:
             y = named("/attention", self.attention(x, named))
             x = mp_sum(x, y, self.balance)
+        if self.cross is not None:
+            below = Below(name and f"{name}/cross")
+            x = mp_sum(x, below("", self.cross(x, context, below)), self.balance)
         return named("", constrain(jnp.clip(x, -self.clip, self.clip), "batch", None, None, None))
 
 
@@ -200,6 +238,8 @@ class EDM2(UShaped):
         balance: weight of each branch against its shortcut, 0 to 1.
         label_balance: weight of the label against the time, and of a vector against both.
         vector, image_channels: of these conditions, see `DiT`; a vector is expected to have unit magnitude. 0: none.
+        context_width: width of the entries of a sequence that is a condition, see `DiT`, of any magnitude: blocks that
+            attend attend to them too, behind the pixels, with the weight `balance`. 0: none.
         skip_balance: weight of the skip connection against the backbone.
         clip: largest number behind a block.
         uncertainty: waves of the time of which the network makes its uncertainty, told at the tap alone, for
@@ -224,6 +264,7 @@ class EDM2(UShaped):
         head_width: int = 64,
         num_classes: int = 0,
         vector: int = 0,
+        context_width: int = 0,
         image_channels: int = 0,
         time: bool = True,
         time_scale: float = 1.0,
@@ -263,7 +304,7 @@ class EDM2(UShaped):
                 )
             return MPBlock(
                 stage, cond_width=cond_width, heads=heads, dropout=dropout, balance=balance,
-                clip=clip, dtype=dtype, attention=attention, rngs=rngs,
+                clip=clip, dtype=dtype, attention=attention, context_width=context_width, rngs=rngs,
             )  # fmt: skip
 
         encoder, middle, decoder = plan(levels, first, blocks, "all")
@@ -276,6 +317,7 @@ class EDM2(UShaped):
         # Last, so that a network without them has the initial weights that it had.
         self.uncertainty = Uncertainty(uncertainty, rngs=rngs) if uncertainty else None
         self.vector = MPConv(vector, cond_width, 0, rngs=rngs) if vector else None
+        self.nothing = MPConv(context_width, 1, 0, rngs=rngs) if context_width else None
 
     def __call__(
         self,
@@ -286,7 +328,7 @@ class EDM2(UShaped):
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch H W out"] | Float[Array, "batch H W C symbols_out"]:
-        """Run the network: arguments, result and errors are those of `UNet`, without a latent and a sequence."""
+        """Run the network: arguments, result and errors are those of `UNet`, without a latent."""
         h, _ = self.body(xt, t, cond, rng=rng, train=train)
         y = self.final(tap("final", h), self.gain[...])
         return self.images(y.reshape(len(h), -1, self.features_out))
@@ -304,14 +346,18 @@ class EDM2(UShaped):
         keys = dropout_keys(self.dropout, batch, rng, train)
         t = check_time(t, batch, None).astype(jnp.float32) if self.time else jnp.zeros((), jnp.float32)
         t = jnp.broadcast_to(self.time_scale * t, (batch,))
-        x, told = self.seen(xt, Given.of(cond))
+        nothing = None if self.nothing is None else self.nothing.weights(len(self.nothing.kernel) ** 0.5)[:, 0]
+        told, context = Given.of(cond).attended(nothing, batch, self.dtype)
+        x, told = self.seen(xt, told)
         c = constrain(tap("condition", self._condition(t, told)), "batch", None)
         if self.uncertainty is not None:
             tap("uncertainty", self.uncertainty(t))
         tap("sites", self.places())
         x = x.reshape(batch, *self.grid, -1)
         h = tap("embed", self.embed(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)))
-        return self.walk(h, c, keys, join=lambda h, skip: mp_concatenate(h, skip, self.skip_balance)), c
+        join = lambda h, skip: mp_concatenate(h, skip, self.skip_balance)  # noqa: E731
+        more = {} if context is None else {"context": context}
+        return self.walk(h, c, keys, join=join, **more), c
 
     def _condition(self, t: Float[Array, " batch"], given: Given) -> Float[Array, "batch cond"]:
         given.check_taken(*("vector",) * (self.vector is not None))

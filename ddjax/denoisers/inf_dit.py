@@ -15,6 +15,7 @@ from ddjax.denoisers.images import ImageNetwork
 from ddjax.denoisers.layers.basic import MLP, DType, Linear, layer_norm, modulate, per_site, zeros
 from ddjax.denoisers.layers.block_attention import BlockAttention, KeysValues, NearbyAttention
 from ddjax.denoisers.layers.blocks import FinalLayer, Stack
+from ddjax.denoisers.layers.cross import Context, CrossAttention, no_entry
 from ddjax.denoisers.layers.embed import Conditioner
 from ddjax.denoisers.sides import Side, check_blocks, in_place, keep
 from ddjax.placement import constrain
@@ -26,6 +27,7 @@ class UpsamplerBlock(nnx.Module):
     """A layer of `InfDiT`: block attention, in the first a look at the low-resolution image, and an MLP.
 
     adaLN-zero as in `layers.Block`; the look has no modulation. low: entries that it sees; 0: it does not look.
+    context_width: of the entries of a sequence to which patches attend before the MLP; 0: none.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class UpsamplerBlock(nnx.Module):
         mlp_width: int,
         cond_width: int,
         low: int = 0,
+        context_width: int = 0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
         rngs: nnx.Rngs,
@@ -48,31 +51,42 @@ class UpsamplerBlock(nnx.Module):
         self.nearby = NearbyAttention(width, heads, block**2, low, **options) if low else None
         self.mlp = MLP(width, mlp_width, dtype=dtype, rngs=rngs)
         self.modulation = Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.cross = CrossAttention(width, context_width, heads, **options) if context_width else None
 
     def __call__(
-        self, h: Array, c: Array, *, low: Array | None = None, keys: Any = None, layout: None = None,
-        name: str | None = None,
+        self, h: Array, c: Array, *, low: Array | None = None, context: Context | None = None, keys: Any = None,
+        layout: None = None, name: str | None = None,
     ) -> Float[Array, "batch sites width"]:  # fmt: skip
-        """All blocks at once. low: `(batch, blocks, entries, width)`. name: prefix of the taps."""
+        """All blocks at once. low: `(batch, blocks, entries, width)`. context: a sequence. name: prefix of the taps."""
         h, named = constrain(h, "batch", "sites", None), Below(name)
         told = jnp.split(self.modulation(c), 6, axis=-1)
         y = named("/attention", self.attention(modulate(h, *told[:2]), self.grid, named))
         h = h + per_site(told[2], h.shape[1]) * y
-        return named("", self._rest(h, told[3:], low, name))
+        return named("", self._rest(h, told[3:], low, context, name))
 
     def behind(
-        self, h: Array, c: Array, at: tuple[Array, Array], past: KeysValues, seen: Array, low: Array | None = None
+        self,
+        h: Array,
+        c: Array,
+        at: tuple[Array, Array],
+        past: KeysValues,
+        seen: Array,
+        low: Array | None = None,
+        context: Context | None = None,
     ) -> tuple[Float[Array, "batch patches width"], KeysValues]:
         """One block, behind those that it sees (`BlockAttention.behind`). low: `(batch, 1, entries, width)`."""
         told = jnp.split(self.modulation(c), 6, axis=-1)
         y, own = self.attention.behind(modulate(h, *told[:2]), at, past, seen)
-        return self._rest(h + per_site(told[2], h.shape[1]) * y, told[3:], low), own
+        return self._rest(h + per_site(told[2], h.shape[1]) * y, told[3:], low, context), own
 
-    def _rest(self, h: Array, told: list[Array], low: Array | None, name: str | None = None) -> Array:
+    def _rest(
+        self, h: Array, told: list[Array], low: Array | None, context: Context | None, name: str | None = None
+    ) -> Array:
         named, near = Below(name), Below(name and f"{name}/nearby")
         if self.nearby is not None:
             x = layer_norm(h).reshape(-1, self.attention.block**2, h.shape[-1])
             h = h + near("", self.nearby(x, low.reshape(-1, *low.shape[2:]), near).reshape(h.shape))
+        h = h if self.cross is None else self.cross.added(h, context, name)
         y = named("/mlp", self.mlp(modulate(h, *told[:2])))
         return h + per_site(told[2], h.shape[1]) * y
 
@@ -101,6 +115,8 @@ class InfDiT(ImageNetwork):
         image_channels: of that image, default C. low_patch: side of its patches.
         patch, width, depth, heads, mlp_ratio, cond_width, num_classes, vector, time, dtype, attention: see `DiT`
             (attention None, "xla" or "cudnn"); theirs are told a vector (CLIP's of the low-resolution image).
+        context_width: width of the entries of a sequence that is a condition, see `DiT`: every layer attends to them
+            before its MLP. 0: none.
         block: side of a block in patches. A block is whole patches of the low-resolution image.
         in_turn: whether it runs block by block when not training.
         scan, remat: see `layers.Stack`; of all layers but the first.
@@ -127,6 +143,7 @@ class InfDiT(ImageNetwork):
         cond_width: int | None = None,
         num_classes: int = 0,
         vector: int = 0,
+        context_width: int = 0,
         time: bool = True,
         dtype: DType = jnp.float32,
         attention: str | None = None,
@@ -155,7 +172,8 @@ class InfDiT(ImageNetwork):
         self.low_side = pixels // (scale * low_patch)  # patches of the low-resolution image along a block
         cond_width = cond_width or width
         layer = {
-            "mlp_width": int(mlp_ratio * width), "cond_width": cond_width, "dtype": dtype, "attention": attention,
+            "mlp_width": int(mlp_ratio * width), "cond_width": cond_width, "context_width": context_width,
+            "dtype": dtype, "attention": attention,
         }  # fmt: skip
         self.embed = Linear(self.features_in, width, dtype=dtype, rngs=rngs)
         self.low_embed = Linear(low_patch**2 * image_channels, width, dtype=dtype, rngs=rngs)
@@ -168,6 +186,7 @@ class InfDiT(ImageNetwork):
         )  # fmt: skip
         self.final = FinalLayer(width, self.features_out, cond_width=cond_width, dtype=dtype, rngs=rngs)
         self.heads, self.width = heads, width
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,
@@ -178,16 +197,16 @@ class InfDiT(ImageNetwork):
         rng: Key[Array, ""] | Key[Array, " batch"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch H W out"]:
-        """Run the network; it has nothing random. cond: labels, "vector", "image" (none: zeros), see `given.Given`.
+        """Run the network; it has nothing random. cond: labels, or with others a dict, see `given.Given`.
 
         Raises ValueError for shapes that the network was not built for, and where taps are asked for of one in turn.
         """
         if self.in_turn and not train:
             for prefix in ("first", "block"):
                 refuse(prefix, "the blocks run in turn; build the network with in_turn=False")
-            x, low, c = self._entering(xt, t, cond)
+            entering = self._entering(xt, t, cond)
             with unheard():
-                y = self._in_turn(x, low, c)
+                y = self._in_turn(*entering)
         else:
             y = self.final(*self.body(xt, t, cond))
         return self.images(self._by_row(y))
@@ -209,19 +228,22 @@ class InfDiT(ImageNetwork):
         self, xt: Any, t: Any, cond: Any = None, *, rng: Any = None, train: bool = False
     ) -> tuple[Float[Array, "batch sites width"], Float[Array, "batch cond"]]:
         """What leaves the last layer, all blocks at once, and the vector of the condition. Arguments as above."""
-        x, low, c = self._entering(xt, t, cond)
+        x, low, c, context = self._entering(xt, t, cond)
         seen = jax.vmap(lambda i: self._around(low, i), out_axes=1)(jnp.arange(math.prod(self.blocks)))
         h = tap("embed", self.embed(self._by_block(self._features(x, self.grid))))
-        return self.stack(self.first(h, c, low=seen, name="first"), c), c
+        h = self.first(h, c, low=seen, context=context, name="first")
+        return self.stack(h, c, context=context), c
 
-    def _entering(self, xt: Array, t: Any, cond: Any) -> tuple[Array, Array, Array]:
-        """The state with the enlarged image beside it, the low-resolution image, and the vector of the condition."""
+    def _entering(self, xt: Array, t: Any, cond: Any) -> tuple[Array, Array, Array, Context | None]:
+        """The state with the enlarged image beside it, the low-resolution image, the vector of the condition, words."""
         batch, given = self.check(xt), Given.of(cond)
+        given, context = given.attended(self.nothing, batch, self.dtype)
         c = constrain(tap("condition", self.condition(batch, t, given.without("image"))), "batch", None)
         tap("sites", self.places())
         low = self._low(given.image, batch)
         enlarged = jax.image.resize(low, (batch, *self.shape[:-1], low.shape[-1]), "cubic")
-        return jnp.concatenate([xt.astype(self.dtype), enlarged.astype(self.dtype)], axis=-1), low, c
+        x = jnp.concatenate([xt.astype(self.dtype), enlarged.astype(self.dtype)], axis=-1)
+        return x, low, c, context
 
     def _low(self, image: Array | None, batch: int) -> Float[Array, "batch h w low"]:
         """The low-resolution image."""
@@ -267,8 +289,9 @@ class InfDiT(ImageNetwork):
         return jnp.where(there[..., None], embedded, 0).reshape(batch, (3 * side) ** 2, -1)
 
     def _in_turn(
-        self, x: Float[Array, "batch H W both"], low: Float[Array, "batch h w low"], c: Float[Array, "batch cond"]
-    ) -> Float[Array, "batch sites features"]:
+        self, x: Float[Array, "batch H W both"], low: Float[Array, "batch h w low"], c: Float[Array, "batch cond"],
+        context: Context | None,
+    ) -> Float[Array, "batch sites features"]:  # fmt: skip
         """From block to block, row by row, behind keys and values of the row of blocks before each."""
         batch, (rows, columns), side = x.shape[0], self.blocks, self.block * self.patch
         layers = self.stack.depth + 1
@@ -283,7 +306,7 @@ class InfDiT(ImageNetwork):
             past = jnp.stack([corner, left, above], axis=2)
             seen = jnp.stack([at[0] >= 0, (at[0] > 0) & (at[1] > 0), at[1] > 0, at[0] > 0])
             h = self.embed(features.reshape(batch, self.block**2, -1))
-            h, new = self._layers(h, c, at, past, seen, self._around(low, i)[:, None])
+            h, new = self._layers(h, c, at, past, seen, self._around(low, i)[:, None], context)
             return (row.at[at[1]].set(new), above), self.final(h, c)
 
         start = jnp.zeros((columns, *own), self.dtype), jnp.zeros(own, self.dtype)
@@ -291,19 +314,26 @@ class InfDiT(ImageNetwork):
         return jnp.moveaxis(y, 0, 1).reshape(batch, math.prod(self.grid), -1)
 
     def _layers(
-        self, h: Array, c: Array, at: tuple[Array, Array], past: Float[Array, "layers 2 3 ..."], seen: Array, low: Array
+        self,
+        h: Array,
+        c: Array,
+        at: tuple[Array, Array],
+        past: Float[Array, "layers 2 3 ..."],
+        seen: Array,
+        low: Array,
+        context: Context | None,
     ) -> tuple[Array, Float[Array, "layers 2 ..."]]:
-        h, first = self.first.behind(h, c, at, past[0], seen, low)
+        h, first = self.first.behind(h, c, at, past[0], seen, low, context)
         if not self.stack.scan:
             news = [first]
             for block, own in zip(self.stack.blocks, past[1:], strict=True):
-                h, new = block.behind(h, c, at, own, seen)
+                h, new = block.behind(h, c, at, own, seen, context=context)
                 news.append(new)
             return h, jnp.stack(news)
         graphdef, stacked = nnx.split(self.stack.blocks)
 
         def body(h: Array, layer: tuple[Params, Array]) -> tuple[Array, Array]:
-            return nnx.merge(graphdef, layer[0]).behind(h, c, at, layer[1], seen)
+            return nnx.merge(graphdef, layer[0]).behind(h, c, at, layer[1], seen, context=context)
 
         h, news = jax.lax.scan(body, h, (stacked, past[1:]))
         return h, jnp.concatenate([first[None], news])

@@ -27,7 +27,8 @@ from ddjax.denoisers.layers.basic import (
     zeros,
 )
 from ddjax.denoisers.layers.convolution import Conv, Image
-from ddjax.denoisers.layers.embed import check_labels, check_time, lookup
+from ddjax.denoisers.layers.cross import Context, CrossAttention, no_entry
+from ddjax.denoisers.layers.embed import check_labels, check_time, check_vector, lookup
 from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.time_norm import TimeNorm
 from ddjax.denoisers.sides import Side, check_whole
@@ -62,6 +63,9 @@ class MultiResolution(ImageNetwork):
         mlp_ratio: hidden width of the gated MLPs over width.
         output_heads: whether all branches say what they see, for `objectives.multi_resolution`.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels.
+        vector: numbers of a vector that is a condition, a token more in the lowest branch, see `DiT`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, see `DiT`: the blocks of the lowest
+            branch attend to them behind its own sites. 0: none.
         image_channels: of an image that is a condition, see `DiT`. 0: none.
         time: False ignores t.
         dropout: rate on each branch of each block, when train=True.
@@ -90,6 +94,8 @@ class MultiResolution(ImageNetwork):
         mlp_ratio: float = 2,
         output_heads: bool = False,
         num_classes: int = 0,
+        vector: int = 0,
+        context_width: int = 0,
         image_channels: int = 0,
         time: bool = True,
         dropout: float = 0.0,
@@ -113,7 +119,7 @@ class MultiResolution(ImageNetwork):
             raise ValueError(f"num_classes={num_classes}: expected 0 (no labels) or more")
         self.dropout, self.time, self.num_classes = dropout, time, num_classes
         options = {"mlp_ratio": mlp_ratio, "dropout": dropout, "dtype": dtype}
-        kinds = [partial(TransformerBlock, heads=heads, attention=attention, **options)]
+        kinds = [partial(TransformerBlock, heads=heads, attention=attention, context_width=context_width, **options)]
         kinds += [partial(ConvNeXtBlock, kernel=kernel, **options)] * (len(widths) - 1)
         self.stack, self.branches, below = nnx.List([]), nnx.List([]), None
         for i, (width, depth, patch, pool, grid) in enumerate(zip(widths, depths, patches, pools, grids, strict=True)):
@@ -122,11 +128,13 @@ class MultiResolution(ImageNetwork):
             self.branches.append(
                 Branch(
                     self.features_in, width, grid, patch=patch, pool=pool, below=below, labels=0 if i else num_classes,
+                    vector=0 if i else vector,
                     features_out=self.features_out if output_heads or i == len(widths) - 1 else 0, dtype=dtype,
                     rngs=rngs,
                 )
             )  # fmt: skip
             below = (grid, width * (depth + 1))
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,
@@ -170,15 +178,16 @@ class MultiResolution(ImageNetwork):
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
         t = check_time(t, batch, None).astype(jnp.float32) if self.time else jnp.full((batch,), 0.5, jnp.float32)
-        x, told = self.seen(xt, Given.of(cond))
-        told.check_taken()
+        told, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
+        x, told = self.seen(xt, told)
+        told.check_taken(*("vector",) * (self.branches[0].vector is not None))
         labels = check_labels(told.cond, self.num_classes, batch)
         tap("sites", self.places())
         x = x.reshape(batch, *self.shape[:2], -1)
         made, first = None, 0
         for i, (branch, stack) in enumerate(zip(self.branches, self.stack, strict=True)):
-            entered = tap(f"embed/{i}", branch.enter(x, made, labels, t))
-            h, shown = stack.run(entered, t, keys, first)
+            entered = tap(f"embed/{i}", branch.enter(x, made, labels, told.vector, t))
+            h, shown = stack.run(entered, (t, context), keys, first)
             first += stack.depth
             if i == len(self.branches) - 1:
                 break
@@ -198,7 +207,7 @@ class Branch(nnx.Module):
         patch, pool: of how many pixels' means on a side it makes one site.
         below: grid and features of what the branch below hands on; None: there is none, and the blocks are of
             attention, on sites in a row.
-        labels: of how many there is a token; 0: none.
+        labels: of how many there is a token; 0: none. vector: numbers of one that is a token; 0: none.
         features_out: of its output; 0: it has none.
     """
 
@@ -212,6 +221,7 @@ class Branch(nnx.Module):
         pool: int,
         below: tuple[tuple[int, int], int] | None,
         labels: int,
+        vector: int,
         features_out: int,
         dtype: DType,
         rngs: nnx.Rngs,
@@ -229,10 +239,12 @@ class Branch(nnx.Module):
         self.norm = TimeNorm(width) if features_out else None
         out = {"kernel_init": zeros, "dtype": dtype, "out_dtype": at_least_float32(dtype), "rngs": rngs}
         self.out = Conv(width, features_out, **out) if features_out else None
+        self.vector = Linear(vector, width, rngs=rngs) if vector else None
 
     def enter(
-        self, x: Image, made: Image | None, labels: Int[Array, " batch"], t: Float[Array, " batch"]
-    ) -> Float[Array, "batch sites width"] | Image:
+        self, x: Image, made: Image | None, labels: Int[Array, " batch"], vector: Array | None,
+        t: Float[Array, " batch"],
+    ) -> Float[Array, "batch sites width"] | Image:  # fmt: skip
         """The image, with what the branch below has made of it, for the blocks."""
         h = self.embed(self._pooled(x))
         h = h + self.position[...].astype(h.dtype)
@@ -242,6 +254,9 @@ class Branch(nnx.Module):
             h = h.reshape(h.shape[0], -1, h.shape[-1])
         if self.labels is not None:
             h = jnp.concatenate([lookup(self.labels[...], labels)[:, None].astype(h.dtype), h], axis=1)
+        if self.vector is not None:
+            token = self.vector(check_vector(vector, len(h), len(self.vector.kernel)))
+            h = jnp.concatenate([token[:, None].astype(h.dtype), h], axis=1)
         return h
 
     def hinted(self, x: Image) -> Float[Array, "batch *sites values"]:
@@ -259,7 +274,7 @@ class Branch(nnx.Module):
         return x.mean(axis=(2, 4), dtype=at_least_float32(x.dtype)).astype(x.dtype)
 
     def image(self, h: Float[Array, "batch sites width"] | Image) -> Image:
-        """The sites in their places, without the label's token."""
+        """The sites in their places, without the tokens before them."""
         if not self.in_row:
             return h
         batch, sites, width = h.shape
@@ -282,6 +297,7 @@ class BranchBlock(nnx.Module):
     """
 
     point: str  # the tap of what sites tell each other
+    cross: CrossAttention | None = None
 
     def __init__(self, width: int, *, skips: bool, mlp_ratio: float, dropout: float, dtype: DType, rngs: nnx.Rngs):
         check_rate(dropout)
@@ -298,18 +314,22 @@ class BranchBlock(nnx.Module):
         self,
         h: Float[Array, "batch *sites width"],
         skip: Float[Array, "batch *sites width"] | None,
-        t: Float[Array, " batch"],
+        told: tuple[Float[Array, " batch"], Context | None],
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
     ) -> tuple[Array, Array]:
-        """The result, twice: for the next block, and for a long connection. See `layers.LongSkips`."""
-        named = Below(name)
+        """The result, twice: for the next block, and for a long connection. See `layers.LongSkips`.
+
+        told: the time, and the sequence to which blocks of attention attend.
+        """
+        (t, context), named = told, Below(name)
         keys_a, keys_m = (None, None) if keys is None else random.split(keys)
         if self.skip is not None:
             h = self.skip(jnp.concatenate([h, named("/skip", skip)], axis=-1))
         h = self._placed(h)
         h = self._placed(h + dropout(named(self.point, self.mix(h, t, named)), self.dropout, keys_a))
+        h = h if self.cross is None else self._placed(self.cross.added(h, context, name))
         y = named("/mlp", self.mlp(self.norm_m(h, t)))
         h = named("", self._placed(h + dropout(y, self.dropout, keys_m)))
         return h, h
@@ -319,14 +339,19 @@ class BranchBlock(nnx.Module):
 
 
 class TransformerBlock(BranchBlock):
-    """Of attention among all sites, behind a norm."""
+    """Of attention among all sites, behind a norm, and then to a sequence of entries of `context_width`, if any."""
 
     point = "/attention"
 
-    def __init__(self, width: int, *, heads: int, attention: str | None, dtype: DType, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self, width: int, *, heads: int, attention: str | None, context_width: int, dtype: DType, rngs: nnx.Rngs,
+        **options: Any,
+    ):  # fmt: skip
         super().__init__(width, dtype=dtype, rngs=rngs, **options)
+        shared = {"dtype": dtype, "implementation": attention, "rngs": rngs}
         self.norm_a = TimeNorm(width, center=False, epsilon=EPSILON)
-        self.attention = Attention(width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+        self.attention = Attention(width, heads, **shared)
+        self.cross = CrossAttention(width, context_width, heads, **shared) if context_width else None
 
     def mix(self, h: Array, t: Float[Array, " batch"], named: Below) -> Array:
         """What sites tell each other."""

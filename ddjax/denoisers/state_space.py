@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import (
     DType,
     Linear,
@@ -22,6 +23,7 @@ from ddjax.denoisers.layers.basic import (
     layer_norm,
     zeros,
 )
+from ddjax.denoisers.layers.cross import Context, CrossAttention, no_entry
 from ddjax.denoisers.layers.selective_scan import Mamba
 from ddjax.denoisers.sides import Side
 from ddjax.denoisers.token_row import TokenRow
@@ -44,11 +46,14 @@ class StateSpace(TokenRow):
         state, expand, kernel: see `layers.Mamba`.
         num_classes: labels run over `[0, num_classes)`, and `num_classes` is the null label. 0: no labels, no token.
         vector: numbers of a vector that is a condition, a token more, see `DiT`. 0: none.
+        context_width: width of the entries of a sequence that is a condition, see `DiT`: every block attends to them
+            behind its state space, with `heads`, which divide width. 0: none.
         image_channels: of an image that is a condition, see `DiT`. 0: none.
         time: False ignores t, and there is no token for it.
         time_mlp: whether two layers follow the sines and cosines of the time.
         dropout: rate on each block's branch, when train=True.
         dtype: compute dtype; parameters, the scan, the sum of the branches and the output stay float32.
+        attention: to a sequence: None, "xla" or "cudnn" (`layers.dot_product_attention`).
         scan, remat: see `layers.Stack`.
         rngs: keys of the initial parameters.
 
@@ -71,6 +76,8 @@ class StateSpace(TokenRow):
         kernel: int = 4,
         num_classes: int = 0,
         vector: int = 0,
+        context_width: int = 0,
+        heads: int = 8,
         image_channels: int = 0,
         time: bool = True,
         time_mlp: bool = True,
@@ -78,6 +85,7 @@ class StateSpace(TokenRow):
         dtype: DType = jnp.float32,
         embed_width: int | None = None,
         bits: int = 0,
+        attention: str | None = None,
         scan: bool = False,
         remat: bool | str = False,
         rngs: nnx.Rngs,
@@ -87,7 +95,10 @@ class StateSpace(TokenRow):
             width=width, embed_width=embed_width, bits=bits, image_channels=image_channels, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         self.dropout = dropout
-        block = partial(StateSpaceBlock, width, state=state, expand=expand, kernel=kernel, dropout=dropout, dtype=dtype)
+        block = partial(
+            StateSpaceBlock, width, state=state, expand=expand, kernel=kernel, context_width=context_width, heads=heads,
+            dropout=dropout, dtype=dtype, attention=attention,
+        )  # fmt: skip
         self.lay(
             width,
             depth,
@@ -105,6 +116,7 @@ class StateSpace(TokenRow):
         self.modulation = Linear(width, 2 * width, **modulation) if num_classes else None
         out = {"kernel_init": zeros, "dtype": dtype, "out_dtype": at_least_float32(dtype)}
         self.out = Linear(width, self.features_out, **out, rngs=rngs)
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,
@@ -134,14 +146,17 @@ class StateSpace(TokenRow):
         """What the last block has made and the total before it, and the tokens of the label and the time."""
         batch = self.check(xt)
         keys = dropout_keys(self.dropout, batch, rng, train)
-        told, h = self.row(xt, t, cond, batch)
-        return self.stack((h, jnp.zeros(h.shape, at_least_float32(h.dtype))), keys=keys), told
+        given, context = Given.of(cond).attended(self.nothing, batch, self.dtype)
+        told, h = self.row(xt, t, given, batch)
+        return self.stack((h, jnp.zeros(h.shape, at_least_float32(h.dtype))), context, keys), told
 
 
 class StateSpaceBlock(nnx.Module):
     """`total += made`, then `made = mamba(norm(total))`: what a block makes is added by the one behind it.
 
     skips: what was made first takes what a long connection brings, concatenated, by a linear layer.
+    context_width, heads: of the sequence to which the tokens attend behind the mixer (`layers.CrossAttention`), which
+        then is a part of what the block makes; 0: none.
     """
 
     def __init__(
@@ -152,8 +167,11 @@ class StateSpaceBlock(nnx.Module):
         state: int = 16,
         expand: int = 2,
         kernel: int = 4,
+        context_width: int = 0,
+        heads: int = 8,
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
+        attention: str | None = None,
         rngs: nnx.Rngs,
     ):
         check_rate(dropout)
@@ -161,12 +179,17 @@ class StateSpaceBlock(nnx.Module):
         self.skip = Linear(2 * width, width, dtype=dtype, rngs=rngs) if skips else None
         self.norm = RMSNorm(width)
         self.mixer = Mamba(width, state=state, expand=expand, kernel=kernel, dtype=dtype, rngs=rngs)
+        self.cross = (
+            CrossAttention(width, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+            if context_width
+            else None
+        )
 
     def __call__(
         self,
         h: tuple[Float[Array, "batch sites width"], Float[Array, "batch sites width"]],
         skip: Float[Array, "batch sites width"] | None = None,
-        c: None = None,
+        context: Context | None = None,
         *,
         keys: Key[Array, " batch"] | None = None,
         name: str | None = None,
@@ -177,5 +200,9 @@ class StateSpaceBlock(nnx.Module):
         if self.skip is not None:
             made = self.skip(jnp.concatenate([made, named("/skip", skip)], axis=-1))
         total = constrain(total + made, "batch", "sites", None)
-        made = named("", dropout(self.mixer(self.norm(total)), self.dropout, keys))
+        made = dropout(self.mixer(self.norm(total)), self.dropout, keys)
+        if self.cross is not None:
+            below = Below(name and f"{name}/cross")
+            made = made + below("", self.cross(total + made, context, below))
+        made = named("", made)
         return (made, total), made

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType, Linear, activation_of, dropout_keys
 from ddjax.denoisers.layers.blocks import Block, FinalLayer, Stack
+from ddjax.denoisers.layers.cross import no_entry
 from ddjax.denoisers.layers.embed import TIME_SCALE, Conditioner, TokenEmbed
 from ddjax.denoisers.layers.noise import NoiseConditioner
 from ddjax.denoisers.layers.routing import Route
@@ -62,7 +63,7 @@ class TextTransformer(nnx.Module):
         symbols_in: tokens of xt run over `[0, symbols_in)` (`process.num_states`: the mask counts).
         symbols_out: number of logits per site (`process.num_symbols`).
         width, depth, heads: of the transformer; heads divides width, and width / heads is even.
-        mlp: "gated" (SwiGLU), "gelu", "experts" or "pooled", with options of `layers.Experts` or
+        mlp: "gated" (SwiGLU), "geglu", "gelu", "experts" or "pooled", with options of `layers.Experts` or
             `PooledExperts` in `experts`.
         mlp_width: hidden width (of each expert), default 4 width for "gelu" and, for as many parameters, 8/3 width (to
             a multiple of 8) for gated ones.
@@ -171,9 +172,7 @@ class TextTransformer(nnx.Module):
             rngs=rngs,
         )
         # Last, so that a network without it has the initial weights that it had.
-        self.nothing = (
-            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
-        )
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,

@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers.basic import DType, at_least_float32, dropout_keys, zeros
-from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock, downsample
+from ddjax.denoisers.layers.convolution import Conv, GroupNorm, Resampling, ResBlock, SpatialAttention, downsample
+from ddjax.denoisers.layers.cross import no_entry
 from ddjax.denoisers.layers.embed import TIME_SCALE
 from ddjax.denoisers.layers.noise import NoiseConditioner
 from ddjax.denoisers.layers.patch_transformer import PatchTransformer
+from ddjax.denoisers.layers.spatial_transformer import SpatialTransformer
 from ddjax.denoisers.u_shaped import Stage, UShaped, check_sides, plan
 from ddjax.denoisers.unet_designs import UNET_DESIGNS, UNetDesign
 from ddjax.placement import constrain
@@ -34,7 +36,8 @@ class UNet(UShaped):
     Taps: "condition", "encoder/i", "middle/0" and "middle/1", "decoder/j" (resampling blocks count), each with
     "/queries", "/keys", "/values", "/attention" and "/attention/weights" where it attends (`ddjax.taps`); "skip/n" and
     "backbone/n", what the n-th block on the way up that has a skip connection joins (`freeu`); "final". With
-    `transformer` "middle/0", and for its blocks "block/i" and below.
+    `transformer` "middle/0", and for its blocks "block/i" and below; with `transformer_depth` the taps of attention lie
+    below "encoder/i/block/j", and so on.
 
     Args:
         shape: (H, W, C) of one example.
@@ -52,6 +55,8 @@ class UNet(UShaped):
         vector, image_channels: of these conditions, see `DiT`. 0: none.
         context_width: width of the entries of a sequence that is a condition, see `DiT`: blocks that attend attend to
             them too, behind the pixels (Rombach et al. 2022, "latent diffusion", section 3.3). 0: none.
+        transformer_depth: where blocks attend, the number of latent diffusion's transformer blocks of pixels, in the
+            place of attention alone (`layers.SpatialTransformer`). 0: there is attention alone.
         time: False ignores t.
         time_scale: the time embedding is one of time_scale * t: 1000 for t in [0, 1], 1 for EDM's c_noise.
         dropout: rate between the convolutions of each block, when train=True.
@@ -86,6 +91,7 @@ class UNet(UShaped):
         latent: int = 0,
         vector: int = 0,
         context_width: int = 0,
+        transformer_depth: int = 0,
         image_channels: int = 0,
         time: bool = True,
         time_scale: float = TIME_SCALE,
@@ -116,6 +122,9 @@ class UNet(UShaped):
             width, d, num_classes=num_classes, latent=latent, vector=vector, time=time, time_scale=time_scale, rngs=rngs
         )
         grid = tuple(side >> (len(multipliers) - 1) for side in shape[:2])
+        attend, beside = SpatialAttention, context_width
+        if transformer_depth:
+            attend, beside = partial(SpatialTransformer, depth=transformer_depth, context_width=context_width), 0
 
         def block(stage: Stage) -> ResBlock | Resampling | PatchTransformer:
             if stage.transforms:
@@ -130,7 +139,7 @@ class UNet(UShaped):
                 stage.features_in, stage.features_out, cond_width=0 if d.told_norms else cond_width, heads=number,
                 resample=stage.resample, weights=d.weights, scale_shift=d.scale_shift, project=d.project, gain=d.gain,
                 modulation_bias=d.modulation_bias, norm=norm, dropout=dropout, dtype=dtype, attention=attention,
-                context_width=context_width, rngs=rngs,
+                attend=attend, context_width=beside, rngs=rngs,
             )  # fmt: skip
 
         levels = [(round(m * width), shape[0] >> i in attend_at) for i, m in enumerate(multipliers)]
@@ -140,15 +149,15 @@ class UNet(UShaped):
             middle = [middle[0]._replace(attends=False, transforms=True)]
         if context_width and not any(stage.attends or stage.transforms for stage in (*encoder, *middle, *decoder)):
             raise ValueError(f"context_width={context_width}: blocks that attend look at a sequence, and none attends")
+        if transformer_depth < 0 or (transformer_depth and not any(s.attends for s in (*encoder, *middle, *decoder))):
+            raise ValueError(f"transformer_depth={transformer_depth}: blocks that attend have transformers; 0, or none")
         features = self.features_in * (1 + 2 * len(d.input_waves))
         self.embed = Conv(features, first, dtype=dtype, rngs=rngs)
         self.inputs = _inputs(features, encoder, d, dtype, rngs) if d.residual_input else None
         self.lay(encoder, middle, decoder, block, remat=remat, scan=scan)
         self.final = FinalConv(levels[0][0], self.features_out, norm=norm, dtype=dtype, rngs=rngs)
         # Last, so that a network without it has the initial weights that it had.
-        self.nothing = (
-            nnx.Param(0.02 * jax.random.normal(rngs.params(), (context_width,), jnp.float32)) if context_width else None
-        )
+        self.nothing = no_entry(context_width, rngs)
 
     def __call__(
         self,

@@ -23,7 +23,8 @@ FAMILIES = {
     for family in (
         *(images.DIT, images.SIT, images.DIFFUSERS_DIT, images.UVIT),
         *(unet_families.ADM, unet_families.EDM_SONG, unet_families.EDM_ADM, unet_families.EDM2_UNET),
-        *(unet_families.ADM_CLASSIFIER, unet_families.DIFFUSERS_UNET, vae.DIFFUSERS_VAE),
+        *(unet_families.ADM_CLASSIFIER, unet_families.DIFFUSERS_UNET, unet_families.DIFFUSERS_CONDITIONED_UNET),
+        vae.DIFFUSERS_VAE,
         *(texts.MDLM, texts.SEDD, texts.UDLM, texts.DUO, texts.RADD, texts.LLADA),
         md4.MD4,
     )

@@ -141,11 +141,17 @@ class Published:
             raise ValueError(f"{self.family} is no autoencoder")
         return self.model.autoencoder, self.params
 
-    def guided(self, scale: float | None = None) -> Denoise:
-        """The denoiser under classifier-free guidance, by default as strong as the authors'."""
-        scale, null = self.model.scale if scale is None else scale, self.model.num_classes
+    def guided(self, scale: float | None = None, null: Any = None) -> Denoise:
+        """The denoiser under classifier-free guidance, by default as strong as the authors'.
+
+        null: what it leads away from (`guidance.classifier_free`), default the null label: of a model of texts the
+            empty prompt, `{"sequence": its entries}`.
+        """
+        scale, null = self.model.scale if scale is None else scale, self.model.num_classes if null is None else null
         if not null and scale != 1.0:
-            raise ValueError(f"guidance={scale} leads towards labels, and {self.family} has none here")
+            raise ValueError(
+                f"guidance={scale} leads towards labels, and {self.family} has none here: say away from what, null=..."
+            )
         if self.model.guided is None:
             return guides.classifier_free(self.denoise, null=null, scale=scale)
         return guided_channels(self.denoise, null=null, scale=scale, channels=self.model.guided)
@@ -157,6 +163,7 @@ class Published:
         cond: Any = None,
         *,
         guidance: float | None = None,
+        null: Any = None,
         steps: int | None = None,
         solver: Any = None,
         length: int | None = None,
@@ -167,9 +174,10 @@ class Published:
     ) -> Sample:
         """Draw `num` examples with the authors' sampler.
 
-        cond: labels; None draws without, and without guidance. guidance: 1 is off. steps: of the solver. solver:
-            another one, for this process. length: of texts, up to the model's own. observed: sites that are known.
-            init: states at the first time of the grid, for those of the prior.
+        cond: labels, or a dict (`denoisers.given.Given`: of a model of texts `{"sequence": ..., "valid": ...}`); None
+            draws without, and without guidance. guidance: 1 is off; null: away from what, see `guided`.
+        steps: of the solver. solver: another one, for this process. length: of texts, up to the model's own. observed:
+            sites that are known. init: states at the first time of the grid, for those of the prior.
         classifier: one of noisy images (family "adm_classifier"), whose gradient, times `guidance` (default 1), leads
             towards the labels: `guidance.GuidedMean`, or with another solver `guidance.by_classifier`.
         weaker: another model of the same process, from which `guidance` leads away (EDM2; `guidance.by_weaker`).
@@ -202,10 +210,10 @@ class Published:
                 guides.by_weaker(self.denoise, weaker.denoise, scale=guidance, told=told), self.process
             )
         else:
-            denoise = model.within(self.denoise if cond is None else self.guided(guidance), self.process)
+            denoise = model.within(self.denoise if cond is None else self.guided(guidance, null), self.process)
         if cond is None and weaker is None and guidance not in (None, 1.0):
             raise ValueError(f"guidance={guidance} leads towards labels, and there are none: give cond")
-        cond = cond if cond is None else jnp.asarray(cond)
+        cond = jax.tree.map(jnp.asarray, cond)
         times = grids.check_grid(model.grid(model.steps if steps is None else steps))
         drawn = sample(
             key, denoise, self.process, shape=(num, *shape), cond=cond, observed=observed, init=init,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ddjax.denoisers.edm2 import EDM2
+from ddjax.denoisers.layers.spatial_transformer import SpatialTransformer
 from ddjax.denoisers.unet import UNet
 from ddjax.denoisers.unet_designs import UNetDesign
 from ddjax.denoisers.unet_encoder import UNetEncoder
@@ -20,10 +22,12 @@ from ddjax.interop.mapping import (
     Entry,
     Fixed,
     by_heads,
+    constant,
     convolution,
     joined,
     linear,
     norm,
+    split,
 )
 
 Entries = list[Entry | Fixed]
@@ -170,8 +174,12 @@ def edm2(net: EDM2) -> Entries:
     ]
 
 
-def diffusers(net: UNet) -> Entries:
-    """Diffusers' `UNet2DModel`: a network of `diffusers_options`."""
+def diffusers(net: UNet, *, linear_projection: bool = False) -> Entries:
+    """Diffusers' `UNet2DModel` and `UNet2DConditionModel`: a network of `diffusers_options` or `conditioned_options`.
+
+    linear_projection: whether the layers around transformers are linear ones of theirs, not convolutions of a pixel.
+    The entry that ours attends to where there is no sequence is none of theirs: zeros, which stay.
+    """
     names = {
         "norm_in": "norm1", "conv_in": "conv1", "modulation": "time_emb_proj", "norm_out": "norm2",
         "conv_out": "conv2", "shortcut": "conv_shortcut",
@@ -182,7 +190,10 @@ def diffusers(net: UNet) -> Entries:
             return convolution(f"{ours}/conv", f"{theirs}.{change}.0.conv")
         at = f"{theirs}.{change}.0" if module.resample is not None else f"{theirs}.resnets.{i}"
         entries = _res_block(ours, module, at, names)
-        if module.attention is not None:
+        if isinstance(module.attention, SpatialTransformer):
+            own = f"{ours}/attention"
+            entries += _transformer(own, module.attention, f"{theirs}.attentions.{i}", linear_projection)
+        elif module.attention is not None:
             at, heads, width = f"{theirs}.attentions.{i}", module.attention.heads, module.conv_out.kernel.shape[-1]
             order = joined((width,) * 3).then(by_heads(heads))
             weights, biases = (tuple(f"{at}.to_{letter}.{part}" for letter in "qkv") for part in ("weight", "bias"))
@@ -201,12 +212,42 @@ def diffusers(net: UNet) -> Entries:
     ]
     if net.num_classes:
         entries.append(Entry("condition/labels", "class_embedding.weight"))
+    if net.nothing is not None:
+        entries.append(constant("nothing", np.zeros(net.nothing.shape, np.float32)))
     for n, module, level, i in _numbered(net.encoder, "down"):
         entries += block(f"encoder/{n}", module, f"down_blocks.{level}", i, "downsamplers")
     for n, module in enumerate(net.middle):
         entries += block(f"middle/{n}", module, "mid_block", n, "")
     for n, module, level, i in _numbered(net.decoder, "up"):
         entries += block(f"decoder/{n}", module, f"up_blocks.{level}", i, "upsamplers")
+    return entries
+
+
+def _transformer(ours: str, module: SpatialTransformer, theirs: str, linear_projection: bool) -> Entries:
+    width, heads = module.embed.kernel.shape[0], module.heads
+    around = linear if linear_projection else partial(_pixelwise, axes=2)
+    entries = [*norm(f"{ours}/norm", f"{theirs}.norm"), *around(f"{ours}/embed", f"{theirs}.proj_in")]
+    entries += around(f"{ours}/out", f"{theirs}.proj_out")
+    for i in range(len(module.blocks)):
+        own, other = f"{ours}/blocks/{i}", f"{theirs}.transformer_blocks.{i}"
+        for layer, at, letters in (("attention/qkv", "attn1", "qkv"), ("cross/key_value", "attn2", "kv")):
+            parts = len(letters)
+            order = joined((width,) * parts).then(by_heads(heads, parts)).then(TRANSPOSED)
+            entries.append(Entry(f"{own}/{layer}/kernel", tuple(f"{other}.{at}.to_{x}.weight" for x in letters), order))
+        entries += [
+            *norm(f"{own}/norm_a", f"{other}.norm1"),
+            *linear(f"{own}/attention/out", f"{other}.attn1.to_out.0"),
+            *norm(f"{own}/cross/norm", f"{other}.norm2"),
+            *linear(f"{own}/cross/query", f"{other}.attn2.to_q", bias=False),
+            *linear(f"{own}/cross/out", f"{other}.attn2.to_out.0"),
+            *norm(f"{own}/norm_m", f"{other}.norm3"),
+            *linear(f"{own}/mlp/down", f"{other}.ff.net.2"),
+        ]
+        for part, name, change in (("kernel", "weight", TRANSPOSED), ("bias", "bias", SAME)):
+            both = change.then(split((4 * width,) * 2, axis=-1))
+            entries.append(
+                Entry(tuple(f"{own}/mlp/{x}/{part}" for x in ("up", "gate")), f"{other}.ff.net.0.proj.{name}", both)
+            )
     return entries
 
 
@@ -238,17 +279,30 @@ def diffusers_options(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, values in _DEFAULTS.items():
         if key in given and given[key] not in values:
             raise ValueError(f"a UNet2DModel with {key}={given[key]!r} is no UNet of ours: expected {values}")
-    down, up = given["down_block_types"], given["up_block_types"][::-1]
-    kinds = [[_BLOCKS.get(name) for name in names] for names in (down, up)]
-    if None in kinds[0] or kinds[0] != kinds[1]:
-        raise ValueError(f"blocks {down} down and {up[::-1]} up are not residual blocks, the same in a mirror")
-    resamplers = {kind or given[f"{way}sample_type"] for way in ("down", "up") for _, kind in kinds[0][:-1]}
+    kinds = _mirrored(given, _BLOCKS)
+    resamplers = {kind or given[f"{way}sample_type"] for way in ("down", "up") for _, kind in kinds[:-1]}
     if len(resamplers) > 1 or not resamplers <= {"conv", "resnet"}:
         raise ValueError(f"resolutions change by {sorted(resamplers)}: expected all by 'conv', or all by 'resnet'")
     scale_shift = given["resnet_time_scale_shift"] == "scale_shift"
     groups = given["norm_num_groups"]
     if given.get("attn_norm_num_groups") != groups and (scale_shift or given.get("attn_norm_num_groups") is not None):
         raise ValueError(f"attn_norm_num_groups={given.get('attn_norm_num_groups')}: expected {groups}, as elsewhere")
+    heads = {"heads": 1} if given["attention_head_dim"] is None else {"head_width": given["attention_head_dim"]}
+    resample = "block" if resamplers == {"resnet"} else "conv"
+    return heads | _sizes(given, kinds, resample=resample, middle_attention=given["add_attention"])
+
+
+def _mirrored(given: Mapping[str, Any], known: Mapping[str, tuple]) -> list[tuple]:
+    """What the blocks of each resolution are. Raises ValueError for those that are not known, and for other ways up."""
+    down, up = tuple(given["down_block_types"]), tuple(given["up_block_types"][::-1])
+    kinds = [[known.get(name) for name in names] for names in (down, up)]
+    if None in kinds[0] or kinds[0] != kinds[1]:
+        raise ValueError(f"blocks {down} down and {up[::-1]} up are not residual blocks, the same in a mirror")
+    return kinds[0]
+
+
+def _sizes(given: Mapping[str, Any], kinds: Sequence[tuple], **design: Any) -> dict[str, Any]:
+    """Arguments of `UNet` but for the heads; kinds: of each resolution, whether its blocks attend, first."""
     side, widths = given.get("sample_size"), given["block_out_channels"]
     if not side:
         raise ValueError("sample_size is not given: it says of which images the network is")
@@ -257,23 +311,73 @@ def diffusers_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "shape": (*shape, given["in_channels"]),
         "out_channels": given["out_channels"],
         "design": UNetDesign(
-            resample="block" if resamplers == {"resnet"} else "conv",
             padding=(1, 1) if given["downsample_padding"] else (0, 1),
-            scale_shift=scale_shift,
-            groups=groups,
+            scale_shift=given["resnet_time_scale_shift"] == "scale_shift",
+            groups=given["norm_num_groups"],
             epsilon=given["norm_eps"],
-            middle_attention=given["add_attention"],
             time="cos_sin" if given["flip_sin_to_cos"] else "sin_cos",
             endpoint=given["freq_shift"] == 1,
+            **design,
         ),
         "width": widths[0],
         "multipliers": tuple(width / widths[0] for width in widths),
         "blocks": given["layers_per_block"],
-        "attend_at": tuple(shape[0] >> i for i, (attends, _) in enumerate(kinds[0]) if attends),
-        **({"heads": 1} if given["attention_head_dim"] is None else {"head_width": given["attention_head_dim"]}),
+        "attend_at": tuple(shape[0] >> i for i, (attends, *_) in enumerate(kinds) if attends),
         "num_classes": given.get("num_class_embeds") or 0,
         "dropout": given["dropout"],
         "time_scale": 999.0,
+    }
+
+
+# The same of a UNet2DConditionModel. What else its config.json may say changes no number (memory, precision).
+_CONDITION_DEFAULTS = {
+    "center_input_sample": (False,), "time_embedding_type": ("positional",), "act_fn": ("silu", "swish"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_scale_factor": (1,), "only_cross_attention": (False,),
+    "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "num_attention_heads": (None,),
+    "dual_cross_attention": (False,), "class_embed_type": (None,), "addition_embed_type": (None,),
+    "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1,), "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,), "timestep_post_act": (None,), "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
+    "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,), "reverse_transformer_layers_per_block": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"), "freq_shift": (0, 1),
+}  # fmt: skip
+_CONDITION_BLOCKS = {
+    "DownBlock2D": (False,), "CrossAttnDownBlock2D": (True,), "UpBlock2D": (False,), "CrossAttnUpBlock2D": (True,),
+}  # fmt: skip
+
+
+def conditioned_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `UNet` for the config.json of a `UNet2DConditionModel` (Stable Diffusion 1 and 2), as above.
+
+    Raises ValueError for what is not a `UNet`: the same, numbers that differ from resolution to resolution and are one
+    here (blocks, depths of transformers; heads, unless all have one width), and what is added to the time (SDXL).
+    """
+    given = {
+        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"), "attention_head_dim": 8, "dropout": 0.0,
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3), "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2, "norm_num_groups": 32, "norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0,
+        "cross_attention_dim": 1280, "transformer_layers_per_block": 1, "resnet_time_scale_shift": "default",
+        "in_channels": 4, "out_channels": 4, "flip_sin_to_cos": True, **config,
+    }  # fmt: skip
+    for key, values in _CONDITION_DEFAULTS.items():
+        if key in given and given[key] not in values:
+            raise ValueError(f"a UNet2DConditionModel with {key}={given[key]!r} is no UNet of ours: expected {values}")
+    for key in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
+        each = given[key] if isinstance(given[key], Sequence) else [given[key]]
+        if len(set(map(str, each))) > 1 or not isinstance(each[0], int):
+            raise ValueError(f"{key}={given[key]!r}: expected one number, at all resolutions")
+        given[key] = each[0]
+    widths, heads = given["block_out_channels"], given["attention_head_dim"]  # their name for the number of heads
+    heads = list(heads) if isinstance(heads, Sequence) else [heads] * len(widths)
+    head_widths = {width / number for width, number in zip(widths, heads, strict=True)}
+    if len(set(heads)) > 1 and len(head_widths) > 1:
+        raise ValueError(f"attention_head_dim={heads} heads of {list(widths)} features: expected as many, or as wide")
+    return {
+        **({"heads": heads[0]} if len(set(heads)) == 1 else {"head_width": int(head_widths.pop())}),
+        **_sizes(given, _mirrored(given, _CONDITION_BLOCKS), resample="conv"),
+        "context_width": given["cross_attention_dim"],
+        "transformer_depth": given["transformer_layers_per_block"],
     }
 
 
@@ -288,17 +392,23 @@ def _res_block(ours: str, module: Any, theirs: str, names: Mapping[str, str]) ->
 
 def _attention(ours: str, theirs: str, names: tuple[str, str, str], order: Change, axes: int) -> Entries:
     """Their layers are convolutions of one pixel, in so many axes."""
+    before, qkv, out = (f"{theirs}.{name}" for name in names)
+    return [
+        *norm(f"{ours}/norm", before),
+        *_pixelwise(f"{ours}/qkv", qkv, axes=axes, order=order),
+        *_pixelwise(f"{ours}/out", out, axes=axes),
+    ]
+
+
+def _pixelwise(ours: str, theirs: str, *, axes: int, order: Change = SAME) -> Entries:
+    """A linear layer that is a convolution of one pixel, in so many axes, of theirs."""
     point = Change(
         lambda w: w.reshape(w.shape[:2]).T,
         lambda w: w.T.reshape(*w.shape[::-1], *(1,) * axes),
     )
-    before, qkv, out = (f"{theirs}.{name}" for name in names)
     return [
-        *norm(f"{ours}/norm", before),
-        Entry(f"{ours}/qkv/kernel", f"{qkv}.weight", order.then(point)),
-        Entry(f"{ours}/qkv/bias", f"{qkv}.bias", order),
-        Entry(f"{ours}/out/kernel", f"{out}.weight", point),
-        Entry(f"{ours}/out/bias", f"{out}.bias"),
+        Entry(f"{ours}/kernel", f"{theirs}.weight", order.then(point)),
+        Entry(f"{ours}/bias", f"{theirs}.bias", order),
     ]
 
 

@@ -22,7 +22,8 @@ from ddjax.processes import Gaussian, LearnedVariance
 from ddjax.schedules import EDM, Table
 
 NETWORK = ("shape", "out_channels", "design", "width", "multipliers", "blocks", "attend_at", "num_classes",
-           "heads", "head_width", "latent", "time_scale", "uncertainty")  # fmt: skip
+           "heads", "head_width", "latent", "time_scale", "uncertainty",
+           "context_width", "transformer_depth")  # fmt: skip
 
 
 def _network(s: Mapping[str, Any], network: type) -> Callable[..., nnx.Module]:
@@ -228,13 +229,17 @@ EDM2_UNET = Family(
     model=partial(_edm_model, second=True),
 )
 
-# -- diffusers' UNet2DModel ----------------------------------------------------------------------------------------
+# -- diffusers' UNet2DModel and UNet2DConditionModel ---------------------------------------------------------------
 
 
-def _diffusers_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _diffusers_settings(
+    tensors: Tensors, config: Mapping[str, Any], given: Mapping[str, Any], conditioned: bool = False
+) -> dict[str, Any]:
     if "block_out_channels" not in config:
-        raise ValueError("the tensors of a UNet2DModel do not say all of it: put its config.json beside them")
-    options = unet.diffusers_options(config)
+        raise ValueError("the tensors of such a U-Net do not say all of it: put its config.json beside them")
+    options = (unet.conditioned_options if conditioned else unet.diffusers_options)(config)
+    if conditioned:
+        options["linear_projection"] = bool(config.get("use_linear_projection", False))
     said = scheduler.settings(config, given)
     return {**options, **said} | {
         "time_scale": scheduler.clock(said),
@@ -246,15 +251,27 @@ def _diffusers_settings(tensors: Tensors, config: Mapping[str, Any], given: Mapp
 
 
 def _diffusers_model(s: Mapping[str, Any]) -> Model:
-    return _model(s, unet.diffusers, **scheduler.model(s, s["out_channels"] == 2 * s["shape"][2]))
+    entries = partial(unet.diffusers, linear_projection=s.get("linear_projection", False))
+    return _model(s, entries, **scheduler.model(s, s["out_channels"] == 2 * s["shape"][2]))
 
 
+_DIFFUSERS_MARKS = ("time_embedding.linear_1.weight", "conv_in.weight", "conv_norm_out.weight",
+                    "mid_block.resnets.0.conv1.bias", "down_blocks.0.resnets.0.time_emb_proj.weight")  # fmt: skip
+_WORDS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 DIFFUSERS_UNET = Family(
     "diffusers_unet",
     "diffusers' UNet2DModel",
-    marks=("time_embedding.linear_1.weight", "conv_in.weight", "conv_norm_out.weight", "mid_block.resnets.0.conv1.bias",
-           "down_blocks.0.resnets.0.time_emb_proj.weight"),
+    marks=_DIFFUSERS_MARKS,
+    without=(_WORDS,),
     settings=_diffusers_settings,
     model=_diffusers_model,
     claims=lambda config: None if "_class_name" not in config else config["_class_name"] == "UNet2DModel",
-)  # fmt: skip
+)
+DIFFUSERS_CONDITIONED_UNET = Family(
+    "diffusers_conditioned_unet",
+    "diffusers' UNet2DConditionModel (latent diffusion; Stable Diffusion 1 and 2)",
+    marks=(*_DIFFUSERS_MARKS, _WORDS),
+    settings=partial(_diffusers_settings, conditioned=True),
+    model=_diffusers_model,
+    claims=lambda config: None if "_class_name" not in config else config["_class_name"] == "UNet2DConditionModel",
+)

@@ -14,12 +14,12 @@ def last(x):
     return x.transpose(0, 2, 3, 1)
 
 
-def dimr(weights, x, t, labels, *, heads):
+def dimr(weights, x, t, labels, *, heads, vector=None, look=None):
     """Liu et al. 2024 (qihao067/DiMR, libs/core/blocks.py): x `(batch, C, H, W)`; the outputs of all stages.
 
     Their log_snr is 8 n / 1000 - 4 at step n, of which a quarter is what the norms are told.
     """
-    w, times = Weights(weights), (8 * t - 4) / 4
+    w, times, told = Weights(weights), (8 * t - 4) / 4, vector
 
     def vector(name):
         part = w.below(f"{name}.")
@@ -45,6 +45,7 @@ def dimr(weights, x, t, labels, *, heads):
                  for k, v in [(f"{n}.{p}", f"{m}.{p}")] if f"block1.{v}" in own}
             )  # fmt: skip
             x = x + attention(part, rms_norm(f"{name}.block1.norm", x), heads)
+            x = x if look is None else look(own, x)
         else:
             x = x + last(own.conv("block1.1", first(x), groups=x.shape[-1]))
         y = rms_norm(f"{name}.block2.norm", x)
@@ -66,7 +67,8 @@ def dimr(weights, x, t, labels, *, heads):
         rowed = "class_embeds.weight" in own
         if rowed:
             token = np.asarray(own["class_embeds.weight"], np.float64)[labels]
-            h = np.concatenate([token[:, None], h.reshape(len(x), -1, h.shape[-1])], axis=1)
+            tokens = [token[:, None]] if told is None else [own.linear("vector", told)[:, None], token[:, None]]
+            h = np.concatenate([*tokens, h.reshape(len(x), -1, h.shape[-1])], axis=1)
         shown, skips = [h], []
         number = len({k.split(".")[1] for k in own if k.startswith("blocks.")})
         for i in range(number):
@@ -77,7 +79,7 @@ def dimr(weights, x, t, labels, *, heads):
             if i < number // 2:
                 skips.append(h)
         if rowed:
-            shown = [s[:, 1:].reshape(len(x), *grid, -1) for s in shown]
+            shown = [s[:, len(tokens) :].reshape(len(x), *grid, -1) for s in shown]
         lower = np.concatenate(shown, axis=-1)
         outputs.append(own.conv("output_layer.2", first(layer_norm(f"{name}.output_layer.0", shown[-1]))))
     return outputs
@@ -104,9 +106,10 @@ def tanh_gelu(x):
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-def time_block(w, x, c, heads, rows, columns):
+def time_block(w, x, c, heads, rows, columns, look=None):
     """Equations 7 and 8."""
     x = x + time_attention(w.below("attn."), normalised(x, 1e-6), c, heads, rows, columns)
+    x = x if look is None else look(w, x)
     return x + w.linear("mlp.fc2", tanh_gelu(w.linear("mlp.fc1", normalised(x, 1e-6))))
 
 
@@ -128,18 +131,18 @@ def in_windows(x, side):
     return cut(x, side).reshape(batch, -1, channels, side * side).swapaxes(-1, -2)
 
 
-def diffit_block(w, x, c, heads, side):
+def diffit_block(w, x, c, heads, side, look=None):
     """Equations 7 to 10 of Hatamizadeh et al. 2023, in windows: x `(batch, C, H, W)`."""
     h = w.conv("conv", silu(w.group_norm("norm", x)))
     out = np.zeros_like(h)
     for i, window in enumerate(in_windows(h, side).swapaxes(0, 1)):
         row, column = divmod(i, h.shape[3] // side)
-        y = time_block(w, window, c, heads, side, side).swapaxes(1, 2).reshape(*h.shape[:2], side, side)
+        y = time_block(w, window, c, heads, side, side, look).swapaxes(1, 2).reshape(*h.shape[:2], side, side)
         out[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = y
     return (w.conv("shortcut", x) if "shortcut.weight" in w else x) + out
 
 
-def diffit_image(weights, x, steps, labels, *, levels, blocks, heads, window):
+def diffit_image(weights, x, steps, labels, *, levels, blocks, heads, window, look=None):
     """Their network in image space, section 3.3: a U-Net of `diffit_block`s, joined once at each resolution."""
     w = Weights(weights)
     c = w.linear("t_embedder.mlp.2", silu(w.linear("t_embedder.mlp.0", waves(steps, 256))))
@@ -148,7 +151,7 @@ def diffit_image(weights, x, steps, labels, *, levels, blocks, heads, window):
 
     def stage(name, h):
         for j in range(blocks):
-            h = diffit_block(w.below(f"{name}.{j}."), h, c, heads, min(window, h.shape[2]))
+            h = diffit_block(w.below(f"{name}.{j}."), h, c, heads, min(window, h.shape[2]), look)
         return h
 
     for i in range(levels):
@@ -174,7 +177,7 @@ def recurrence(u, step, decay, read, direct):
     return y
 
 
-def diffussm(weights, x, steps, labels, *, ratio):
+def diffussm(weights, x, steps, labels, *, ratio, look=None):
     """Yan et al. 2024, section 3.2: x `(batch, C, H, W)`, pixels in a row, `ratio` to a site, one matrix for each k."""
     w = Weights(weights)
     batch, channels, height, width = x.shape
@@ -197,6 +200,7 @@ def diffussm(weights, x, steps, labels, *, ratio):
         y = [own.linear(f"down.{k}", y[:, k::ratio]) for k in range(ratio)]
         inner = gelu(np.concatenate(y, axis=-1))
         h = h + own.linear("W3", gelu(own.linear("W2", inner)) * gelu(own.linear("W1", site)))
+        h = h if look is None else look(own, h)
     own = w.below("final_layer.")
     shift, scale = np.split(own.linear("adaLN_modulation.1", c)[:, None], 2, axis=-1)
     y = own.linear("linear", normalised(h, 1e-6) * (1 + scale) + shift)

@@ -79,6 +79,33 @@ def attention(w, x, heads):
     return w.linear("proj", y.transpose(0, 2, 1, 3).reshape(batch, sites, width))
 
 
+def cross_attention(w, x, words, valid, heads):
+    """Of sites to words (Chen et al. 2023, PixArt-alpha), of which an example may lack some."""
+    head = x.shape[-1] // heads
+    split = lambda y: y.reshape(len(y), -1, heads, head).transpose(0, 2, 1, 3)
+    k, v = np.split(w.linear("kv_linear", words), 2, axis=-1)
+    scores = split(w.linear("q_linear", normalised(x, 1e-6))) @ split(k).swapaxes(-1, -2) / math.sqrt(head)
+    y = softmax(np.where(valid[:, None, None], scores, -np.inf)) @ split(v)
+    return w.linear("proj", y.transpose(0, 2, 1, 3).reshape(x.shape))
+
+
+def looking(words, valid, nothing, heads):
+    """`look(w, x)` of blocks that attend to words behind their own sites; without a valid word to `nothing`."""
+    words, valid = np.array(words, np.float64), np.array(valid)
+    for i in np.flatnonzero(~valid.any(axis=1)):
+        words[i, 0], valid[i, 0] = nothing, True
+    return lambda w, x: x + cross_attention(w.below("cross_attn."), x, words, valid, heads)
+
+
+def put_cross(weights, name, p, heads):
+    """A `layers.CrossAttention`, whose columns of `key_value` are (head, key or value, feature), by PixArt's names."""
+    kernel = p["key_value"]["kernel"]
+    kernel = kernel.reshape(len(kernel), heads, 2, -1).swapaxes(1, 2).reshape(len(kernel), -1)
+    for theirs, own in (("q_linear", p["query"]["kernel"]), ("kv_linear", kernel), ("proj", p["out"]["kernel"])):
+        weights[f"{name}cross_attn.{theirs}.weight"] = own.T
+    weights[f"{name}cross_attn.proj.bias"] = p["out"]["bias"]
+
+
 def cut(x, p):
     """An image `(batch, C, H, W)` in patches, `(batch, patches, C, p, p)`, row by row."""
     batch, channels, height, width = x.shape
@@ -207,7 +234,7 @@ def mamba(w, x):
     return w.linear("out_proj", one(x, z, "") + one(x[:, ::-1], z[:, ::-1], "_b")[:, ::-1])
 
 
-def dis(weights, x, steps, labels, *, patch):
+def dis(weights, x, steps, labels, *, patch, look=None):
     """Fei et al. 2024 (feizc/DiS, models_dis.py): x `(batch, C, H, W)`, steps in [0, 1000]."""
     w = Weights(weights)
     kernel = w["patch_embed.proj.weight"]
@@ -225,7 +252,8 @@ def dis(weights, x, steps, labels, *, patch):
         own = w.below(f"{name}.")
         h = h if skip is None else own.linear("skip_linear", np.concatenate([h, skip], axis=-1))
         residual = h + residual
-        return mamba(own.below("mixer."), rms(residual, own["norm.weight"])), residual
+        made = mamba(own.below("mixer."), rms(residual, own["norm.weight"]))
+        return made if look is None else look(own, residual + made) - residual, residual
 
     half, residual, skips = len({k.split(".")[1] for k in w if k.startswith("in_blocks.")}), 0.0, []
     for i in range(half):

@@ -1,11 +1,9 @@
 """Networks of stages by their published definitions: NumPy in float64, weights by their authors' names (where these
 have published code) and in PyTorch's layout. An image is `(batch, channels, height, width)`."""
 
-import math
-
 import numpy as np
 from numpy_hierarchies import first, fused_block, last
-from numpy_networks import Weights, attention, gelu, normalised, shuffle, silu, softmax, unshuffle, waves
+from numpy_networks import Weights, attention, cross_attention, gelu, normalised, shuffle, silu, unshuffle, waves
 
 
 def hard_swish(x):
@@ -56,16 +54,6 @@ def efficient_block(w, x, c, heads):
 
 def rows(x):
     return last(x).reshape(len(x), -1, x.shape[1])
-
-
-def cross_attention(w, x, words, valid, heads):
-    """Of sites to words (Chen et al. 2023, PixArt-alpha), of which an example may lack some."""
-    head = x.shape[-1] // heads
-    split = lambda y: y.reshape(len(y), -1, heads, head).transpose(0, 2, 1, 3)
-    k, v = np.split(w.linear("kv_linear", words), 2, axis=-1)
-    scores = split(w.linear("q_linear", normalised(x, 1e-6))) @ split(k).swapaxes(-1, -2) / math.sqrt(head)
-    y = softmax(np.where(valid[:, None, None], scores, -np.inf)) @ split(v)
-    return w.linear("proj", y.transpose(0, 2, 1, 3).reshape(x.shape))
 
 
 def transformer_block(w, x, c, heads, words, valid):

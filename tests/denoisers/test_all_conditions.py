@@ -109,6 +109,8 @@ IMAGES, TOKENS = {"shape": (4, 4, 2)}, {"symbols_in": 6, "symbols_out": 5}
 BOTH, SEEN = {"vector": 5, "image_channels": 1}, {"context_width": 6}
 SMALL = {"width": 16, "heads": 2}
 U = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attend_at": (2,)}
+LATENT = {"heads": 2, "transformer_depth": 2}
+UP = {**SMALL, "depth": 2, "scale": 1, "patch": 1, "low_patch": 1, "block": 2}
 MD4 = dataclasses.replace(UNET_DESIGNS["md4_transformer"], groups=4)
 WAIST = {**IMAGES, "width": 16, "multipliers": (1, 2), "blocks": 1, "design": MD4}
 TEXT = {"length": 8, **TOKENS, **SMALL, "depth": 2, "vector": 5, **SEEN}
@@ -121,17 +123,24 @@ NETWORKS = {
     "unet-transformer": (UNet, {**WAIST, **BOTH, **SEEN, "transformer": {**SMALL, "depth": 1}}),
     "unet-scan": (UNet, {**IMAGES, **U, **BOTH, **SEEN, "blocks": 3, "scan": True, "design": UNetDesign(groups=4)}),
     "unet-remat": (UNet, {**IMAGES, **U, **BOTH, **SEEN, "remat": True, "design": UNetDesign(groups=4)}),
-    "edm2": (EDM2, {**IMAGES, **U, **BOTH, "head_width": 8}),
+    "unet-latent": (UNet, {**IMAGES, **U, **BOTH, **SEEN, **LATENT, "design": UNetDesign(groups=4)}),
+    "edm2": (EDM2, {**IMAGES, **U, **BOTH, **SEEN, "head_width": 8}),
+    "edm2-scan": (EDM2, {**IMAGES, **U, **BOTH, **SEEN, "head_width": 8, "blocks": 3, "scan": True}),
     "dico": (DiCo, {**IMAGES, "width": 8, "stages": ("c", "a", "c"), "head_width": 8, **BOTH, **SEEN}),
     "uvit": (UViT, {**IMAGES, **SMALL, "depth": 3, "patch": 2, **BOTH, "context": (3, 6)}),
-    "state-space": (StateSpace, {**IMAGES, "width": 16, "depth": 3, "patch": 2, "state": 4, **BOTH}),
+    "state-space": (
+        StateSpace,
+        {**IMAGES, "width": 16, "depth": 3, "patch": 2, "state": 4, **BOTH, **SEEN, "heads": 2},
+    ),
     "multi-resolution": (
         MultiResolution,
-        {**IMAGES, "widths": (16, 8), "depths": (3, 3), "heads": 2, "image_channels": 1},
+        {**IMAGES, "widths": (16, 8), "depths": (3, 3), "heads": 2, **BOTH, **SEEN},
     ),
-    "diffit": (DiffiT, {**IMAGES, **SMALL, "multipliers": (1, 2), "blocks": 1, **BOTH}),
-    "diffussm": (DiffuSSM, {**IMAGES, **TOKENS, "width": 16, "depth": 2, "state": 4, **BOTH}),
-    "inf-dit": (InfDiT, {**IMAGES, **SMALL, "depth": 2, "scale": 1, "patch": 1, "low_patch": 1, "block": 2, **BOTH}),
+    "diffit": (DiffiT, {**IMAGES, **SMALL, "multipliers": (1, 2), "blocks": 1, **BOTH, **SEEN}),
+    "diffussm": (DiffuSSM, {**IMAGES, **TOKENS, **SMALL, "depth": 2, "state": 4, **BOTH, **SEEN}),
+    "diffussm-scan": (DiffuSSM, {**IMAGES, **SMALL, "depth": 2, "state": 4, **BOTH, **SEEN, "scan": True}),
+    "inf-dit": (InfDiT, {**IMAGES, **UP, **BOTH, **SEEN}),
+    "inf-dit-in-turn": (InfDiT, {**IMAGES, **UP, **BOTH, **SEEN, "in_turn": True}),
     "text": (TextTransformer, TEXT),
     "text-block": (TextTransformer, {**TEXT, "block": 4, "conditioner": "md4"}),
     "text-plain": (TextTransformer, {**TEXT, "vector": 0, "modulated": False, "time": False}),

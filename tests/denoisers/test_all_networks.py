@@ -56,6 +56,7 @@ MD4 = {"conditioner": "md4", "activation": "sigmoid", "cond_width": 8, "embed_wi
 
 
 ROUTED = {"experts": 4, "top_k": 2, "shared": 1, "capacity": 2.0}  # enough for all choices
+WORDS, LATENT = {"context_width": 6}, {"heads": 2, "transformer_depth": 2}
 SCAN = {"blocks": 3, "scan": True}
 UNSEEN = ("frequencies", "phases", "uncertainty/linear/kernel")  # of what only an objective asks for
 
@@ -132,6 +133,14 @@ NETWORKS = {
     # In training its experts choose from the batch, of which an example then is not independent, by design; the tests
     # of single examples and of vmap are of the network as it samples.
     "dit-pooled": (DiT, {**PIXELS, **DEEP, "patch": 2, "mlp": "pooled", "experts": {"experts": 4}}, ()),
+    "edm2-words": (EDM2, {**PIXELS, **LEVELS, **WORDS, "head_width": 8}, ("frequencies", "phases")),
+    "diffit-words": (DiffiT, {**PIXELS, **WORDS, "width": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2}, ()),
+    "diffussm-words": (DiffuSSM, {**PIXELS, **DEEP, **WORDS, "ratio": 2, "state": 4}, ()),
+    "state-space-words": (StateSpace, {**PIXELS, **DEEP, **WORDS, "depth": 3, "patch": 2, "state": 4}, ()),
+    "multi-resolution-words": (MultiResolution, {**PIXELS, **BRANCHES, **WORDS}, ()),
+    "inf-dit-words": (InfDiT, {**PIXELS, **DEEP, **BLOCKS, **WORDS}, ("low_embed/kernel",)),
+    "unet-words": (UNet, {**PIXELS, **LEVELS, **WORDS, "heads": 2, "design": UNetDesign(**FEW)}, ()),
+    "unet-latent": (UNet, {**PIXELS, **LEVELS, **WORDS, **LATENT, "design": UNetDesign(**FEW)}, ()),
     "low-rank": (LowRankGaussian, {"shape": (10,), "rank": 3, "schedule": VPCosine()}, ()),
     "classifier": (UNetEncoder, {**PIXELS, **LEVELS, "classes": 5, "head_width": 8, "design": UNetDesign(**FEW)}, ()),
 }
@@ -200,6 +209,9 @@ def inputs(name, batch=4):
     xt = rng.integers(0, 6, shape, np.int32) if "symbols_in" in options else rng.normal(size=shape).astype(np.float32)
     cond = rng.integers(0, 4, batch, np.int32) if classes(name) else {"points": rng.normal(size=(batch, 10, 2))}
     cond = None if "modulated" in options or "classes" in options else cond
+    if "context_width" in options:  # and of the third there is no entry
+        valid = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], bool)[:batch]
+        cond = {"sequence": rng.normal(size=(batch, 3, 6)).astype(np.float32), "valid": valid, "cond": cond}
     return xt, rng.uniform(size=batch).astype(np.float32), cond
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy_hierarchies
 import pytest
 from flax import nnx
+from numpy_networks import looking, put_cross
 
 from ddjax.denoisers import DiffiT, DiT, functional_init, layers, taps
 from ddjax.denoisers.layers.attention import Layout, relative_bias
@@ -16,6 +17,8 @@ LATENT = {
 }  # fmt: skip
 IMAGE = {"shape": (8, 8, 2), "width": 8, "multipliers": (1, 2), "blocks": 2, "heads": 2, "num_classes": 3}
 T = np.array([0.0, 0.0625, 0.015625], np.float32)  # angles whose rounding does not count
+WORDS = np.random.default_rng(4).normal(size=(3, 4, 5)).astype(np.float32)
+VALID = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], bool)  # of the second example there is none
 
 
 def inputs(shape):
@@ -72,10 +75,10 @@ def test_latent_network_is_the_published_one(build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [4, 2])
-def test_image_network_is_the_published_one(window, build):
-    """Windows of half the image at first, then of all of it; and of less at both resolutions."""
-    run, params = build(lambda rngs: DiffiT(**IMAGE, window=window, rngs=rngs))
+@pytest.mark.parametrize(("window", "words"), [(4, False), (2, False), (4, True)])
+def test_image_network_is_the_published_one(window, words, build):
+    """Windows of half the image at first, then of all of it; and of less at both resolutions. Or looking at words."""
+    run, params = build(lambda rngs: DiffiT(**IMAGE, window=window, context_width=5 * words, rngs=rngs))
     w, (xt, t, labels) = {}, inputs((8, 8, 2))
     put_condition(w, params["condition"])
     put_conv(w, "tokenizer", params["embed"])
@@ -91,12 +94,17 @@ def test_image_network_is_the_published_one(window, build):
         put_conv(w, f"{name}.conv", p["conv_in"])
         if "shortcut" in p:
             put_conv(w, f"{name}.shortcut", p["shortcut"])
+        if words:
+            put_cross(w, f"{name}.", p["cross"], 2)
     final = params["final"]
     w["head.0.weight"], w["head.0.bias"] = final["norm"]["scale"], final["norm"]["bias"]
     put_conv(w, "head.1", final["out"])
     x = xt.transpose(0, 3, 1, 2).astype(np.float64)
-    want = numpy_hierarchies.diffit_image(w, x, 1000.0 * t, labels, levels=2, blocks=2, heads=2, window=window)
-    close(run(params, xt, t, labels), want.transpose(0, 2, 3, 1))
+    look = looking(WORDS, VALID, params["nothing"], 2) if words else None
+    sizes = {"levels": 2, "blocks": 2, "heads": 2, "window": window}
+    want = numpy_hierarchies.diffit_image(w, x, 1000.0 * t, labels, **sizes, look=look)
+    cond = {"sequence": WORDS, "valid": VALID, "cond": labels} if words else labels
+    close(run(params, xt, t, cond), want.transpose(0, 2, 3, 1))
 
 
 def test_a_bias_belongs_to_places_not_to_their_order():

@@ -5,12 +5,15 @@ import numpy as np
 import numpy_hierarchies
 import pytest
 from flax import nnx
+from numpy_networks import looking, put_cross
 
 from ddjax.denoisers import DiffuSSM, functional_init, layers, sizes, taps
 from ddjax.denoisers.layers.diagonal_ssm import diagonal_kernel
 
 SMALL = {"shape": (4, 6, 2), "width": 8, "depth": 2, "ratio": 4, "state": 6, "num_classes": 3}
 T = np.array([0.0, 0.0625, 0.015625], np.float32)  # angles whose rounding does not count
+WORDS = np.random.default_rng(4).normal(size=(3, 4, 5)).astype(np.float32)
+VALID = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], bool)  # of the second example there is none
 
 
 def inputs():
@@ -48,6 +51,8 @@ def published(params):
         for k in range(ratio):
             linear(f"{name}.up.{k}", {"kernel": kernels[k], "bias": biases[k]})
             linear(f"{name}.down.{k}", {"kernel": own["down"][k], "bias": downs[k]})
+        if "cross" in p:
+            put_cross(w, f"{name}.", p["cross"], 2)
         ssm(f"{name}.ssm", own["onward"])
         ssm(f"{name}.ssm_b", own["backward"])
     linear("final_layer.adaLN_modulation.1", params["final"]["modulation"])
@@ -86,13 +91,19 @@ def test_it_starts_as_s4d_lin():
         layers.DiagonalSSM(16, state=3, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("ratio", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_it_is_the_published_network(ratio, build):
-    run, params = build(lambda rngs: DiffuSSM(**{**SMALL, "ratio": ratio}, rngs=rngs))
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(4, True), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((1, True), (4, False)))]
+)
+def test_it_is_the_published_network(ratio, words, build):
+    """And looks at words behind each block."""
+    more = {"context_width": 5, "heads": 2} if words else {}
+    run, params = build(lambda rngs: DiffuSSM(**{**SMALL, "ratio": ratio}, **more, rngs=rngs))
     xt, t, labels = inputs()
     x = xt.transpose(0, 3, 1, 2).astype(np.float64)
-    want = numpy_hierarchies.diffussm(published(params), x, 1000.0 * t, labels, ratio=ratio).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(run(params, xt, t, labels), want, rtol=0, atol=2e-5 * np.abs(want).max())
+    look = looking(WORDS, VALID, params["nothing"], 2) if words else None
+    want = numpy_hierarchies.diffussm(published(params), x, 1000.0 * t, labels, ratio=ratio, look=look)
+    want, cond = want.transpose(0, 2, 3, 1), {"sequence": WORDS, "valid": VALID, "cond": labels} if words else labels
+    np.testing.assert_allclose(run(params, xt, t, cond), want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
 @pytest.mark.slow

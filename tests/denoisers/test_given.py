@@ -20,11 +20,13 @@ from ddjax.denoisers import (
     functional_init,
     nulls,
 )
+from ddjax.denoisers.edm2 import MPBlock
 from ddjax.denoisers.given import Given
 from ddjax.denoisers.layers import Conditioner, CrossAttention
 from ddjax.denoisers.layers.convolution import GroupNorm, ResBlock
 from ddjax.denoisers.layers.noise import NoiseConditioner
 from ddjax.denoisers.layers.told import ConditionTokens
+from ddjax.denoisers.u_shaped import Stage
 from ddjax.denoisers.views import View
 from ddjax.guidance import classifier_free
 from ddjax.predictions import Prediction
@@ -161,6 +163,49 @@ def test_a_residual_block_looks_at_the_sequence_behind_its_pixels(noise):
     h = before(x, c)
     expected = 0.5**0.5 * (h + cross(h.reshape(2, 6, 8), context).reshape(h.shape))
     np.testing.assert_allclose(block(x, c, context=context), expected, atol=1e-5)
+
+
+def test_edm2_looks_at_a_sequence_under_its_own_rules(x64, noise):
+    """Karras et al. 2024, figure 21 and equations 47, 66 and 88, in NumPy; of no entry, one of unit magnitude."""
+    stage = Stage(8, 8, attends=True)
+    options = {"cond_width": 4, "heads": 2, "dropout": 0.0, "balance": 0.3, "clip": 1e9, "attention": None}
+    make = lambda width: MPBlock(stage, **options, dtype=jnp.float64, context_width=width, rngs=nnx.Rngs(0))
+    block, p = randomised(make(6), noise)
+    before = nnx.merge(nnx.split(make(0))[0], {name: value for name, value in p.items() if name != "cross"})
+    x, c = RNG.normal(size=(2, 2, 3, 8)), RNG.normal(size=(2, 4))
+    sequence, valid = SEQUENCE[:2].astype(float), VALID[:2]
+
+    def unit(v, axis=-1):
+        return v / (1e-4 + np.sqrt((v**2).mean(axis, keepdims=True)))
+
+    def layer(name, v):
+        kernel = np.asarray(p["cross"][name]["kernel"], np.float64)
+        return v @ unit(kernel, 0) / len(kernel) ** 0.5
+
+    h = np.asarray(before(jnp.asarray(x), jnp.asarray(c)))
+    q = unit(layer("query", h).reshape(2, 6, 2, 4))
+    k, v = (unit(y) for y in np.moveaxis(layer("key_value", sequence).reshape(2, 4, 2, 2, 4), 3, 0))
+    scores = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / 2) * valid[:, None, None]
+    y = np.einsum("bhqk,bkhd->bqhd", scores / scores.sum(-1, keepdims=True), v)
+    want = (0.7 * h + 0.3 * layer("out", y.reshape(h.shape))) / np.hypot(0.7, 0.3)
+    context = jnp.asarray(sequence), jnp.asarray(valid)
+    with taps.record("b/cross", "b/cross/attention/weights") as seen:
+        found = block(jnp.asarray(x), jnp.asarray(c), context=context, name="b")
+    shares = scores / scores.sum(-1, keepdims=True)
+    for mine, wanted in ((found, want), (seen["b/cross"], layer("out", y.reshape(h.shape)))):
+        np.testing.assert_allclose(mine, wanted, atol=1e-6)  # kernels are normalised in float32
+    np.testing.assert_allclose(seen["b/cross/attention/weights"], shares, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_edm2_without_an_entry_attends_to_one_of_unit_magnitude(build):
+    options = {"width": 8, "multipliers": (1,), "blocks": 1, "head_width": 4, "context_width": 6}
+    run, params = build(lambda rngs: EDM2(shape=(4, 4, 1), **options, rngs=rngs))
+    kernel = np.asarray(params["nothing"]["kernel"], np.float64)[:, 0]
+    own = np.tile(kernel / (1e-4 + np.sqrt((kernel**2).mean())), (3, 1, 1)).astype(np.float32)
+    none = run(params, X, T, None)
+    np.testing.assert_allclose(run(params, X, T, {"sequence": own}), none, atol=1e-5)
+    assert largest(run(params, X, T, {"sequence": SEQUENCE}), none) > 1e-3
 
 
 @pytest.mark.slow

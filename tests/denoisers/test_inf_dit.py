@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_networks import Weights, looking, put_cross
 
 from ddjax import bind, grids, sample
 from ddjax.denoisers import InfDiT, functional_init, taps
@@ -17,6 +18,8 @@ SHAPE, BATCH = (12, 8, 3), 2  # 3 x 2 blocks of 2 x 2 patches of 2 x 2 pixels
 RNG = np.random.default_rng(1)
 XT, T = RNG.normal(size=(BATCH, *SHAPE)).astype(np.float32), np.float32([0.2, 0.8])
 LOW = RNG.normal(size=(BATCH, 6, 4, 1)).astype(np.float32)
+WORDS, VALID = RNG.normal(size=(BATCH, 3, 5)).astype(np.float32), np.array([[1, 0, 1], [0, 0, 0]], bool)
+TOLD = {"image": LOW, "sequence": WORDS, "valid": VALID}
 
 
 def made(noise, shape=SHAPE, **options):
@@ -68,7 +71,7 @@ def cubic(image, scale):
     return np.einsum("ri,bijc,sj->brsc", rows, image, columns)
 
 
-def by_definition(params, xt, low, c, scale=2, patch=2, low_patch=2, block=2, heads=2, width=16):
+def by_definition(params, xt, low, c, scale=2, patch=2, low_patch=2, block=2, heads=2, width=16, look=None):
     """The network, one patch after the other."""
     batch, rows, columns = xt.shape[0], xt.shape[1] // patch, xt.shape[2] // patch
     cut = lambda x, i, j, p: x[:, i * p : i * p + p, j * p : j * p + p].reshape(batch, -1)
@@ -106,6 +109,10 @@ def by_definition(params, xt, low, c, scale=2, patch=2, low_patch=2, block=2, he
             new[i, j] = x + told[2] * linear(a["out"], y.reshape(batch, -1))
         if "nearby" in p:
             new = nearby(p["nearby"], params["low_embed"], new, low, block, low_patch, side, heads)
+        if look is not None:
+            w = Weights()
+            put_cross(w, "", p["cross"], heads)
+            new = {at: look(w, x[:, None])[:, 0] for at, x in new.items()}
         h = {
             at: x
             + told[5]
@@ -145,11 +152,13 @@ def nearby(p, embed, h, low, block, low_patch, side, heads):
 
 
 @pytest.mark.slow
-def test_it_is_the_definition(noise, jit):
-    apply, params = made(noise)
+@pytest.mark.parametrize("words", [False, True])
+def test_it_is_the_definition(words, noise, jit):
+    apply, params = made(noise, context_width=5 * words)
     with taps.record("condition") as seen:
-        out = apply(params, XT, T, {"image": LOW})
-    want = by_definition(params, XT, LOW, np.asarray(seen["condition"], float))
+        out = apply(params, XT, T, TOLD if words else {"image": LOW})
+    look = looking(WORDS, VALID, params["nothing"], 2) if words else None
+    want = by_definition(params, XT, LOW, np.asarray(seen["condition"], float), look=look)
     np.testing.assert_allclose(out, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
@@ -170,16 +179,16 @@ def test_every_parameter_learns_and_bfloat16_runs(noise, jit):
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_block_by_block_it_is_the_same(noise, jit, scan):
-    whole, params = made(noise)
-    turn, _ = made(noise, in_turn=True, scan=scan)
+    whole, params = made(noise, context_width=5)
+    turn, _ = made(noise, context_width=5, in_turn=True, scan=scan)
     own = params
     if scan:
         from ddjax.denoisers import stack_blocks
 
         own = stack_blocks(params)
-    for low in (LOW, None):
-        want = jit(whole)(params, XT, T, {"image": low})
-        out = jit(turn)(own, XT, T, {"image": low})
+    for cond in (TOLD, None):
+        want = jit(whole)(params, XT, T, cond)
+        out = jit(turn)(own, XT, T, cond)
         np.testing.assert_allclose(out, want, rtol=0, atol=2e-5 * np.abs(want).max())
     # In training all at once, whatever was asked for.
     train = turn(own, XT, T, {"image": LOW}, train=True)

@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_hierarchies
 import pytest
+from numpy_networks import looking, put_cross
 
 from ddjax.denoisers import MultiResolution, functional_init, layers, stack_blocks, taps
 
 SMALL = {"shape": (4, 8, 2), "widths": (8, 4), "depths": (3, 5), "heads": 2, "kernel": 5, "num_classes": 3}
 T = np.array([0.0, 0.7, 0.25], np.float32)
+WORDS = np.random.default_rng(4).normal(size=(3, 4, 5)).astype(np.float32)
+VALID = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], bool)  # of the second example there is none
+VECTOR = np.random.default_rng(5).normal(size=(3, 6)).astype(np.float32)
 
 
 def inputs():
@@ -45,6 +49,8 @@ def published(params, heads):
             linear(f"{name}.block1.query_key_value", {"kernel": kernel})
             linear(f"{name}.block1.dense", p["attention"]["out"])
             vector(f"{name}.block1.norm.scale", p["norm_a"]["scale"])
+            if "cross" in p:
+                put_cross(w, f"{name}.", p["cross"], heads)
         else:
             conv(f"{name}.block1.1", p["conv"])
         vector(f"{name}.block2.norm.scale", p["norm_m"]["scale"])
@@ -57,6 +63,8 @@ def published(params, heads):
         w[f"{name}.input_layer.3.position_embeddings.weight"] = p["position"].reshape(-1, p["position"].shape[-1])
         if "labels" in p:
             w[f"{name}.class_embeds.weight"] = p["labels"]
+        if "vector" in p:
+            linear(f"{name}.vector", p["vector"])
         if "below" in p:
             layer_norm(f"{name}.upsample.0", p["below_norm"])
             linear(f"{name}.upsample.1.kernel", p["below"])
@@ -75,7 +83,7 @@ def published(params, heads):
 
 def random(init, noise):
     """Normal weights, scales of norms around 1, where they hide nothing behind them."""
-    scale = lambda path: path[-2].key == "scale" and path[-1].key in ("data", "noise")
+    scale = lambda path: len(path) > 1 and path[-2].key == "scale" and path[-1].key in ("data", "noise")
     params = noise(jax.eval_shape(init, jax.random.key(0)))
     return jax.tree_util.tree_map_with_path(lambda path, x: x + np.float32(scale(path)), params)
 
@@ -84,9 +92,11 @@ def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-def test_it_is_the_published_network(jit, noise):
-    """The image, and what the lower branch says of it."""
-    init, apply = functional_init(lambda rngs: MultiResolution(**SMALL, output_heads=True, rngs=rngs))
+@pytest.mark.parametrize("told", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_it_is_the_published_network(told, jit, noise):
+    """The image, and what the lower branch says of it. Told: it also looks at words, and a vector is a token."""
+    more = {"context_width": 5, "vector": 6} if told else {}
+    init, apply = functional_init(lambda rngs: MultiResolution(**SMALL, **more, output_heads=True, rngs=rngs))
     params = random(init, noise)
 
     def both(*args):
@@ -96,8 +106,10 @@ def test_it_is_the_published_network(jit, noise):
 
     xt, t, labels = inputs()
     x = xt.transpose(0, 3, 1, 2).astype(np.float64)
-    wanted = numpy_hierarchies.dimr(published(params, 2), x, t.astype(np.float64), labels, heads=2)
-    for out, want in zip(jit(both)(xt, t, labels), wanted, strict=True):
+    also = {"look": looking(WORDS, VALID, params["nothing"], 2), "vector": VECTOR} if told else {}
+    cond = {"sequence": WORDS, "valid": VALID, "vector": VECTOR, "cond": labels} if told else labels
+    wanted = numpy_hierarchies.dimr(published(params, 2), x, t.astype(np.float64), labels, heads=2, **also)
+    for out, want in zip(jit(both)(xt, t, cond), wanted, strict=True):
         close(out, want.transpose(0, 2, 3, 1))
 
 

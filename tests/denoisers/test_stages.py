@@ -7,7 +7,7 @@ import numpy as np
 import numpy_stages
 import pytest
 from flax import nnx
-from numpy_networks import Weights, softmax
+from numpy_networks import Weights, put_cross, softmax
 
 from ddjax.denoisers import DiCo, functional_init, layers, stack_blocks, taps
 from ddjax.training.mesh import make_mesh, state_shardings
@@ -100,9 +100,7 @@ def block(w, name, letter, p, heads, c, projection):
         linear = functools.partial(layer, image=False)
         linear(w, f"{name}attn.qkv", ordered(p["attention"]["qkv"]["kernel"], heads, 3))
         linear(w, f"{name}attn.proj", p["attention"]["out"])
-        linear(w, f"{name}cross_attn.q_linear", p["cross"]["query"])
-        linear(w, f"{name}cross_attn.kv_linear", ordered(p["cross"]["key_value"]["kernel"], heads, 2))
-        linear(w, f"{name}cross_attn.proj", p["cross"]["out"])
+        put_cross(w, name, p["cross"], heads)
         linear(w, f"{name}mlp.fc1", p["mlp"]["up"])
         linear(w, f"{name}mlp.fc2", p["mlp"]["down"])
 

@@ -6,11 +6,14 @@ import numpy as np
 import numpy_networks
 import pytest
 from flax import nnx
+from numpy_networks import looking, put_cross
 
 from ddjax.denoisers import StateSpace, functional_init, layers
 
 SMALL = {"shape": (4, 6, 2), "patch": 2, "width": 12, "depth": 5, "state": 3, "num_classes": 3}
 T = np.array([0.0, 0.0625, 0.015625], np.float32)  # angles whose rounding does not count
+WORDS = np.random.default_rng(4).normal(size=(3, 4, 5)).astype(np.float32)
+VALID = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], bool)  # of the second example there is none
 
 
 def inputs():
@@ -41,6 +44,8 @@ def published(params, patch, channels):
             w[f"{name}.mixer.{a_log}"], w[f"{name}.mixer.D{b}"] = own["log_decay"], own["direct"]
         if "skip" in p:
             linear(f"{name}.skip_linear", p["skip"])
+        if "cross" in p:
+            put_cross(w, f"{name}.", p["cross"], 2)
 
     kernel = params["embed"]["kernel"].reshape(patch, patch, channels, width)
     w["patch_embed.proj.weight"], w["patch_embed.proj.bias"] = kernel.transpose(3, 2, 0, 1), params["embed"]["bias"]
@@ -81,14 +86,21 @@ def test_steps_begin_between_a_thousandth_and_a_tenth():
         np.testing.assert_allclose(jnp.exp(direction.log_decay[...])[5], np.arange(1, 17), rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_classes", [3, pytest.param(0, marks=pytest.mark.slow)])
-def test_it_is_the_published_network(num_classes, build):
-    run, params = build(lambda rngs: StateSpace(**{**SMALL, "num_classes": num_classes}, rngs=rngs))
+@pytest.mark.parametrize(
+    ("num_classes", "words"),
+    [(3, True), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((0, False), (3, False)))],
+)
+def test_it_is_the_published_network(num_classes, words, build):
+    """And looks at words behind each mixer."""
+    more = {"num_classes": num_classes} | ({"context_width": 5, "heads": 2} if words else {})
+    run, params = build(lambda rngs: StateSpace(**{**SMALL, **more}, rngs=rngs))
     xt, t, labels = inputs()
     labels = labels if num_classes else None
     x = xt.transpose(0, 3, 1, 2).astype(np.float64)
-    want = numpy_networks.dis(published(params, 2, 2), x, 1000.0 * t, labels, patch=2).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(run(params, xt, t, labels), want, rtol=0, atol=2e-5 * np.abs(want).max())
+    look = looking(WORDS, VALID, params["nothing"], 2) if words else None
+    want = numpy_networks.dis(published(params, 2, 2), x, 1000.0 * t, labels, patch=2, look=look)
+    want, cond = want.transpose(0, 2, 3, 1), {"sequence": WORDS, "valid": VALID, "cond": labels} if words else labels
+    np.testing.assert_allclose(run(params, xt, t, cond), want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(

@@ -221,12 +221,16 @@ def test_freeu_off_changes_nothing_and_on_it_does(net, jit):
 
 @pytest.mark.slow
 def test_forced_weights_change_no_output(build):
-    run, params = build(lambda rngs: EDM2(**{**SMALL, "head_width": 8}, rngs=rngs))
+    """Not of what it makes of a sequence either, nor of the entry that stands for none."""
+    run, params = build(lambda rngs: EDM2(**{**SMALL, "head_width": 8, "context_width": 5}, rngs=rngs))
     xt, t, labels = inputs()
-    out, again = run(params, xt, t, labels), run(forced(params), xt, t, labels)
+    words = np.random.default_rng(5).normal(size=(len(t), 3, 5)).astype(np.float32)
+    cond = {"sequence": words, "valid": np.arange(len(t) * 3).reshape(-1, 3) > 2, "cond": labels}
+    out, again = run(params, xt, t, cond), run(forced(params), xt, t, cond)
     np.testing.assert_allclose(out, again, atol=1e-3 * largest(out))  # the epsilon of the norm acts again
     kernel = forced(params)["encoder"]["0"]["conv_in"]["kernel"]
     np.testing.assert_allclose(np.sqrt((kernel**2).mean((0, 1, 2))), 1, atol=1e-3)
+    np.testing.assert_allclose(np.sqrt((forced(params)["nothing"]["kernel"] ** 2).mean()), 1, atol=1e-3)
 
 
 def test_edm2s_uncertainty():

@@ -34,6 +34,12 @@ UNET2D = {  # config.json of a model of diffusers
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 4, "num_class_embeds": 3,
 }  # fmt: skip
+WORDS = {  # of a UNet2DConditionModel
+    **UNET2D, "_class_name": "UNet2DConditionModel", "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 6, "attention_head_dim": 2,
+    "use_linear_projection": True,
+}  # fmt: skip
+CONFIGS = {"diffusers_unet": UNET2D, "diffusers_conditioned_unet": WORDS}
 SETTINGS = {
     "dit": DIT,
     "sit": {n: v for n, v in DIT.items() if n != "chain"},
@@ -50,6 +56,7 @@ SETTINGS = {
     "edm_adm": U_NET | {"design": "adm_edm", "latent": 0, "head_width": 16},
     "edm2": U_NET | {"head_width": 16},
     "diffusers_unet": unet_families.DIFFUSERS_UNET.settings({}, UNET2D, {}),
+    "diffusers_conditioned_unet": unet_families.DIFFUSERS_CONDITIONED_UNET.settings({}, WORDS, {}),
     "mdlm": TEXT | {"mask": 6, "time_conditioning": False, "num_classes": 0},
     "sedd": TEXT | {"graph": "absorb", "scale_by_sigma": True, "noise": "loglinear", "noise_range": [1e-4, 20.0]},
     "udlm": TEXT | {"time_conditioning": True, "num_classes": 0},
@@ -84,6 +91,7 @@ GIVEN = {  # what nothing in the file says
     "edm_adm": {"head_width": 16},
     "edm2": {"head_width": 16},
     "diffusers_unet": {},
+    "diffusers_conditioned_unet": {},
     "adm_classifier": {"size": 8, "head_width": 16},
     "diffusers_vae": {"size": 8},
     "llada": {"heads": 2, "mask": 4, "length": 6},
@@ -101,8 +109,8 @@ def written(name, path, prefix=""):
             leaves[entry.ours] = entry.change.load()
     tensors = mapping.save(model.entries, mapping.nested(leaves))
     save_file({prefix + n: v for n, v in tensors.items()}, path)
-    if name == "diffusers_unet":
-        path.with_name("config.json").write_text(json.dumps(UNET2D))
+    if name in CONFIGS:
+        path.with_name("config.json").write_text(json.dumps(CONFIGS[name]))
     return path
 
 

@@ -1,5 +1,7 @@
 """Weights of the published U-Nets: the same outputs from the same tensors, all of them random, and back exactly."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -14,6 +16,7 @@ import published_unets as published  # noqa: E402
 
 from ddjax import interop, objectives, taps  # noqa: E402
 from ddjax.denoisers import EDM2, UNet, functional, functional_init  # noqa: E402
+from ddjax.denoisers.layers import GroupNorm, SpatialTransformer  # noqa: E402
 from ddjax.interop import mapping, unet  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -336,6 +339,153 @@ def test_diffusers(name):
 def test_configs_of_diffusers_that_are_no_such_network_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         unet.diffusers_options({"sample_size": SIDE, **DIFFUSERS["default"], **wrong})
+
+
+CONDITIONED = {
+    "ldm": {  # CompVis/ldm-text2im-large-256 and Stable Diffusion 1: as many heads everywhere
+        "block_out_channels": (32, 64, 64), "layers_per_block": 2, "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    "sd2": {  # Stable Diffusion 2: heads of one width, linear layers around the transformers; and the rest that may be
+        "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": [2, 4],
+        "num_class_embeds": CLASSES,
+        "use_linear_projection": True, "transformer_layers_per_block": 2, "downsample_padding": 0, "out_channels": 6,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "flip_sin_to_cos": False, "freq_shift": 1,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "resnet_time_scale_shift": "scale_shift",
+    },
+    "small": {
+        "block_out_channels": (32,), "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",), "attention_head_dim": 2, "sample_size": [8, 16],
+    },
+}  # fmt: skip
+WORDS = np.random.default_rng(3).normal(size=(BATCH, 5, 12)).astype(np.float32)
+THERE = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 0, 1]], bool)
+
+
+def conditioned(name, folder):
+    """A U-Net with text of diffusers, all random, and its folder."""
+    diffusers = pytest.importorskip("diffusers", reason="install ddjax[parity] to compare with diffusers")
+    config = {"sample_size": SIDE, "in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": 12}
+    module, tensors = randomised(diffusers.UNet2DConditionModel(**config | CONDITIONED[name]), 0.15)
+    module.save_pretrained(folder)
+    return module, tensors
+
+
+@pytest.mark.parametrize("name", ["ldm", "sd2"])
+def test_diffusers_with_text(name, tmp_path):
+    """The whole network, with and without a mask of the words; its tensors again; guided; and refused by name."""
+    module, tensors = conditioned(name, tmp_path)
+    model = interop.load(tmp_path)
+    assert (model.family, model.kind, model.report.whole) == ("diffusers_conditioned_unet", "noise", True)
+    xt, t, labels = inputs(999)
+    labels = labels if "num_class_embeds" in CONDITIONED[name] else None
+    call = jax.jit(model.apply)
+    for valid in (None, THERE):
+        with torch.no_grad():
+            theirs = module(
+                torch.from_numpy(xt.transpose(0, 3, 1, 2)), torch.from_numpy(999 * t), torch.from_numpy(WORDS),
+                class_labels=None if labels is None else torch.from_numpy(labels),
+                encoder_attention_mask=None if valid is None else torch.from_numpy(valid),
+            ).sample  # fmt: skip
+        close(call(model.params, xt, t, {"sequence": WORDS, "valid": valid, "cond": labels}), theirs)
+    model.export(tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor, err_msg=key)
+    model.save(tmp_path / "ours.safetensors")
+    ours = interop.load(tmp_path / "ours.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, ours.params, model.params)
+    assert ours.apply == model.apply
+    learned = {**model.params, "nothing": model.params["nothing"] + 1}
+    with pytest.raises(ValueError, match="nothing: a table that cannot be learned in their network"):
+        mapping.save(model.model.entries, learned)
+    where = next(key for key in tensors if "attn2.to_v" in key)
+    wrong = {**tensors, "add_embedding.linear_1.weight": WORDS, where: tensors[where][:, :-1]}
+    wrong.pop("mid_block.attentions.0.proj_in.weight")
+    save_file({k: np.ascontiguousarray(v) for k, v in wrong.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "again.safetensors").unlink()
+    (tmp_path / "ours.safetensors").unlink()
+    lines = (
+        "unknown: add_embedding.linear_1.weight",
+        "missing: mid_block.attentions.0.proj_in.weight",
+        f"mis-shaped: {where}",
+    )
+    with pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(line)})" for line in lines)):
+        interop.load(tmp_path)
+
+
+def test_text_guides_away_from_the_empty_prompt(tmp_path):
+    """Without + scale (with - without), by hand; and in the sampler."""
+    conditioned("small", tmp_path)
+    model = interop.load(tmp_path)
+    xt, t, _ = inputs(999)
+    xt = xt[:, :8]
+    cond, empty = {"sequence": WORDS}, {"sequence": WORDS[1] + 1}
+    found = model.guided(3.0, empty)(xt, t, cond).value
+    one = lambda words: model.apply(model.params, xt, t, {"sequence": words})
+    without = one(np.tile(empty["sequence"], (BATCH, 1, 1)))
+    np.testing.assert_allclose(found, without + 3 * (one(WORDS) - without), rtol=0, atol=1e-4 * np.abs(found).max())
+    key, options = jax.random.key(0), {"steps": 2, "solver": None}
+    drawn = model.sample(key, BATCH, cond, guidance=3.0, null=empty, **options).x0
+    assert drawn.shape == xt.shape
+    assert np.abs(drawn - model.sample(key, BATCH, cond, **options).x0).max() > 1e-3
+    with pytest.raises(ValueError, match="say away from what, null="):
+        model.sample(key, BATCH, cond, guidance=3.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),  # SDXL
+        ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type='text_proj'"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D'"),
+        ({"transformer_layers_per_block": (1, 2)}, "one number, at all resolutions"),
+        ({"cross_attention_dim": None}, "cross_attention_dim=None"),
+        ({"attention_head_dim": (2, 8)}, "as many, or as wide"),
+        ({"down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D")}, "not residual blocks"),
+        ({"sample_size": None}, "sample_size is not given"),
+    ],
+)
+def test_configs_of_diffusers_with_text_that_are_no_such_network_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        unet.conditioned_options({"sample_size": SIDE, **CONDITIONED["sd2"], **wrong})
+
+
+def test_a_spatial_transformer_is_diffusers_transformer_2d_model():
+    """Alone, all weights random: what it adds to its input."""
+    pytest.importorskip("diffusers", reason="install ddjax[parity] to compare with diffusers")
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    for linear in (False, True):
+        module, tensors = randomised(
+            Transformer2DModel(
+                4, 8, in_channels=32, num_layers=2, norm_num_groups=8, cross_attention_dim=12,
+                use_linear_projection=linear,
+            )
+        )  # fmt: skip
+        make = lambda: SpatialTransformer(
+            32, 4, depth=2, context_width=12, norm=functools.partial(GroupNorm, groups=8), rngs=nnx.Rngs(0)
+        )
+        layer = nnx.eval_shape(make)
+        graphdef, state = nnx.split(layer)
+        shapes = {path: leaf.shape for path, leaf in mapping.flat(nnx.to_pure_dict(state)).items()}
+        rows = [strip(entry) for entry in unet._transformer("a", layer, "b", linear)]
+        params, report = mapping.load(rows, tensors, shapes)
+        assert report.whole
+        x = np.random.default_rng(1).normal(size=(BATCH, 4, 6, 32)).astype(np.float32)
+        with torch.no_grad():
+            given = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+            mask = torch.from_numpy(np.where(THERE, 0.0, -1e9).astype(np.float32)[:, None])
+            theirs = module(given, torch.from_numpy(WORDS), encoder_attention_mask=mask).sample - given
+        close(nnx.merge(graphdef, params)(x, context=(WORDS, THERE)), theirs)
+
+
+def strip(entry):
+    """Without the names of the layer itself."""
+    cut = lambda names: tuple(n[2:] for n in names) if isinstance(names, tuple) else names[2:]
+    return dataclasses.replace(entry, ours=cut(entry.ours), theirs=cut(entry.theirs))
 
 
 def test_sizes_are_those_of_the_published_modules():

@@ -39,6 +39,7 @@ from ddjax.denoisers.layers.long_skips import LongSkips
 from ddjax.denoisers.layers.patch_transformer import PatchTransformer
 from ddjax.denoisers.layers.pooled_experts import PooledExperts
 from ddjax.denoisers.layers.selective_scan import Mamba, selective_scan
+from ddjax.denoisers.layers.spatial_transformer import SpatialTransformer
 from ddjax.denoisers.layers.stacking import stack_blocks, unstack_blocks
 from ddjax.denoisers.layers.time_norm import TimeNorm, TimeVector
 
@@ -72,6 +73,7 @@ __all__ = [
     "ResBlock",
     "Resampling",
     "SpatialAttention",
+    "SpatialTransformer",
     "Stack",
     "TimeNorm",
     "TimeVector",

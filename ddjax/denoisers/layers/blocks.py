@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,10 @@ from ddjax.types import Params
 
 ROUTE = 2**20 + 1  # a stream of random numbers apart from the layers'
 CONDITIONING = ("modulation", "attention", "weights")
-MLPS = {"gelu": MLP, "gated": GatedMLP, "experts": Experts, "pooled": PooledExperts}
+MLPS = {
+    "gelu": MLP, "gated": GatedMLP, "geglu": partial(GatedMLP, activation="exact gelu", bias=True), "experts": Experts,
+    "pooled": PooledExperts,
+}  # fmt: skip
 
 # What the forward pass keeps for the backward pass, which computes the rest again.
 REMAT = {
@@ -58,8 +62,8 @@ class Block(nnx.Module):
     The condition gives six vectors, shift, scale and gate of the attention and of the MLP. Their layer starts
     at zero, so that a new block is the identity. Dropout acts on each branch before its gate.
 
-    mlp: "gelu", "gated" (SwiGLU), or "experts" or "pooled", of which `experts` are the options (`layers.Experts`,
-        `layers.PooledExperts`).
+    mlp: "gelu", "gated" (SwiGLU), "geglu" (GEGLU, exact, with biases), or "experts" or "pooled", of which `experts`
+        are the options (`layers.Experts`, `layers.PooledExperts`).
     cond_width: of the condition. 0: there is none, no modulation and no gate: `h + attention(norm(h))`, then the MLP.
     conditioning: by what the block is told of it, one or several joined by "+": "modulation" (adaLN-zero); "attention"
         (`Attention(told=)`); "weights": those of the last layer of attention, which come from outside (`projection`),
@@ -143,10 +147,13 @@ class Block(nnx.Module):
             Linear(cond_width, 6 * width, kernel_init=zeros, dtype=dtype, rngs=rngs) if modulated else None
         )
         self.cross = (
-            CrossAttention(width, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
+            CrossAttention(
+                width, context_width, heads, norm=norm, epsilon=epsilon, dtype=dtype, implementation=attention,
+                rngs=rngs,
+            )
             if context_width
             else None
-        )
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -188,8 +195,7 @@ class Block(nnx.Module):
         y = named("/attention", y)
         h = constrain(h + _gated(dropout(y, self.dropout, keys_a), gate_a), "batch", "sites", None)
         if self.cross is not None:
-            below = Below(name and f"{name}/cross")
-            h = constrain(h + below("", self.cross(h, context, below)), "batch", "sites", None)
+            h = constrain(self.cross.added(h, context, name), "batch", "sites", None)
         more = {"train": train} if self.pooled else {"c": c} if self.generated else {}
         y = named("/mlp", self.mlp(_normed(h, shift_m, scale_m, self.norm_m), **more))
         h = constrain(h + _gated(dropout(y, self.dropout, keys_m), gate_m), "batch", "sites", None)

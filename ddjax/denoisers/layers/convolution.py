@@ -200,8 +200,10 @@ class SpatialAttention(nnx.Module):
         self.qkv = Linear(features, 3 * features, dtype=dtype, rngs=rngs)
         self.out = Linear(features, features, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Image, c: Float[Array, "batch cond"] | None = None, named: Below = Below()) -> Image:
-        """The branch, to be added to x. c: for the norm. named: taps, see `Attention`."""
+    def __call__(
+        self, x: Image, c: Float[Array, "batch cond"] | None = None, named: Below = Below(), context: None = None
+    ) -> Image:
+        """The branch, to be added to x. c: for the norm. named: taps, see `Attention`. context: for those that look."""
         batch, height, width, features = x.shape
         qkv = self.qkv(self.norm(x, c)).reshape(batch, height * width, self.heads, 3, features // self.heads)
         heads = "heads" if self.heads > 1 else None  # a single one is on every device
@@ -232,6 +234,7 @@ class ResBlock(nnx.Module):
         dropout: rate.
         dtype: compute dtype.
         attention: None, "xla" or "cudnn".
+        attend: makes the attention of so many features and heads, which is handed the sequence too.
         context_width: of the entries of a sequence to which blocks that attend attend too, behind that; 0: none.
         rngs: keys of the initial parameters.
     """
@@ -253,6 +256,7 @@ class ResBlock(nnx.Module):
         dropout: float = 0.0,
         dtype: DType = jnp.float32,
         attention: str | None = None,
+        attend: Callable[..., nnx.Module] = SpatialAttention,
         context_width: int = 0,
         rngs: nnx.Rngs,
     ):
@@ -270,9 +274,7 @@ class ResBlock(nnx.Module):
         projects = features_in != features_out or (project and resample is not None)
         self.shortcut = Conv(features_in, features_out, 1, dtype=dtype, rngs=rngs) if projects else None
         self.attention = (
-            SpatialAttention(features_out, heads, norm=norm, dtype=dtype, implementation=attention, rngs=rngs)
-            if heads
-            else None
+            attend(features_out, heads, norm=norm, dtype=dtype, implementation=attention, rngs=rngs) if heads else None
         )
         self.cross = (
             CrossAttention(features_out, context_width, heads, dtype=dtype, implementation=attention, rngs=rngs)
@@ -291,7 +293,7 @@ class ResBlock(nnx.Module):
     ) -> Float[Array, "batch H2 W2 out"]:
         """Run the block. `keys` turn dropout on; `name` is the prefix of the taps (None inside a scan).
 
-        context: the sequence, with `context_width`.
+        context: the sequence, for attention that looks at one.
         """
         x, named = constrain(x, "batch", None, None, None), Below(name)
         h = jax.nn.silu(self.norm_in(x, c)).astype(x.dtype)
@@ -308,12 +310,10 @@ class ResBlock(nnx.Module):
         h = self.conv_out(dropout(jax.nn.silu(h), self.dropout, keys))
         x = self.gain * ((x if self.shortcut is None else self.shortcut(x)) + h)
         if self.attention is not None:
-            y = named("/attention", self.attention(x, c, named))
+            y = named("/attention", self.attention(x, c, named, context))
             x = self.gain * (x + y)
         if self.cross is not None:
-            below = Below(name and f"{name}/cross")
-            y = self.cross(x.reshape(x.shape[0], -1, x.shape[-1]), context, below)
-            x = self.gain * (x + below("", y.reshape(x.shape)))
+            x = self.gain * self.cross.added(x, context, name)
         return named("", constrain(x, "batch", None, None, None))
 
 
