@@ -48,7 +48,8 @@ def stated(process, kind):
         alpha = path.alpha(t)
         sigma = path.sigma(t) if gaussian else jnp.hypot(process.source_std * path.beta(t), path.gamma(t))
         x0 = moved + pair(jnp, xt - alpha * moved, alpha, sigma)
-        e = jnp.where(sigma == 0, 0.0, (xt - alpha * x0) / jnp.where(sigma == 0, 1.0, sigma))
+        some = jnp.where(sigma == 0, 1.0, sigma)
+        e = jnp.where(sigma == 0, 0.0, (xt - alpha * x0) / some)
         found = {"x0": x0, "noise": e, "score": -e / sigma}
         if gaussian:
             d = process.data_std
@@ -57,8 +58,8 @@ def stated(process, kind):
             found["edm"] = (x0 - alpha * d**2 / total * xt) / (sigma * d / jnp.sqrt(total))
             found["velocity"] = path.alpha_prime(t) * x0 + path.sigma_prime(t) * e
         else:
-            found["x1"] = process.source_std**2 * path.beta(t) / sigma * e
-            found["noise"] = path.gamma(t) / sigma * e
+            found["x1"] = process.source_std**2 * path.beta(t) / some * e
+            found["noise"] = path.gamma(t) / some * e
             found["residual"] = found["x1"] - x0
             drift = path.alpha_prime(t) * x0 + path.beta_prime(t) * found["x1"]
             found["velocity"] = drift + jnp.where(found["noise"] == 0, 0.0, path.gamma_prime(t) * found["noise"])

@@ -151,7 +151,7 @@ def fitness(x):
 
 
 def evolved(p, d):
-    return tuple(evolution.evolve(KEY, fitness, (16, 2), steps=4, process=p))
+    return tuple(evolution.evolve(jax.random.key(2), fitness, (16, 2), steps=4, process=p))
 
 
 def recorded(eta, **options):
