@@ -1,6 +1,7 @@
 """What takes a Gaussian process takes an interpolant from Gaussian noise: the same numbers, and a refusal of others."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -265,8 +266,13 @@ TOOLS = {
     "projection": projected,
     **{f"preset {name}": preset(name) for name in PRESETS},
 }
-FAST = {("prior", "wide"), ("grids", "straight"), ("laws", "wide"), ("projection", "bridge")}
-EVERY = [(name, pair) for name in TOOLS for pair in PAIRS]
+FAST = {("grids", "straight"), ("projection", "wide")}
+LEVELS = ("prior", "grids", "time_shifted", "laws", "parallel", "evolution", "transport", "likelihood", "retimed")
+# Each on the straight path, and in turn on another; what asks for noise levels itself on that of another width too.
+IN_TURN = itertools.cycle(("wide", "circle", "bridge"))
+EVERY = {(name, pair) for name in TOOLS for pair in ("straight", next(IN_TURN))}
+EVERY |= {(name, "wide") for name in (*LEVELS, "projection")}
+EVERY = [case for case in itertools.product(TOOLS, PAIRS) if case in EVERY]
 
 
 @pytest.fixture(autouse=True)
