@@ -33,6 +33,7 @@ from ddjax import (
 )
 from ddjax.config import ConfigError
 from ddjax.evaluation.projection import projection_error
+from ddjax.fixtures import GaussianMixture
 from ddjax.gaussian_law import GaussianLaw
 from ddjax.likelihood import discretised, mutual_information, ode, pointwise_information
 from ddjax.paths import Noise, Straight, Trigonometric
@@ -234,6 +235,11 @@ def projected(p, d):
     return tuple(projection_error(d, p, jnp.asarray(X0), xt, jnp.asarray([0.3, 0.8])))
 
 
+def mixture(p, d):
+    denoise = GaussianMixture(2, 3).denoise(p, "velocity")
+    return denoise(jnp.asarray(X0), jnp.asarray([0.2, 0.5, 0.9])).value
+
+
 TOOLS = {
     "prior": lambda p, d: (p.prior((2, 2), 0.7).std, drawn(p, d, solvers.DDIM(p))),
     "grids": grids_of_noise_levels,
@@ -264,6 +270,7 @@ TOOLS = {
     "information": informed,
     "retimed": retimed,
     "projection": projected,
+    "mixture": mixture,
     **{f"preset {name}": preset(name) for name in PRESETS},
 }
 FAST = {("grids", "straight"), ("projection", "wide")}
@@ -271,7 +278,7 @@ LEVELS = ("prior", "grids", "time_shifted", "laws", "parallel", "evolution", "tr
 # Each on the straight path, and in turn on another; what asks for noise levels itself on that of another width too.
 IN_TURN = itertools.cycle(("wide", "circle", "bridge"))
 EVERY = {(name, pair) for name in TOOLS for pair in ("straight", next(IN_TURN))}
-EVERY |= {(name, "wide") for name in (*LEVELS, "projection")}
+EVERY |= {(name, "wide") for name in (*LEVELS, "projection", "mixture")}
 EVERY = [case for case in itertools.product(TOOLS, PAIRS) if case in EVERY]
 
 
