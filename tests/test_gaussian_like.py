@@ -35,7 +35,7 @@ from ddjax.config import ConfigError
 from ddjax.evaluation.projection import projection_error
 from ddjax.fixtures import GaussianMixture
 from ddjax.gaussian_law import GaussianLaw
-from ddjax.likelihood import discretised, mutual_information, ode, pointwise_information
+from ddjax.likelihood import discretised, mutual_information, nelbo, ode, pointwise_information
 from ddjax.paths import Noise, Straight, Trigonometric
 from ddjax.processes import Gaussian, Interpolant
 from ddjax.processes.gaussian import schedule_of
@@ -273,7 +273,7 @@ TOOLS = {
     "mixture": mixture,
     **{f"preset {name}": preset(name) for name in PRESETS},
 }
-FAST = {("grids", "straight"), ("projection", "wide")}
+FAST = {("projection", "wide")}
 LEVELS = ("prior", "grids", "time_shifted", "laws", "parallel", "evolution", "transport", "likelihood", "retimed")
 # Each on the straight path, and in turn on another; what asks for noise levels itself on that of another width too.
 IN_TURN = itertools.cycle(("wide", "circle", "bridge"))
@@ -360,6 +360,8 @@ def test_what_the_steps_of_an_interpolants_own_are_not():
         learned.written_out(solvers.Ancestral(own), TIMES)
     with pytest.raises(ValueError, match="evaluates the network more than once"):
         learned.written_out(solvers.Heun(own), TIMES)
+    with pytest.raises(ValueError, match="Interpolant has no bound on the likelihood"):
+        nelbo(KEY, SAID, own, X0, num_times=2)
     with pytest.raises(ValueError, match="data_std must be positive"):
         Interpolant(source_std=1.0, data_std=0.0)
     with pytest.raises(ValueError, match=r"retime is for processes\.Gaussian, got Masked"):
