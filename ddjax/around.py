@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ddjax import solvers
-from ddjax.naming import make, pick, taken
+from ddjax.naming import make
 
 
 def _solver(name: str, process: Any, **options: Any) -> Any:
@@ -72,13 +72,11 @@ def nested(
 
     inner_grid: of `names.GRIDS`, one that is told no more than the schedule. outer: by name too, with its defaults.
     """
-    from ddjax.names import GRIDS  # here: names imports this
+    from ddjax import names  # here: names imports this
 
-    key = "config.sample.solver_options.inner_grid"
-    inner = _solver(solver, process, **options)
-    grid = None
+    inner, times = _solver(solver, process, **options), None
     if inner_grid is not None:
-        own = taken(pick(GRIDS, inner_grid, key), {"schedule": getattr(process, "schedule", None)})
-        grid = np.asarray(make(GRIDS, inner_grid, key, **own, steps=256), np.float64)
+        times = names.grid(process, inner_grid, "config.sample.solver_options.inner_grid", steps=256)
+        times = np.asarray(times, np.float64)
     outer = None if outer is None else _solver(outer, process)
-    return solvers.Nested(inner, inner_steps if isinstance(inner_steps, int) else tuple(inner_steps), grid, outer)
+    return solvers.Nested(inner, inner_steps if isinstance(inner_steps, int) else tuple(inner_steps), times, outer)

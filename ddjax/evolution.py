@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 from ddjax import grids
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.sampling import sample
 from ddjax.solvers import DDIM
 from ddjax.solvers.base import Solver
@@ -38,14 +39,15 @@ class Evolution:
     in this library where a sample depends on its neighbours, because that is the method. Batch sizes, `rows` and the
     order of a batch are part of an experiment's definition here; a batch of one predicts itself.
 
-    process: Gaussian. log_density: of a population `(n, *sites)`, the logarithm of the density that their fitness
-        stands for, `(n,)`; -inf where nothing is fit. Compared by identity when compiled.
+    process: Gaussian, or an interpolant from Gaussian noise. log_density: of a population `(n, *sites)`, the logarithm
+        of the density that their fitness stands for, `(n,)`; -inf where nothing is fit. Compared by identity when
+        compiled.
     projection: `(latent, dims)`, or None: distances between individuals are those of their latents, projection @ x
         (their latent-space diffusion evolution): in many dimensions all others are far away, and in few
         random ones the neighbours are still neighbours. Individuals themselves stay in the whole space.
     """
 
-    process: Gaussian = dataclasses.field(metadata={"static": True})
+    process: Any = dataclasses.field(metadata={"static": True})
     log_density: Fitness = dataclasses.field(metadata={"static": True})
     projection: Float[Array, "latent dims"] | None = None
 
@@ -54,7 +56,7 @@ class Evolution:
         flat = xt.reshape(len(xt), -1)
         latent = flat if self.projection is None else flat @ self.projection.T.astype(xt.dtype)
         t = left_broadcast(jnp.asarray(t), latent)
-        schedule = self.process.schedule
+        schedule = (gaussian_of(self.process) or self.process).schedule
         alpha, sigma = (jnp.broadcast_to(f(t), (len(xt), 1)) for f in (schedule.alpha, schedule.sigma))
         fit = self.log_density(xt)
 
@@ -98,7 +100,7 @@ def evolve(
     eta: float = 1.0,
     latent: int | None = None,
     scale: float = 1.0,
-    process: Gaussian | None = None,
+    process: Any = None,
     solver: Solver | None = None,
     init: State | None = None,
 ) -> Evolved:

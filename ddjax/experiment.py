@@ -299,17 +299,13 @@ class Experiment:
     def times(self, steps: int | None = None) -> Array:
         """The sampler's grid; where the network goes block by block, that of all blocks, each with as many steps."""
         c = self.config.sample
-        schedule = getattr(self.process, "schedule", None)
-        own = naming.taken(
-            naming.pick(names.GRIDS, c.grid, "config.sample.grid"), {"schedule": getattr(schedule, "common", schedule)}
-        )
         count = c.steps if steps is None else steps
         if count % self.blocks:
             raise ConfigError(
                 f"config.sample.steps={count} must be a multiple of the {self.blocks} blocks, one after the other"
             )
         count //= self.blocks
-        times = naming.make(names.GRIDS, c.grid, "config.sample.grid", **own, steps=count, **c.grid_options)
+        times = names.grid(self.process, c.grid, "config.sample.grid", steps=count, **c.grid_options)
         if not (np.diff(np.asarray(times)) < 0).all():
             raise ConfigError(
                 f"config.sample.grid={c.grid!r} repeats times under "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,8 @@ def described(value: Any) -> str:
         return f"{{{', '.join(map(described, value.leaves))}}}"
     if isinstance(value, Frozen):
         return f"array {value.values.shape} {hashlib.sha256(value.values.tobytes()).hexdigest()[:12]}"
+    if inspect.isfunction(value) and "<" not in value.__qualname__:  # whose `repr` has an address
+        return f"{value.__module__}.{value.__qualname__}"
     return f"({', '.join(map(described, value))})" if isinstance(value, tuple) else repr(value)
 
 

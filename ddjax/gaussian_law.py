@@ -28,7 +28,7 @@ from ddjax import files
 from ddjax.frozen import Frozen
 from ddjax.predictions import Prediction, check_kind
 from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import divide
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.types import Denoise, State, Time
 
 FORMAT = "ddjax Gaussian law 1"
@@ -92,8 +92,8 @@ class GaussianLaw:
 
     # -- what the law says of noisy states ---------------------------------------------------------------------
 
-    def denoise(self, process: Gaussian, kind: str = "x0", *, mixture: bool = False) -> Denoise:
-        """The exact denoiser under a Gaussian process, as `kind`.
+    def denoise(self, process: Any, kind: str = "x0", *, mixture: bool = False) -> Denoise:
+        """The exact denoiser under a Gaussian process, or an interpolant from Gaussian noise, as `kind`.
 
         mixture: without a label, that of the mixture of all labels' laws, in the place of one Gaussian.
         Raises ValueError where the process's noise is not normal and the same for all sites.
@@ -155,7 +155,7 @@ class GaussianLaw:
         """
         if not 0 < share < 1:
             raise ValueError(f"share lies between 0 and 1, got {share}")
-        check_process("settling_time", process)
+        process = check_process("settling_time", process)
         v = jnp.asarray(self.variances.values, float)
         log_snr = jnp.log(share**2 / (1.0 - share**2)) - jnp.log(jnp.where(v > 0, v, 1.0))
         return jnp.where(v > 0, jnp.clip(process.schedule.time(log_snr), 0.0, 1.0), 0.0)
@@ -241,7 +241,7 @@ class _Chosen:
 @dataclasses.dataclass(frozen=True)
 class _ExactDenoiser:
     law: GaussianLaw
-    process: Gaussian
+    process: Any
     kind: str
     mixture: bool
 
@@ -255,26 +255,24 @@ class _ExactDenoiser:
         return self.process.convert(Prediction(x0, "x0"), self.kind, xt, t)
 
 
-def check_process(name: str, process: Any) -> None:
-    """Raise a ValueError unless a process adds normal noise, the same at all sites."""
-    if (
-        not isinstance(process, Gaussian)
-        or "score" not in process.kinds
-        or process.schedule.common is not process.schedule
-    ):
+def check_process(name: str, process: Any) -> Gaussian:
+    """The Gaussian process that this is. Raises ValueError unless it adds normal noise, the same at all sites."""
+    found = gaussian_of(process)
+    if found is None or "score" not in found.kinds or found.schedule.common is not found.schedule:
         raise ValueError(
             f"{name} needs a processes.Gaussian with one schedule for all sites, got {type(process).__name__} with "
             f"{type(getattr(process, 'schedule', None)).__name__}"
         )
+    return found
 
 
-def levels(process: Gaussian, t: Time) -> tuple[Array, Array]:
+def levels(process: Any, t: Time) -> tuple[Array, Array]:
     """Alpha and sigma at a number or at `(batch,)` times, as columns."""
-    t = jnp.asarray(t)
+    t, schedule = jnp.asarray(t), (gaussian_of(process) or process).schedule
     if t.ndim > 1:
         raise ValueError(f"a Gaussian law has one time for all sites of an example, got times of shape {t.shape}")
     t = t[:, None] if t.ndim else t
-    return process.schedule.alpha(t), process.schedule.sigma(t)
+    return schedule.alpha(t), schedule.sigma(t)
 
 
 def _flat(x: State) -> Array:

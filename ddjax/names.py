@@ -22,8 +22,10 @@ from ddjax import (
     symbol_schedules,
     transforms,
 )
+from ddjax.config import ConfigError
 from ddjax.naming import make, pick, taken
 from ddjax.processes import interpolant
+from ddjax.processes.gaussian import schedule_of
 
 
 def _shifted(schedule: str, factor: float, scaling: str = "vp", **options: Any) -> schedules.Shifted:
@@ -131,6 +133,7 @@ def _interpolant(
     noise: Mapping[str, float] | None = None,
     correlation: str = "markov",
     source_std: float | None = 1.0,
+    data_std: float = 1.0,
 ) -> processes.Interpolant:
     """`Interpolant` along one of `PATHS`; `noise` are the arguments of `paths.Noise`.
 
@@ -139,7 +142,7 @@ def _interpolant(
     key = "config.process.options"
     noise = None if noise is None else make({"noise": paths.Noise}, "noise", f"{key}.noise", **noise)
     named = pick(CORRELATIONS, correlation, f"{key}.correlation")
-    return processes.Interpolant(make(PATHS, path, f"{key}.path", noise), named, source_std)
+    return processes.Interpolant(make(PATHS, path, f"{key}.path", noise), named, source_std, data_std)
 
 
 GATES = {"elapsed": lambda schedule: transforms.elapsed, "noise_share": transforms.NoiseShare}
@@ -357,5 +360,18 @@ GRIDS = {
     "through": grids.through,
     "uniform_shifted": grids.uniform_shifted,
 }
+
+
+def grid(process: Any, name: str, key: str, **options: Any) -> grids.Grid:
+    """One of `GRIDS`, told the schedule of a process where it takes one. ConfigError as `naming.make` raises it."""
+    if not taken(pick(GRIDS, name, key), {"schedule": None}):
+        return make(GRIDS, name, key, **options)
+    try:
+        schedule = schedule_of(process)
+    except ValueError as error:
+        raise ConfigError(f"{key}={name!r} is a grid of noise levels: {error}") from error
+    return make(GRIDS, name, key, schedule=schedule, **options)
+
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PROJECTIONS = {"edm2": denoisers.edm2.forced}

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddjax import schedules
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.pytrees import as_pytree
 from ddjax.sampling import Loop, Observed, checked, hashable
 from ddjax.solvers.base import Solver, first_carry
@@ -132,12 +133,16 @@ def _each(function: Callable[..., Any], *values: Any) -> Any:
 
 
 def _own_scale(process: Any, times: Array, sites: int) -> Array:
-    if not isinstance(getattr(process, "schedule", None), schedules.Gaussian):
+    try:
+        schedule = getattr(gaussian_of(process) or process, "schedule", None)
+    except ValueError:  # an interpolant from other data
+        schedule = None
+    if not isinstance(schedule, schedules.Gaussian):
         raise ValueError(
             f"{type(process).__name__} has no Gaussian schedule to measure errors by: give scale, the standard "
             f"deviations for {times.shape[-1] - 1} steps"
         )
-    return _noise(process.schedule, times, sites)
+    return _noise(schedule, times, sites)
 
 
 def _noise(schedule: schedules.Gaussian, times: Array, sites: int) -> Array:

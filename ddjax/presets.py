@@ -20,7 +20,7 @@ import numpy as np
 
 from ddjax import grids, solvers
 from ddjax.grids import Grid
-from ddjax.processes import Gaussian
+from ddjax.processes.gaussian import gaussian_of, schedule_of
 from ddjax.schedules import ToData
 from ddjax.solvers import Solver
 
@@ -57,8 +57,9 @@ def _into_data(make: Make) -> Make:
     """For the process with the data at t = 0."""
 
     def with_data(process, steps):
-        if isinstance(process, Gaussian):  # others are refused by the solver
-            process = dataclasses.replace(process, schedule=ToData(process.schedule))
+        gaussian = gaussian_of(process)
+        if gaussian is not None:  # others are refused by the solver
+            process = dataclasses.replace(gaussian, schedule=ToData(gaussian.schedule))
         return make(process, steps)
 
     return with_data
@@ -79,9 +80,10 @@ def _between_entries(process: Any, steps: int) -> Grid:
     """Evenly from entry 999 to 0, then data; sigma / alpha is linear between the entries, as theirs."""
     entries = np.arange(1000)
     times = jnp.asarray(np.maximum(entries / 999, ToData.least))
-    levels = np.exp(-0.5 * np.asarray(process.schedule.log_snr(times)))
+    schedule = schedule_of(process)
+    levels = np.exp(-0.5 * np.asarray(schedule.log_snr(times)))
     asked = np.interp(np.linspace(0, 999, steps)[::-1], entries, levels)
-    return grids.through(ToData(process.schedule), steps, sigmas=[*asked, 0.0])
+    return grids.through(ToData(schedule), steps, sigmas=[*asked, 0.0])
 
 
 def _flow(process: Any, steps: int) -> Grid:
@@ -91,7 +93,7 @@ def _flow(process: Any, steps: int) -> Grid:
 
 def _karras(sigma_min: float, sigma_max: float) -> Callable[[Any, int], Grid]:
     return lambda process, steps: grids.karras(
-        process.schedule, steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=7.0
+        schedule_of(process), steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=7.0
     )
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key
 from ddjax import random
 from ddjax.frozen import Frozen
 from ddjax.grids import check_grid
-from ddjax.processes import Gaussian
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.pytrees import as_pytree
 from ddjax.sampling import sample
 from ddjax.solvers import DDIM, Learned, Multistep, Solver
@@ -381,8 +381,8 @@ def for_run(
         raise ValueError(f"loss={loss!r} is unknown; it is one of {', '.join(LOSSES)}, or a function")
     if family not in FAMILIES:
         raise ValueError(f"family={family!r} is unknown; it is one of {', '.join(FAMILIES)}")
-    experiment, process = run.experiment, run.process
-    if not isinstance(process, Gaussian):
+    experiment, process = run.experiment, gaussian_of(run.process)
+    if process is None:
         raise ValueError(f"samplers are learned for Gaussian processes, not for {run.config.process.name!r}")
     if guidance not in (None, 1.0) and not run.data.num_classes:
         raise ValueError(f"guidance={guidance} leads towards labels, and {run.data.name!r} has none: leave it out")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddjax.predictions import Prediction, evaluations
-from ddjax.processes import Gaussian
+from ddjax.processes.gaussian import divide, gaussian_of
 from ddjax.pytrees import as_pytree
 from ddjax.types import Denoise, left_broadcast, sites
 
@@ -24,7 +24,7 @@ class TimeShifted:
     """See `time_shifted`."""
 
     denoise: Denoise
-    process: Any = dataclasses.field(metadata={"static": True})
+    process: Any = dataclasses.field(metadata={"static": True})  # Gaussian
     window: float = dataclasses.field(metadata={"static": True})
     cutoff: float = dataclasses.field(metadata={"static": True})
     spread: float = dataclasses.field(metadata={"static": True})
@@ -55,15 +55,14 @@ class TimeShifted:
         """The noise that is predicted at the other time, said of this one."""
         told = self.told(xt, t)
         prediction = self.denoise(xt, told, cond)
-        convert = self.process.convert
-        noise = Prediction(convert(prediction, "noise", xt, told).value, "noise")
-        here = convert(prediction, "x0", xt, told).value
-        return Prediction(jnp.where(left_broadcast(told == t, xt), here, convert(noise, "x0", xt, t).value), "x0")
+        x0, noise = (self.process.convert(prediction, kind, xt, told).value for kind in ("x0", "noise"))
+        alpha, sigma = (f(left_broadcast(t, xt)) for f in (self.process.schedule.alpha, self.process.schedule.sigma))
+        return Prediction(jnp.where(left_broadcast(told == t, xt), x0, divide(xt - sigma * noise, alpha)), "x0")
 
 
 def time_shifted(
     denoise: Denoise,
-    process: Gaussian,
+    process: Any,
     *,
     window: float = 0.04,
     cutoff: float = 0.3,
@@ -75,9 +74,10 @@ def time_shifted(
     The best of `candidates` (odd, so that t is one) is that where alpha^2 spread + sigma^2 is nearest to the variance
     over the sites of the example, by itself. spread: the variance of the data over the sites of one example; the
     paper's 0 is for noise that outweighs it. cutoff: at and below this time, t itself. window: 0 is off, and returns
-    `denoise`.
+    `denoise`. process: Gaussian, or an interpolant from Gaussian noise; ValueError for others.
     """
-    if not isinstance(process, Gaussian):
+    found = gaussian_of(process)
+    if found is None:
         raise ValueError(f"time_shifted is for processes.Gaussian, got {type(process).__name__}")
     if window < 0 or spread < 0 or candidates < 1 or candidates % 2 == 0:
         raise ValueError(
@@ -86,4 +86,4 @@ def time_shifted(
         )
     if window == 0:
         return denoise
-    return TimeShifted(as_pytree(denoise), process, float(window), float(cutoff), float(spread), int(candidates))
+    return TimeShifted(as_pytree(denoise), found, float(window), float(cutoff), float(spread), int(candidates))

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddjax import random
 from ddjax.frozen import FrozenTree
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.solvers.base import Info
 from ddjax.types import State
 
@@ -139,8 +140,8 @@ class Transported:
     constants of the compiled program: for many large ones give `ddjax.sample` the mapped states as `init`.
     Samples of a deterministic solver behind it are at most as many as the targets.
 
-    process: Gaussian, whose prior is scaled to white noise. brenier: `fit`'s. time: that of its targets. A map by
-    classes finds them in the condition, labels `(batch,)`.
+    process: Gaussian, or an interpolant from Gaussian noise; its prior is scaled to white noise. brenier: `fit`'s.
+    time: that of its targets. A map by classes finds them in the condition, labels `(batch,)`.
     """
 
     process: Any
@@ -148,6 +149,7 @@ class Transported:
     time: float
 
     def __post_init__(self):
+        object.__setattr__(self, "process", gaussian_of(self.process) or self.process)
         if self.process.state != "gaussian" or not hasattr(self.process, "prior_std"):
             raise ValueError(f"Transported maps white noise: {type(self.process).__name__} does not begin with it")
         if not 0 <= self.time < 1:

@@ -36,6 +36,39 @@ def pair(np, x, alpha, sigma):
     return (0.25 * alpha * x + 0.8 * sigma**2 * np.tanh(0.8 * alpha * x / total)) / total
 
 
+def stated(process, kind):
+    """The same law moved by the condition: what a network of this kind says if it is right, written out.
+
+    process: Gaussian, or an interpolant from Gaussian noise.
+    """
+    path, gaussian = process.schedule, isinstance(process, Gaussian)
+
+    def denoise(xt, t, cond=None):
+        t, moved = (0.0 if v is None else jnp.asarray(v).reshape(-1, *[1] * (xt.ndim - 1)) for v in (t, cond))
+        alpha = path.alpha(t)
+        sigma = path.sigma(t) if gaussian else jnp.hypot(process.source_std * path.beta(t), path.gamma(t))
+        x0 = moved + pair(jnp, xt - alpha * moved, alpha, sigma)
+        some = jnp.where(sigma == 0, 1.0, sigma)
+        e = jnp.where(sigma == 0, 0.0, (xt - alpha * x0) / some)
+        found = {"x0": x0, "noise": e, "score": -e / sigma}
+        if gaussian:
+            d = process.data_std
+            total = sigma**2 + (alpha * d) ** 2
+            found["v"] = alpha * e - sigma * x0
+            found["edm"] = (x0 - alpha * d**2 / total * xt) / (sigma * d / jnp.sqrt(total))
+            found["velocity"] = path.alpha_prime(t) * x0 + path.sigma_prime(t) * e
+        else:
+            found["x1"] = process.source_std**2 * path.beta(t) / some * e
+            found["noise"] = path.gamma(t) / some * e
+            found["residual"] = found["x1"] - x0
+            drift = path.alpha_prime(t) * x0 + path.beta_prime(t) * found["x1"]
+            found["velocity"] = drift + jnp.where(found["noise"] == 0, 0.0, path.gamma_prime(t) * found["noise"])
+        value = [found[name] for name in kind.split("+")]
+        return Prediction(value[0] if len(value) == 1 else jnp.stack(value, -1), kind)
+
+    return denoise
+
+
 def check_rows_are_their_own(make_solver):
     """Samples bit for bit the same for 1, 2 and 7 examples: the suite runs without fused multiply-adds."""
     process = Gaussian(VPCosine())

@@ -309,7 +309,7 @@ def test_errors():
     mixed = Product({"a": Gaussian(), "b": Masked(3)})
     with pytest.raises(ValueError, match="part 'b', Masked, has tokens"):
         ddjax.sample_parallel(KEY, joined, mixed, solver=solvers.Parts(mixed), **parts)
-    joins = Interpolant(source_std=1.0)
+    joins = Interpolant()
     with pytest.raises(ValueError, match=r"Interpolant has no Gaussian schedule.*give scale"):
         ddjax.sample_parallel(KEY, Pair(process), joins, solver=Heun(joins), **settings)
     with pytest.raises(ValueError, match="scale has shape"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.types import Denoise, State, Time, left_broadcast
 
 
@@ -39,7 +40,8 @@ def projection_error(
     """
     if xt.shape[1:] != data.shape[1:]:
         raise ValueError(f"states have shape {xt.shape[1:]}, the data {data.shape[1:]}")
-    alpha, sigma = (f(left_broadcast(jnp.asarray(t), xt)) for f in (process.schedule.alpha, process.schedule.sigma))
+    schedule = (gaussian_of(process) or process).schedule
+    alpha, sigma = (f(left_broadcast(jnp.asarray(t), xt)) for f in (schedule.alpha, schedule.sigma))
     flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
     x0 = flat(process.convert(denoise(xt, t, cond), "x0", xt, t).value)
     z, points = flat(xt / alpha), flat(jnp.asarray(data, xt.dtype))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ddjax.guidance.classifier_free import along
 from ddjax.predictions import Prediction
 from ddjax.predictions import evaluations as cost
-from ddjax.processes.gaussian import Normal
+from ddjax.processes.gaussian import Normal, gaussian_of
 from ddjax.pytrees import as_pytree
 from ddjax.solvers.ancestral import Ancestral
 from ddjax.types import Denoise, State, Time
@@ -72,8 +72,12 @@ def by_classifier(
 class GuidedMean(Ancestral):
     """Ancestral steps whose mean moves by their variance times the gradient (Dhariwal & Nichol 2021, algorithm 1).
 
-    The denoiser is one of `by_classifier`; another raises ValueError.
+    The denoiser is one of `by_classifier`; another raises ValueError. Of an interpolant from Gaussian noise the steps
+    are those of the Gaussian process that it is: in a step of its own the score has another weight than the variance.
     """
+
+    def __post_init__(self):
+        object.__setattr__(self, "process", gaussian_of(self.process) or self.process)
 
     def step(self, keys, carry, xt, t, s, denoise, cond=None):
         """One draw."""

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.solvers.base import Solver
 from ddjax.types import Denoise, Keys, State, left_broadcast, per_example
 
@@ -35,6 +36,8 @@ def ascend(
     """
     if not hasattr(process, "noiseless") or hasattr(process, "state_shape"):
         raise ValueError(f"the ODE of {type(process).__name__} does not start from the data as they are")
+    if getattr(process, "source_std", None) is not None:  # others begin in data
+        process = gaussian_of(process)
     carry = solver.init(x0, cond)
 
     def move(x, t, s):

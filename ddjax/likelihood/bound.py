@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from ddjax import random
 from ddjax.grids import chain_grid, range_of, step_at
-from ddjax.predictions import Prediction, check_sitewise
+from ddjax.predictions import Prediction, check_bound, check_sitewise
 from ddjax.pytrees import as_pytree
 from ddjax.types import Bound, Rows, State, Time, batch_size, per_example, sites, time_dtype
 
@@ -58,9 +58,10 @@ def nelbo(
         -log p(the others | the known).
     Where the process has a latent (`AdaptiveGaussian`), one is drawn from q(z | x0) for each example, and KL(q(z | x0)
     || p(z)) counts as prior.
-    Raises ValueError where num_times < 1, the range is empty, `known` has another shape than x0, or comes with a prior
-    (which would have to be conditioned on it).
+    Raises ValueError for a process without a bound, and where num_times < 1, the range is empty, `known` has another
+    shape than x0, or comes with a prior (which would have to be conditioned on it).
     """
+    check_bound(process)
     if num_times < 1:
         raise ValueError(f"num_times must be at least 1, got {num_times}")
     given, shapes = (jax.tree.map(jnp.shape, tree) for tree in (known, x0))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from ddjax.likelihood.bound import Reconstruction
 from ddjax.predictions import check_sitewise
 from ddjax.processes.categorical import cross_entropy
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.types import left_broadcast
 
 
@@ -82,7 +83,8 @@ class _Discretised:
     def __call__(self, process, x0, prediction, x_low, low):
         """-log p(level of x0 | x0_hat), nats per site."""
         t = left_broadcast(low, x0)
-        std = process.schedule.sigma(t) / process.schedule.alpha(t) if self.std is None else self.std
+        schedule = (gaussian_of(process) or process).schedule
+        std = schedule.sigma(t) / schedule.alpha(t) if self.std is None else self.std
         levels = jnp.asarray(self.levels, x0.dtype)
         which, middles = _nearest(x0, levels), 0.5 * (levels[1:] + levels[:-1])
         mean = process.convert(prediction, "x0", x_low, low).value

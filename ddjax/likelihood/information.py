@@ -27,6 +27,7 @@ from ddjax import random
 from ddjax.grids import range_of
 from ddjax.likelihood.bound import mean_and_error
 from ddjax.predictions import Prediction
+from ddjax.processes.gaussian import gaussian_of
 from ddjax.pytrees import as_pytree
 from ddjax.types import Rows, State, Time, per_example, time_dtype
 
@@ -117,6 +118,7 @@ def mutual_information(
 def _information(key, denoise, process, x0, cond, without, num_times, t_range, rows, *, orthogonal) -> Information:
     if num_times < 1:
         raise ValueError(f"num_times must be at least 1, got {num_times}")
+    process = gaussian_of(process) or process
     t_range = range_of(process, t_range)
     rows = Rows.of(x0, rows)
     parts = _estimate(key, as_pytree(denoise), x0, cond, without, rows.index, process, num_times, t_range, orthogonal)

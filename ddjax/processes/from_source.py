@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Of two statements the one that says x_0 from noise to data: where beta is 0 x_1 says nothing, nor the noise where
 # gamma is.
-_TELLING = ("x0", "velocity", "residual", "score", "x1", "noise")
+_TELLING = ("v", "edm", "x0", "velocity", "residual", "score", "x1", "noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FromSource(Gaussian):
 
     def statement(self, name: str, prediction: Prediction, xt: X, t: Time) -> Array:
         """The value of one of the interpolant's statements."""
-        if name in ("x0", "velocity", "score"):
+        if name in GAUSSIAN_KINDS and name != "noise":
             return self.convert(prediction, name, xt, t).value
         if name == "residual":
             return self.statement("x1", prediction, xt, t) - self.statement("x0", prediction, xt, t)
@@ -58,8 +58,8 @@ class FromSource(Gaussian):
 
     def _shares(self, xt: X, t: Time) -> dict[str, Array]:
         """E[x_1] and E[z] over e / sigma."""
-        path, t = self.schedule.path, left_broadcast(jnp.asarray(t), xt)
-        return {"x1": self.schedule.source_std**2 * path.beta(t), "noise": path.gamma(t)}
+        path, t = self.interpolant.schedule, left_broadcast(jnp.asarray(t), xt)
+        return {"x1": self.interpolant.source_std**2 * path.beta(t), "noise": path.gamma(t)}
 
     def _x0_and_noise(self, prediction: Prediction, xt: X, t: Time) -> tuple[X, X]:
         """From what is said: value = p x_0 + q e / sigma, x_t = alpha x_0 + sigma e."""

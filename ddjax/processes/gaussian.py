@@ -291,6 +291,15 @@ def gaussian_of(process: object) -> Gaussian | None:
     return process.as_gaussian() if hasattr(process, "as_gaussian") else None
 
 
+def schedule_of(process: object) -> object:
+    """The schedule whose noise levels grids go by: one for all sites, of an interpolant that of its `gaussian_of`.
+
+    None for a process without one. Raises ValueError for an interpolant whose x_1 comes with the data.
+    """
+    schedule = getattr(gaussian_of(process) or process, "schedule", None)
+    return getattr(schedule, "common", schedule)
+
+
 def divide(a: Array, b: Array) -> Array:
     """A / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))

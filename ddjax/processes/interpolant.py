@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ddjax.paths import Path, Straight
-from ddjax.predictions import Prediction, check_kind
+from ddjax.predictions import GAUSSIAN_KINDS, Prediction, check_kind
 from ddjax.predictions import evaluations as cost
-from ddjax.processes.flow import StateFlow
+from ddjax.processes.flow import GaussianFlow
 from ddjax.processes.from_source import FromSource
 from ddjax.processes.gaussian import Normal, X, divide
 from ddjax.pytrees import as_pytree
 from ddjax.schedules import OfPath
-from ddjax.types import Denoise, Keys, Time, left_broadcast, sites
+from ddjax.types import Denoise, Keys, Time, left_broadcast
 
 # (path, s, t) -> rho, the correlation of the noises at s and t given both ends
 Correlation = Callable[[Path, Array, Array], Array]
@@ -90,28 +90,6 @@ class Diffusion:
 
 
 @dataclasses.dataclass(frozen=True)
-class VelocityFlow(StateFlow):
-    """dx/dt = velocity, on the clock itself."""
-
-    process: Interpolant
-
-    def position(self, t):
-        """The clock."""
-        return t
-
-    time = position
-
-    def start(self, x0, t):
-        """The state alpha x_0."""
-        alpha = self.process.schedule.alpha(t)
-        return alpha * x0, jnp.full(x0.shape[0], sites(x0) * jnp.log(alpha))
-
-    def slope(self, prediction, y, t):
-        """The velocity."""
-        return self.process.convert(prediction, "velocity", y, t).value
-
-
-@dataclasses.dataclass(frozen=True)
 class Interpolant:
     """An interpolant along a path (`ddjax.paths`).
 
@@ -119,15 +97,18 @@ class Interpolant:
     correlation: how the noises at two times go together in `bridge` and `reverse`; replace it to sample otherwise.
     source_std: of x_1 ~ N(0, source_std^2) independent of x_0; None where x_1 comes with the data, and sampling starts
         from `init=x1`.
+    data_std: standard deviation of a site of the data, where x_1 is Gaussian: it sets the width of the prior before
+        t = 1.
 
     `kinds` are the single statements and, where there is noise, their pairs "a+b", with values `(batch, *sites, 2)`.
-    Without noise one statement says everything, and there is no score: where x_1 is Gaussian, `Gaussian(CondOT())` is
-    this process and has one.
+    Without noise one statement says everything. Where x_1 is Gaussian, so that this is a Gaussian process too
+    (`as_gaussian`), `convert` also takes and gives the kinds of those, but for "noise", which is z.
     """
 
     schedule: Path = Straight()  # noqa: RUF009 (frozen)
     correlation: Correlation = markov
     source_std: float | None = None
+    data_std: float = 1.0
 
     state = "gaussian"
     has_bound = False
@@ -137,11 +118,20 @@ class Interpolant:
             raise ValueError(f"Interpolant needs a path (ddjax.paths: Straight, ...), got {self.schedule!r}")
         if self.source_std is not None and not self.source_std > 0:
             raise ValueError(f"source_std must be positive, or None where x1 is given, got {self.source_std}")
+        if not self.data_std > 0:
+            raise ValueError(f"data_std must be positive, got {self.data_std}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """What a network may state."""
         return ("x0", "x1", "velocity", "residual") if self.schedule.noise is None else (*STATEMENTS, *PAIRS)
+
+    @property
+    def _understood(self) -> tuple[str, ...]:
+        """What `convert` takes and gives."""
+        if self.source_std is None:
+            return self.kinds
+        return tuple(dict.fromkeys((*self.kinds, *(kind for kind in GAUSSIAN_KINDS if kind != "noise"))))
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -196,21 +186,23 @@ class Interpolant:
         return self.marginal(x0, t).sample(keys)
 
     def prior(self, shape: Sequence[int], t: float = 1.0) -> Normal:
-        """N(0, beta_t^2 source_std^2 + gamma_t^2): x_1 itself at t = 1, with the noise that is left there."""
-        return self.marginal(jnp.zeros(tuple(shape)), jnp.asarray(t, float))
+        """N(0, beta_t^2 source_std^2 + gamma_t^2 + alpha_t^2 data_std^2): at t = 1 all that is not x_0."""
+        noise = self.marginal(jnp.zeros(tuple(shape)), jnp.asarray(t, float))
+        alpha = self.schedule.alpha(jnp.asarray(t, float))
+        return Normal(noise.mean, jnp.sqrt(noise.std**2 + (alpha * self.data_std) ** 2))
 
-    def flow(self) -> VelocityFlow:
-        """The probability-flow ODE, for its likelihood. Raises ValueError where x_1 has no known density."""
+    def flow(self) -> GaussianFlow:
+        """The probability-flow ODE, for its likelihood: that of `as_gaussian`, which raises its errors."""
         self._source("the likelihood of the ODE")
-        return VelocityFlow(self)
+        return self.as_gaussian().flow()
 
     def as_gaussian(self) -> FromSource:
         """The Gaussian process of the same marginals, which the solvers of those step.
 
         Raises ValueError where x_1 is not said to be Gaussian, and as `schedules.OfPath` does.
         """
-        std = self._source("a solver of Gaussian processes (others are Ancestral, Heun and those of the velocity)")
-        return FromSource(OfPath(self.schedule, std), interpolant=self)
+        std = self._source("what is for Gaussian processes (Ancestral, Heun and solvers of the velocity are for all)")
+        return FromSource(OfPath(self.schedule, std), self.data_std, self)
 
     def departure(self, x1: X) -> Normal:
         """What sampling starts from, given x_1: x_1 with the noise that is left at t = 1."""
@@ -244,13 +236,12 @@ class Interpolant:
 
         Raises ValueError for an unknown kind, and for one statement where two are needed.
         """
-        check_kind(kind, self.kinds, self)
+        check_kind(kind, self._understood, self)
         said, names = self.said(prediction, xt), kind.split("+")
         if set(names) <= said.keys():
             values = [said[name] for name in names]
-        elif self._one_is_enough:
-            marginals = self.as_gaussian()
-            values = [said[n] if n in said else marginals.statement(n, prediction, xt, t) for n in names]
+        elif self._one_is_enough(*said, *names):
+            values = self._from_marginals(names, prediction, xt, t)
         else:
             parts = self._solve(said, prediction.kind, xt, t)
             values = [said[name] if name in said else self.statement(name, parts, t) for name in names]
@@ -276,18 +267,23 @@ class Interpolant:
         They add up to x_t. Where a weight is 0 its part cannot be known and is 0, unless it is what was predicted.
         Raises ValueError where the prediction does not determine them.
         """
-        if self._one_is_enough and "+" not in prediction.kind:
-            return tuple(self.convert(prediction, name, xt, t).value for name in PARTS)
+        if "+" not in prediction.kind and self._one_is_enough(prediction.kind):
+            return tuple(self._from_marginals(PARTS, prediction, xt, t))
         return self._solve(self.said(prediction, xt), prediction.kind, xt, t)
 
-    @property
-    def _one_is_enough(self) -> bool:
-        """Whether z and x_1 both follow from x_0, being noise."""
-        return self.source_std is not None and self.schedule.noise is not None
+    def _one_is_enough(self, *names: str) -> bool:
+        """Whether z and x_1 both follow from x_0, being noise; or one of these is said of the two together."""
+        noisy = self.schedule.noise is not None or not set(names) <= set(self.kinds)
+        return self.source_std is not None and noisy
+
+    def _from_marginals(self, names: Sequence[str], prediction: Prediction, xt: X, t: Time) -> list[Array]:
+        """Statements that follow where all but x_0 is noise; what was said stays as it is."""
+        marginals, said = self.as_gaussian(), self.said(prediction, xt)
+        return [said[name] if name in said else marginals.statement(name, prediction, xt, t) for name in names]
 
     def said(self, prediction: Prediction, xt: X) -> dict[str, Array]:
         """What was predicted, by name."""
-        check_kind(prediction.kind, self.kinds, self)
+        check_kind(prediction.kind, self._understood, self)
         names, value = prediction.kind.split("+"), prediction.value
         shape = xt.shape if len(names) == 1 else (*xt.shape, 2)
         if value.shape != shape:

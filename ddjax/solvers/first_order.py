@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ddjax.processes.categorical import Categorical
-from ddjax.processes.gaussian import Normal
+from ddjax.processes.gaussian import Normal, gaussian_of
 from ddjax.processes.product import Joint
 from ddjax.solvers.base import Info, batched
 from ddjax.types import batch_size
@@ -21,12 +21,16 @@ class FirstOrder:
 
     log p(y | x_s) is taken at its tangent in x_t. For symbols, in their one-hot vectors, the slope adds to the logits
     of the reverse step (Vignac et al. 2023, "DiGress", section 5); for numbers the mean moves by the variance times the
-    slope (Dhariwal & Nichol 2021, algorithm 1). Of a product each part moves so.
+    slope (Dhariwal & Nichol 2021, algorithm 1). Of a product each part moves so; of an interpolant from Gaussian noise
+    the steps are those of the Gaussian process that it is.
 
     Raises ValueError, when a sampler is compiled, for a denoiser without slopes, and a step that is neither.
     """
 
     process: Any
+
+    def __post_init__(self):
+        object.__setattr__(self, "process", gaussian_of(self.process) or self.process)
 
     def init(self, xt, cond=None):
         """Nothing to carry."""

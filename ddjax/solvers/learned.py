@@ -136,7 +136,13 @@ def written_out(solver: Any, times: Sequence[float]) -> Learned:
     """
     times = np.asarray(check_grid(np.asarray(times, np.float64)), np.float64)
     eta = 1.0 if isinstance(solver, Ancestral) else getattr(solver, "eta", 0.0)
-    schedule, name = solver.process.schedule, type(solver).__name__
+    process, name = gaussian_of(solver.process) or solver.process, type(solver).__name__
+    if isinstance(solver, Ancestral) and process is not solver.process:
+        raise ValueError(
+            f"{name} takes the steps of {type(solver.process).__name__}'s own correlation, which are not in the "
+            "generalised Gaussian family: start from DDIM(process, eta=1.0)"
+        )
+    schedule = process.schedule
     with jax.enable_x64(True):
         alpha, sigma, snr = (
             np.asarray(f(jnp.asarray(times))) for f in (schedule.alpha, schedule.sigma, schedule.log_snr)
@@ -156,7 +162,7 @@ def written_out(solver: Any, times: Sequence[float]) -> Learned:
             f"{name} under {type(schedule).__name__} does not keep the mean and variance of pure data and noise, so it "
             "is not in the generalised Gaussian family; start from solvers of x0 or noise (DDIM, DPM-Solver++, DEIS)"
         )
-    return frozen(solver.process, times, predictions, noises if stochastic else None)
+    return frozen(process, times, predictions, noises if stochastic else None)
 
 
 def _noisy(alpha: np.ndarray, sigma: np.ndarray, snr: np.ndarray, eta: float) -> np.ndarray:
@@ -208,7 +214,7 @@ def save(path: str | Path, solver: Learned, /, **about: Any) -> None:
 
 def load(path: str | Path, process: Gaussian) -> Learned:
     """Read a sampler. Raises ValueError for other files, and for samplers of other processes; FileNotFoundError."""
-    content = files.read(path, FORMAT, process, "a sampler")
+    content = files.read(path, FORMAT, gaussian_of(process) or process, "a sampler")
     try:
         return frozen(process, *(content[name] for name in Coefficients._fields))
     except (KeyError, TypeError, ValueError) as error:

@@ -291,8 +291,7 @@ class Preconditioned:
     form: str = "x0"
 
     def __post_init__(self):
-        process = getattr(self.solver, "process", None)
-        check_process("Preconditioned", gaussian_of(process) or process)
+        check_process("Preconditioned", getattr(self.solver, "process", None))
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
         if getattr(self.solver, "times", None) is not None:

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Int
 
 from ddjax.gaussian_law import GaussianLaw, check_process
 from ddjax.processes import Gaussian
-from ddjax.processes.gaussian import gaussian_of
 from ddjax.solvers.base import Info, Solver, first_carry
 from ddjax.types import State
 
@@ -101,8 +100,7 @@ class Teleport:
     law: GaussianLaw
 
     def __post_init__(self):
-        object.__setattr__(self, "process", gaussian_of(self.process) or self.process)
-        check_process("Teleport", self.process)
+        object.__setattr__(self, "process", check_process("Teleport", self.process))
 
     def init(self, xt: State, cond=None):
         """Nothing to carry."""

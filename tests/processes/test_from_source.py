@@ -1,7 +1,5 @@
 """An interpolant from Gaussian noise as a Gaussian process: schedules and predictions against linear regression."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,30 +74,35 @@ def test_known_schedules(x64):
 @pytest.mark.slow
 @every_path
 def test_every_statement_is_enough(x64, path):
-    """Each as every other, of the interpolant and of its Gaussian process, against linear regression."""
-    process = Interpolant(path, source_std=STD)
+    """Each as every other, of the interpolant and of its Gaussian process, against linear regression.
+
+    And all kinds of Gaussian processes but "noise", which is z.
+    """
+    process = Interpolant(path, source_std=STD, data_std=1.7)
+    kinds = dict.fromkeys((*process.kinds, "score", "v", "edm"))
     gaussian, xt = process.as_gaussian(), jnp.asarray([[0.7, -1.1]])
 
     for t in (0.04, 0.5, 0.93):
         values, noise = regression(path, t, np.asarray(xt))
         slopes = [jax.grad(f)(t) for f in (path.alpha, path.beta, path.gamma)]
         values["velocity"] = sum(w * values[n] for w, n in zip(slopes, ("x0", "x1", "noise"), strict=True))
-        sigma = np.hypot(STD * float(path.beta(t)), float(path.gamma(t)))
-        theirs = values | {"noise": noise, "v": float(path.alpha(t)) * noise - sigma * values["x0"]}
-        asked = [(process, name, values) for name in process.kinds if "+" not in name]
-        asked += [(gaussian, name, theirs) for name in ("x0", "noise", "score", "velocity", "v")]
-        for kind in process.kinds:
+        alpha, sigma = float(path.alpha(t)), np.hypot(STD * float(path.beta(t)), float(path.gamma(t)))
+        values["v"] = alpha * noise - sigma * values["x0"]
+        values["edm"] = (sigma * values["x0"] / 1.7 - 1.7 * alpha * noise) / np.hypot(sigma, 1.7 * alpha)
+        asked = [(process, name, values) for name in kinds if "+" not in name]
+        theirs = values | {"noise": noise}
+        asked += [(gaussian, name, theirs) for name in ("x0", "noise", "score", "velocity", "v", "edm")]
+        for kind in kinds:
             value = [values[name] for name in kind.split("+")]
             said = Prediction(value[0] if len(value) == 1 else jnp.stack(value, -1), kind)
             for of, name, expected in asked:
                 found = of.convert(said, name, xt, jnp.asarray(t)).value
                 np.testing.assert_allclose(found, expected[name], rtol=1e-9, atol=1e-10, err_msg=f"{kind}: {name}, {t}")
-    if path.noise is None:
-        return
-    for kind in ("x0", "velocity"):  # one statement, and the step of the interpolant's own
+    for kind in ("x0", "velocity", "score", "v", "edm"):  # one statement, and the step of the interpolant's own
         said = Prediction(jnp.asarray(values[kind]), kind)
         for part, name in zip(process.parts(said, xt, jnp.asarray(t)), ("x0", "x1", "noise"), strict=True):
             np.testing.assert_allclose(part, values[name], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(process.prior((1,), t).std ** 2, (1.7 * alpha) ** 2 + sigma**2, rtol=1e-12)
 
 
 @some_paths
@@ -161,9 +164,13 @@ def test_errors():
         OfPath(Straight(), 0.0)
     seen = Interpolant(Straight(Noise(0.7)), source_std=1.0).as_gaussian()
     x, t = jnp.ones((1, 2)), jnp.full(1, 0.5)
-    for said, asked in itertools.product(("v", "posterior"), ("x0", "noise")):  # no interpolant's
+    for asked in ("x0", "noise"):
+        with pytest.raises(ValueError, match="does not understand a prediction of kind 'posterior'"):
+            seen.convert(Prediction(x, "posterior"), asked, x, t)
+    bare = Interpolant(source_std=1.0)
+    for process, said in ((bare, "noise"), (given, "v"), (Interpolant(), "score")):  # of no z; of no Gaussian process
         with pytest.raises(ValueError, match=f"does not understand a prediction of kind '{said}'"):
-            seen.convert(Prediction(x, said), asked, x, t)
+            process.convert(Prediction(x, said), "x0", x, t)
     with pytest.raises(ValueError, match="does not understand a prediction of kind 'x1'"):
         seen.convert(Prediction(x, "x0"), "x1", x, t)
     assert DDIM(Interpolant(source_std=2.0)) == DDIM(Interpolant(source_std=2.0)) != DDIM(Interpolant(source_std=1.0))

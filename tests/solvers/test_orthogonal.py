@@ -1,4 +1,4 @@
-"""Solver x process x parameterisation: whatever states the same exact denoiser ends in the same sample."""
+"""Solver x process x parameterisation x grid x guidance: whatever states the same denoiser ends in the same sample."""
 
 import itertools
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ode_laws import pair
+from ode_laws import stated
 
 import ddjax
-from ddjax import names, naming, solvers
+from ddjax import guidance, names, naming, solvers
 from ddjax.paths import Noise, Residual, Straight, Trigonometric
 from ddjax.predictions import Prediction
 from ddjax.processes import Gaussian, Interpolant
@@ -65,43 +65,11 @@ SOLVERS |= {
     ),
     "nested_outer": lambda p: solvers.Nested(solvers.Heun(p), 2, outer=solvers.DDIM(p)),
 }  # fmt: skip
-# Of an interpolant: steps with the correlation that it says; the ODE on the clock, where a Gaussian's is on an angle.
-OWN_STEP = ("ancestral", "denoising_chain", "rk45")
+# Of an interpolant: steps with the correlation that it says.
+OWN_STEP = ("ancestral", "denoising_chain")
 # They ask at the end of their steps; where there is no noise x_0 and the score say nothing of it.
 ASK_AT_THE_END = ("rk45", "pndm")
 START = np.asarray([[0.9, -1.3], [0.2, 0.4]])
-
-
-def stated(process, kind):
-    """+-0.8 with normals of std 0.5 around them, at each site: what a network of this kind says if it is right."""
-    schedule = process.schedule
-    if isinstance(process, Gaussian):
-        noise_of = schedule.sigma, schedule.sigma_prime
-    else:
-        path = schedule
-        noise_of = lambda t: jnp.sqrt(path.beta(t) ** 2 + path.gamma(t) ** 2), None
-
-    def denoise(xt, t, cond=None):
-        t = jnp.asarray(t).reshape(-1, *[1] * (xt.ndim - 1))
-        alpha, sigma = schedule.alpha(t), noise_of[0](t)
-        x0 = pair(jnp, xt, alpha, sigma)
-        e = jnp.where(sigma == 0, 0.0, (xt - alpha * x0) / jnp.where(sigma == 0, 1.0, sigma))
-        found = {"x0": x0, "noise": e, "score": -e / sigma}
-        if isinstance(process, Gaussian):
-            d = process.data_std
-            total = sigma**2 + (alpha * d) ** 2
-            found["v"] = alpha * e - sigma * x0
-            found["edm"] = (x0 - alpha * d**2 / total * xt) / (sigma * d / jnp.sqrt(total))
-            found["velocity"] = schedule.alpha_prime(t) * x0 + noise_of[1](t) * e
-        else:
-            found["x1"], found["noise"] = path.beta(t) / sigma * e, path.gamma(t) / sigma * e
-            found["residual"] = found["x1"] - x0
-            drift = schedule.alpha_prime(t) * x0 + path.beta_prime(t) * found["x1"]
-            found["velocity"] = drift + jnp.where(found["noise"] == 0, 0.0, path.gamma_prime(t) * found["noise"])
-        value = [found[name] for name in kind.split("+")]
-        return Prediction(value[0] if len(value) == 1 else jnp.stack(value, -1), kind)
-
-    return denoise
 
 
 def drawn(process, kind, name, times, init, dtype=float):
@@ -170,3 +138,77 @@ def test_few_steps_alone_from_noise_to_data_in_float32(name, row):
         times = np.linspace(1.0, 0.02 if name in ASK_AT_THE_END else 0.0, steps + 1)
         for kind in kinds if steps == 1 else ("velocity",):
             assert np.isfinite(drawn(process, kind, name, times, init, jnp.float32)).all(), (steps, kind)
+
+
+# -- grids and guidance ------------------------------------------------------------------------------------------
+
+GRIDS = {
+    "uniform": {},
+    "karras": {"sigma_min": 0.05, "sigma_max": 3.0},
+    "exponential": {"sigma_min": 0.05, "sigma_max": 3.0},
+    "uniform_log_snr": {"start": -2.0, "end": 5.0},
+    "through": {"sigmas": (3.0, 1.0, 0.3, 0.0)},
+}
+SCALE, TOWARDS = 1.7, np.asarray([0.6, -0.4])
+
+
+def log_prob(x, t, cond):
+    """Of a classifier that knows less the more noise there is."""
+    return -0.5 * (1.0 - t) * ((x - cond[:, None]) ** 2).sum(1)
+
+
+RULES = {
+    "classifier_free": lambda p, d: guidance.classifier_free(d, null=0.0, scale=SCALE),
+    "by_weaker": lambda p, d: guidance.by_weaker(d, lambda x, t, cond: d(x, t, 0 * cond), scale=SCALE),
+    "by_classifier": lambda p, d: guidance.by_classifier(d, log_prob, p, scale=SCALE),
+}
+
+
+def guided_x0(gaussian, rule):
+    """The guided prediction of x0, written out: along the difference of two, or by a score's gradient."""
+    said, schedule = stated(gaussian, "x0"), gaussian.schedule
+
+    def denoise(xt, t, cond):
+        plain = said(xt, t, None).value
+        if rule != "by_classifier":
+            return Prediction(plain + SCALE * (said(xt, t, cond).value - plain), "x0")
+        t = t[:, None]
+        gain = schedule.sigma(t) ** 2 / schedule.alpha(t)
+        return Prediction(plain + SCALE * gain * (1.0 - t) * (cond[:, None] - xt), "x0")
+
+    return denoise
+
+
+def guided(process, denoise, solver, times, init):
+    made = ddjax.sample(
+        jax.random.key(0), denoise, process, shape=init.shape, solver=solver, times=times, init=init,
+        cond=jnp.asarray(TOWARDS),
+    )  # fmt: skip
+    return np.asarray(made.x0)
+
+
+FAST_GUIDED = [("karras", "by_classifier", "straight")]
+GUIDED = [*itertools.product(("karras",), RULES, ROWS | MORE)]
+GUIDED += [(grid, "classifier_free", row) for grid in GRIDS for row in ROWS if grid != "karras"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "rule", "row"),
+    [pytest.param(*case, marks=() if case in FAST_GUIDED else pytest.mark.slow) for case in GUIDED],
+)
+def test_guided_samples_are_the_same_of_all_kinds(x64, grid, rule, row):
+    """On a grid of any name, and those of the guided x0 that the rule's definition gives."""
+    process, kinds, same = (ROWS | MORE)[row]
+    options = GRIDS[grid] | ({"start": 0.9} if grid == "uniform" else {})
+    times = names.grid(process, grid, "here", steps=3, **options)
+    same = process if same is None else same
+    np.testing.assert_allclose(times, names.grid(same, grid, "here", steps=3, **options), rtol=1e-9, atol=1e-12)
+    init = jnp.asarray(START * np.asarray(process.prior((1,), times[0]).std[0]))
+    expected = guided(same, guided_x0(same, rule), solvers.unipc(same), times, init)
+    said = stated(same, "x0")
+    plain = guided(same, lambda x, t, cond: said(x, t), solvers.unipc(same), times, init)
+    assert np.isfinite(expected).all()
+    assert np.abs(expected - plain).max() > 0.05
+    for kind in kinds:
+        found = guided(process, RULES[rule](process, stated(process, kind)), solvers.unipc(process), times, init)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9, err_msg=kind)
