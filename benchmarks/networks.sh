@@ -13,7 +13,7 @@ shift
 steps=${STEPS:-600}
 images="dit uvit unet dico state_space edm2 multi_resolution diffit diffussm dit_linear dit_generated dit_experts dit_pooled"
 wanted=${*:-$images}
-[ "$steps" != 0 ] || wanted=${*:-$images inf_dit text table mixed_table graph}
+[ "$steps" != 0 ] || wanted=${*:-$images inf_dit text table low_rank neural_process mixed_table graph}
 
 for name in $wanted; do
     config=configs/digits_gaussian.py network=$name more=()
@@ -35,7 +35,7 @@ for name in $wanted; do
         mixed_table) config=configs/adult.py options= ;;
         graph) config=configs/graphs.py options= ;;
         inf_dit) config=configs/digits_super_resolution.py options= ;;
-        table) # the numbers of a table, without its symbols
+        table | low_rank) # the numbers of a table, without its symbols
             mkdir -p "$folder/$name"
             python - "$folder/$name/rows.npy" <<'PYTHON'
 import sys
@@ -49,6 +49,24 @@ np.save(sys.argv[1], table[:]["x0"]["numbers"])
 PYTHON
             more=(--config.data.name="$folder/$name/rows.npy" --config.process.data_std=1.0)
             network=tabular options="{'width': 128, 'hidden': (512, 512)}"
+            [ "$name" = table ] || { network=low_rank options="{'rank': 4}" && more+=(--config.denoiser.kind=x0); }
+            ;;
+        neural_process) # functions of one number, at 60 places of their own
+            mkdir -p "$folder/$name"
+            python - "$folder/$name/functions.npz" <<'PYTHON'
+import sys
+
+import numpy as np
+
+rng = np.random.default_rng(0)
+places = np.sort(rng.uniform(-2, 2, (1024, 60, 1)), axis=1)
+kernels = np.exp(-2 * (places - places.swapaxes(1, 2)) ** 2) + 1e-4 * np.eye(60)
+values = np.einsum("nij,nj->ni", np.linalg.cholesky(kernels), rng.normal(size=(1024, 60)))
+np.savez(sys.argv[1], x0=values.astype(np.float32), places=places.astype(np.float32))
+PYTHON
+            more=(--config.data.name="$folder/$name/functions.npz" --config.process.data_std=1.0
+                --config.data.options="{'beside': ['places']}" --config.data.conditions="{'points': 'places'}")
+            options="{'width': 64, 'depth': 4, 'heads': 4}"
             ;;
         *)
             echo "unknown: $name" >&2
