@@ -162,6 +162,7 @@ EXEMPT = {
     **{(name, "remat"): ROWS for name in ("tabular", "tabular-tokens", "mixed-table")},
     **{("low-rank", option): CLOSED for option in ("scan", "remat")},
     **{(name, "scan"): SCANNED for name in ("edm2-scan", "unet-scan")},
+    **{("classifier", f"skip/{n}"): "without a way up, what one would have joined is only told" for n in range(9)},
     ("neural-process", "block/2"): "its output is made of what blocks show, and behind the last there is no other",
     **{("ascan", f"block/3/{of}"): ALONE for of in ("queries", "keys")},
     ("low-rank", "zero"): "a new one is the exact denoiser of a normal law, which is not zero",
