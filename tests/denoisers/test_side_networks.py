@@ -60,6 +60,7 @@ FIVE = {"block/1": "block/3/skip", "block/0": "block/4/skip", "block/2": "block/
 JOINED = {
     "uvit": FIVE,
     "state-space": FIVE,
+    "state-space-words": {"block/0": "block/2/skip", "block/1": "block/1"},
     "uvit-generated": {"block/0": "block/2/skip", "block/1": "block/1"},
     "uvit-words": {"block/1": "block/3/skip", "block/2": "block/2"},  # the first one's connection leads nowhere
     "dico": {"block/2": "skip/0", "block/1": "skip/1", "block/4": "block/4"},
@@ -76,7 +77,7 @@ BY_KIND = {
     NeuralProcess: [f"block/{i}/attention" for i in range(3)],
     UNet: [*(f"skip/{n}" for n in range(4)), "middle/1"],
     EDM2: [*(f"skip/{n}" for n in range(4)), "middle/1"],
-    DiffiT: ("skip/0", "middle/0"),
+    DiffiT: ("skip/0", "encoder/2"),  # there are no blocks in the middle
 }
 ONE_BLOCK = ("block/0",)  # of two
 OWN = {
